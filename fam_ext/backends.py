@@ -1,0 +1,178 @@
+"""The only place that chooses a backend: loads the compiled library where it fits, and answers who serves an operation."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fam_ext import _checks
+
+BACKENDS = ("auto", "reference", "native", "triton")
+OPERATIONS = ("softmax_trace", "patch_sqnorm", "head_cross_entropy")
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_RECORD = Path(__file__).with_name("_build.json")
+_REBUILD = "run `pip install --no-build-isolation .` again"
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _read_record() -> tuple[dict[str, Any], str | None]:
+    """The build record written by setup.py, and why its library must not be imported (None when it may be).
+
+    This comes before the import: loading a library that was built for another torch can end the process.
+    """
+    try:
+        record = dict(json.loads(_RECORD.read_text()))
+        if not record["built"]:
+            return record, f"nothing was compiled: {record['reason']}"
+        built_torch, built_python, simd = str(record["torch"]), str(record["python"]), str(record["simd"]).upper()
+    except FileNotFoundError:
+        return {}, f"no compiled library beside {_RECORD.parent} ({_RECORD.name} is missing); {_REBUILD}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, f"the build record {_RECORD} cannot be read ({error!r}); {_REBUILD}"
+    if built_torch != str(torch.__version__):
+        return record, f"compiled for torch {built_torch}, this is torch {torch.__version__}; {_REBUILD}"
+    if _minor(built_python) != _minor(platform.python_version()):
+        return record, f"compiled for Python {built_python}, this is Python {platform.python_version()}; {_REBUILD}"
+    here = torch.backends.cpu.get_cpu_capability()
+    if not here.startswith({"AVX512": "AVX512", "AVX2": "AVX"}.get(simd, "")):
+        return record, f"compiled for {simd} processors, torch reports {here} for this one; {_REBUILD} with FAM_EXT_SIMD=native"
+    return record, None
+
+
+def _load() -> tuple[dict[str, Any], str | None]:
+    """Import the compiled library if it fits; its build record, and why it is not loaded (None when it is)."""
+    record, reason = _read_record()
+    if reason is not None:
+        return record, reason
+    try:
+        facts = importlib.import_module("fam_ext._C").facts()
+    except Exception as error:  # whatever is wrong with the library, importing fam_ext never fails
+        return record, f"the compiled library cannot be imported: {error}"
+    if facts["torch"] != str(torch.__version__):
+        return record, f"the library itself was compiled for torch {facts['torch']}, this is {torch.__version__}; {_REBUILD}"
+    return record, None
+
+
+def _find_kernels() -> frozenset[tuple[str, str]]:
+    """(operation, device type) pairs for which every schema of the operation, its backward included, has a kernel."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fam_ext::")]
+    found = set()
+    for op in OPERATIONS:
+        family = [name for name in names if name == f"fam_ext::{op}" or name.startswith(f"fam_ext::{op}_")]
+        for device, key in _DISPATCH_KEYS.items():
+            if family and all(torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key) for name in family):
+                found.add((op, device))
+    return frozenset(found)
+
+
+_record, _reason = _load()
+_kernels = _find_kernels() if _reason is None else frozenset()
+
+
+def native_loaded() -> bool:
+    """Whether the compiled library is loaded, so that torch.ops.fam_ext holds its operations."""
+    return _reason is None
+
+
+def native_reason() -> str | None:
+    """Why the compiled library is not loaded, None when it is."""
+    return _reason
+
+
+def choose(op: str, backend: str, *tensors: Tensor) -> str:
+    """The backend that serves `op` on these tensors: "native" or "reference".
+
+    "auto" takes "native" where the compiled library has a kernel for the device and the dtype of the first tensor, outside of
+    torch.func transforms (the compiled operations have no rule for vmap, grad and the like), else "reference".
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, when a backend asked for by name is not available.
+    """
+    if backend == "reference":
+        return backend
+    first = tensors[0]
+    if (
+        backend in ("auto", "native")
+        and (op, first.device.type) in _kernels
+        and first.dtype in _checks.FLOATING
+        and torch._C._functorch.maybe_current_level() is None
+    ):
+        return "native"
+    if backend == "auto":
+        return "reference"
+    _checks.check_choice(op, "backend", backend, BACKENDS)
+    raise RuntimeError(f"{op}: backend {backend!r} is not available: {_why_not(op, backend, first)}")
+
+
+def _why_not(op: str, backend: str, tensor: Tensor) -> str:
+    if backend == "triton":
+        return "no operation has a Triton kernel"
+    if _reason is not None:
+        return _reason
+    if (op, tensor.device.type) not in _kernels:
+        return f"the compiled library has no {tensor.device.type} kernel for it"
+    if tensor.dtype not in _checks.FLOATING:
+        return f"it has no kernel for {str(tensor.dtype).removeprefix('torch.')}"
+    return "inside torch.func transforms (vmap, grad, ...) only the reference can be used"
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is installed and what serves: see :func:`info`."""
+
+    versions: dict[str, str | None]
+    """fam_ext, torch, python and triton (None when it is not installed)."""
+    build: dict[str, Any]
+    """The record of the build; empty when there is none."""
+    native: bool
+    """Whether the compiled library is loaded."""
+    reason: str | None
+    """Why it is not."""
+    operations: dict[str, dict[str, tuple[str, str]]]
+    """Operation -> device type -> (backend that "auto" takes there, why)."""
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(operation, device, backend, why), one for each line of a table."""
+        return [(op, device, *answer) for op, devices in self.operations.items() for device, answer in devices.items()]
+
+    def __repr__(self) -> str:
+        lines = ["  ".join(f"{name} {version or 'not installed'}" for name, version in self.versions.items())]
+        lines.append(f"compiled library: {'loaded' if self.native else 'not loaded: ' + str(self.reason)}")
+        lines += [f"  {key}: {value}" for key, value in self.build.items() if value is not None]
+        rows = [("operation", "device", "backend", "why"), *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines += ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Versions, what is compiled, and for each operation the backend taken on this machine's devices and why.
+
+    Printing the answer, or `python -m fam_ext`, gives a table.
+    """
+    from fam_ext import __version__
+
+    versions: dict[str, str | None] = {"fam_ext": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    try:
+        versions["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        versions["triton"] = None
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    operations = {op: {device: _answer(op, device) for device in devices} for op in OPERATIONS}
+    return Info(versions, dict(_record), _reason is None, _reason, operations)
+
+
+def _answer(op: str, device: str) -> tuple[str, str]:
+    if (op, device) in _kernels:
+        return "native", "compiled kernel, C++" if device == "cpu" else "compiled kernel, CUDA"
+    return "reference", _reason or f"the compiled library has no {device} kernel for it"
