@@ -1,8 +1,8 @@
-"""Builds fam_ext/_C, the compiled operations, where torch and a C++ compiler are at hand; see pyproject.toml for everything else.
+"""Compiles fam_ext/_C where torch and a C++ compiler are at hand; pyproject.toml holds everything else. Environment:
 
-FAM_EXT_BUILD=0     pure Python, nothing is compiled
-FAM_EXT_SIMD=...    avx512, avx2, default, or native (what this machine has; the default)
-CXX=...             the C++ compiler
+FAM_EXT_BUILD=0                         pure Python, nothing is compiled
+FAM_EXT_SIMD=native|avx512|avx2|default the instruction set; native is what torch finds on this machine
+CXX                                     the C++ compiler
 """
 
 import json
@@ -24,80 +24,83 @@ try:
 except ImportError:
     torch = None
 
-NO_TORCH = "fam_ext compiles against the torch you use, and torch cannot be imported by {}.\nInstall torch first, then run: \
-pip install --no-build-isolation .\n(or FAM_EXT_BUILD=0 pip install . for the pure-Python package)"
-SIMD_FLAGS = {  # the flags that ATen compiles its own kernels with, so that at::vec has the same width here
+SIMD_FLAGS = {  # as ATen compiles its own kernels, so that at::vec has the same width here
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -DCPU_CAPABILITY_AVX512",
     "avx2": "-mavx2 -mfma -mf16c -DCPU_CAPABILITY_AVX2",
     "default": "-DCPU_CAPABILITY_DEFAULT",
 }
 
 
-def find_compiler():
-    """The command of the C++ compiler, or None."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((name for name in names if shutil.which(shlex.split(name)[0])), None)
-
-
 def simd_level():
-    wanted = os.environ.get("FAM_EXT_SIMD", "native").lower()
-    if wanted == "native":
-        wanted = torch.backends.cpu.get_cpu_capability().lower()
-        wanted = wanted if platform.machine().lower() in ("x86_64", "amd64") and wanted in SIMD_FLAGS else "default"
-    if wanted not in SIMD_FLAGS:
-        raise SystemExit(f"FAM_EXT_SIMD must be native, {', '.join(SIMD_FLAGS)}, got {wanted!r}")
-    return wanted
+    level = os.environ.get("FAM_EXT_SIMD", "native").lower()
+    if level == "native":
+        level = torch.backends.cpu.get_cpu_capability().lower()
+        level = level if level in SIMD_FLAGS else "default"  # aarch64 and others: what the compiler assumes
+    if level not in SIMD_FLAGS:
+        raise SystemExit(f"FAM_EXT_SIMD must be one of native, {', '.join(SIMD_FLAGS)}, got {level!r}")
+    return level
 
 
-def write_record(folder, **facts):
-    """What was built, or why nothing was: read by fam_ext/backends.py before it imports the library."""
-    (Path(folder) / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
+def write_record(in_source, build_lib, **record):
+    """What was built, or why nothing was: fam_ext/backends.py reads it before it imports the library."""
+    folder = Path("." if in_source else build_lib, "fam_ext")
+    (folder / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 class PurePython(build_py):
     def run(self):
         super().run()
-        write_record("fam_ext" if self.editable_mode else Path(self.build_lib) / "fam_ext", built=False, reason=reason)
+        write_record(self.editable_mode, self.build_lib, built=False, reason=reason)
+
+
+class NothingToCompile(build_ext):
+    def run(self):
+        write_record(self.inplace, self.build_lib, built=False, reason=reason)
 
 
 class NeedsTorch(build_ext):
     def run(self):
-        raise SystemExit(NO_TORCH.format(sys.executable))
+        raise SystemExit(
+            f"fam_ext compiles against the torch that will load it, and {sys.executable} has none.\n"
+            "Install torch, then run: pip install --no-build-isolation .\n"
+            "(or, for pure Python: FAM_EXT_BUILD=0 pip install .)"
+        )
 
 
 def native():
-    """The extension and the command that compiles it. CUDA sources will live in csrc/cuda/, apart from the C++ ones."""
-    simd = simd_level()
+    """setup()'s arguments for the extension. CUDA sources have csrc/cuda/ to themselves: object names differ."""
     os.environ["CXX"] = compiler  # torch and setuptools have different defaults
-    version = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout.split("\n")[0]
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    version = subprocess.check_output([*shlex.split(compiler), "--version"], text=True).split("\n")[0]
+    simd, openmp = simd_level(), ["-fopenmp"] if sys.platform == "linux" else []
     flags = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *openmp]
     flags += [f"-DCPU_CAPABILITY={simd.upper()}", *SIMD_FLAGS[simd].split()]
     flags += [f'-DFAM_EXT_TORCH_VERSION="{torch.__version__}"', f'-DFAM_EXT_COMPILER="{version}"']
-    extension = cpp_extension.CppExtension(
-        "fam_ext._C",
-        sources=sources,
-        include_dirs=[str(Path("csrc").resolve())],
-        extra_compile_args=flags,
-        # libgomp comes with libtorch_cpu: linking it again could load a second OpenMP runtime. Clang names another one.
-        extra_link_args=openmp if "clang" in version else [],
-    )
+    # GCC: libgomp comes with libtorch_cpu, and linking it here could load a second OpenMP runtime
+    link = openmp if "clang" in version else []
+    record = {"torch": str(torch.__version__), "python": platform.python_version(), "compiler": version}
+    headers = sorted(map(str, Path("csrc").rglob("*.h")))
+    arguments = {"include_dirs": [os.path.abspath("csrc")], "depends": headers, "extra_link_args": link}
 
     class Build(cpp_extension.BuildExtension):
         def run(self):
             super().run()
-            facts = {"torch": str(torch.__version__), "python": platform.python_version(), "compiler": version, "simd": simd}
-            folder = Path(self.get_ext_fullpath("fam_ext._C")).parent
-            write_record(folder, built=True, **facts, cuda=None, arch_list=[])
+            write_record(
+                self.inplace, self.build_lib, built=True, **record, simd=simd, cuda=None, arch_list=[]
+            )
 
+    extension = cpp_extension.CppExtension("fam_ext._C", sources, extra_compile_args=flags, **arguments)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-sources = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
-compiler = find_compiler()
-if os.environ.get("FAM_EXT_BUILD", "1") == "0" or compiler is None:
-    reason = "no C++ compiler was found" if os.environ.get("FAM_EXT_BUILD", "1") != "0" else "FAM_EXT_BUILD=0 was set"
-    setup(cmdclass={"build_py": PurePython})
+sources = [str(path) for folder in ("csrc", "csrc/cpu") for path in sorted(Path(folder).glob("*.cpp"))]
+names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+compiler = next((name for name in names if shutil.which(shlex.split(name)[0])), None)
+pure = os.environ.get("FAM_EXT_BUILD") == "0"
+if pure or compiler is None:
+    reason = (
+        "FAM_EXT_BUILD=0 was set" if pure else f"no C++ compiler was found (looked for {', '.join(names)})"
+    )
+    setup(cmdclass={"build_py": PurePython, "build_ext": NothingToCompile})
 elif torch is None:
     setup(ext_modules=[Extension("fam_ext._C", sources)], cmdclass={"build_ext": NeedsTorch})
 else:

@@ -35,7 +35,11 @@ def _read_record() -> tuple[dict[str, Any], str | None]:
         record = dict(json.loads(_RECORD.read_text()))
         if not record["built"]:
             return record, f"nothing was compiled: {record['reason']}"
-        built_torch, built_python, simd = str(record["torch"]), str(record["python"]), str(record["simd"]).upper()
+        built_torch, built_python, simd = (
+            str(record["torch"]),
+            str(record["python"]),
+            str(record["simd"]).upper(),
+        )
     except FileNotFoundError:
         return {}, f"no compiled library beside {_RECORD.parent} ({_RECORD.name} is missing); {_REBUILD}"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -43,10 +47,16 @@ def _read_record() -> tuple[dict[str, Any], str | None]:
     if built_torch != str(torch.__version__):
         return record, f"compiled for torch {built_torch}, this is torch {torch.__version__}; {_REBUILD}"
     if _minor(built_python) != _minor(platform.python_version()):
-        return record, f"compiled for Python {built_python}, this is Python {platform.python_version()}; {_REBUILD}"
+        return (
+            record,
+            f"compiled for Python {built_python}, this is Python {platform.python_version()}; {_REBUILD}",
+        )
     here = torch.backends.cpu.get_cpu_capability()
     if not here.startswith({"AVX512": "AVX512", "AVX2": "AVX"}.get(simd, "")):
-        return record, f"compiled for {simd} processors, torch reports {here} for this one; {_REBUILD} with FAM_EXT_SIMD=native"
+        return (
+            record,
+            f"compiled for {simd} processors, torch reports {here} for this one; {_REBUILD} with FAM_EXT_SIMD=native",
+        )
     return record, None
 
 
@@ -60,7 +70,10 @@ def _load() -> tuple[dict[str, Any], str | None]:
     except Exception as error:  # whatever is wrong with the library, importing fam_ext never fails
         return record, f"the compiled library cannot be imported: {error}"
     if facts["torch"] != str(torch.__version__):
-        return record, f"the library itself was compiled for torch {facts['torch']}, this is {torch.__version__}; {_REBUILD}"
+        return (
+            record,
+            f"the library itself was compiled for torch {facts['torch']}, this is {torch.__version__}; {_REBUILD}",
+        )
     return record, None
 
 
@@ -71,7 +84,9 @@ def _find_kernels() -> frozenset[tuple[str, str]]:
     for op in OPERATIONS:
         family = [name for name in names if name == f"fam_ext::{op}" or name.startswith(f"fam_ext::{op}_")]
         for device, key in _DISPATCH_KEYS.items():
-            if family and all(torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key) for name in family):
+            if family and all(
+                torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key) for name in family
+            ):
                 found.add((op, device))
     return frozenset(found)
 
@@ -143,7 +158,11 @@ class Info:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(operation, device, backend, why), one for each line of a table."""
-        return [(op, device, *answer) for op, devices in self.operations.items() for device, answer in devices.items()]
+        return [
+            (op, device, *answer)
+            for op, devices in self.operations.items()
+            for device, answer in devices.items()
+        ]
 
     def __repr__(self) -> str:
         lines = ["  ".join(f"{name} {version or 'not installed'}" for name, version in self.versions.items())]
@@ -151,7 +170,10 @@ class Info:
         lines += [f"  {key}: {value}" for key, value in self.build.items() if value is not None]
         rows = [("operation", "device", "backend", "why"), *self.rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines += ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows]
+        lines += [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        ]
         return "\n".join(lines)
 
 
@@ -162,7 +184,11 @@ def info() -> Info:
     """
     from fam_ext import __version__
 
-    versions: dict[str, str | None] = {"fam_ext": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    versions: dict[str, str | None] = {
+        "fam_ext": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
     try:
         versions["triton"] = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,62 @@
+# `make demo` and `make test` set up .venv first: they need Python >= 3.10, a C++ compiler and a package registry.
+#   PYTHON=python3         the interpreter that .venv is made with
+#   TORCH=torch==2.13.0    what pip installs as torch; pip's options may follow it
+#   ENV=/path/to/python    an interpreter that already holds torch, setuptools and pip: nothing is downloaded, and nothing is
+#                          written to its environment (the package goes to .venv-env, which sees its packages)
+#   DEMO_ARGS, TEST_ARGS   passed to the demo and to pytest
+#   FAM_EXT_BUILD, FAM_EXT_SIMD, CXX in the environment: see setup.py
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ENV ?=
+VENV := $(if $(ENV),.venv-env,.venv)
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SOURCES := setup.py $(shell find csrc -type f)
+WANTED := $(VENV) $(ENV) $(FAM_EXT_BUILD) $(FAM_EXT_SIMD)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-triton lint bench clean setup FORCE
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+demo: setup  ## train with SGD, SAM and FAM on handwritten digits (DEMO_ARGS=--quick)
+	$(PY) examples/digits.py $(DEMO_ARGS)
+
+test: lint  ## lint, then run the tests (TEST_ARGS="-k name")
+	$(PY) -m pytest $(TEST_ARGS)
+
+test-triton: setup  ## run the tests of the Triton kernels in Triton's interpreter, on the CPU
+	@if ls tests/triton/test_*.py >/dev/null 2>&1; then TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(TEST_ARGS); \
+	else echo "no Triton kernel exists yet: nothing to test"; fi
+
+lint: setup  ## ruff, mypy and clang-format, changing nothing
+	@bash tools/lint.sh $(PY) $(ENV)
+
+bench: setup  ## time the operations against their baselines
+	$(PY) bench/run.py $(BENCH_ARGS)
+
+clean:  ## remove the environments and everything that was built
+	rm -rf .venv .venv-env build dist out *.egg-info fam_ext/_C*.so fam_ext/_build.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+setup: build/.stamp
+
+# One library in the tree serves one environment: another one, or other build settings, compile it again.
+build/.stamp: $(VENV)/.stamp $(SOURCES) $(if $(findstring :$(WANTED):,:$(file <build/.stamp):),,FORCE)
+	$(PY) setup.py -q build_ext --inplace --force
+	@mkdir -p build && printf '%s' '$(WANTED)' > $@
+
+.venv/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version if sys.version_info < (3, 10) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PIP) install -q "setuptools>=77" wheel ninja
+	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
+	$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > .venv/constraints.txt
+	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation -c .venv/constraints.txt -e ".[demo,test,lint,bench]"
+	@touch $@
+
+.venv-env/.stamp: pyproject.toml
+	bash tools/overlay.sh "$(ENV)" .venv-env
+	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation --no-deps --no-index -e .
+	@touch $@
