@@ -4,23 +4,23 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(fam_ext, m) {
-    m.def("softmax_trace(Tensor logits, Tensor weight, bool pairwise) -> (Tensor, Tensor)");
-    m.def(
-        "softmax_trace_backward(Tensor grad, Tensor logits, Tensor weight, Tensor saved, bool pairwise, bool grad_logits, "
-        "bool grad_weight) -> (Tensor, Tensor)");
-    m.def(
-        "patch_sqnorm(Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
-    m.def(
-        "patch_sqnorm_backward(Tensor grad, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-        "int groups) -> Tensor");
-    m.def(
-        "head_cross_entropy(Tensor logits, Tensor features, Tensor weight, Tensor target, Tensor? class_weight, "
-        "int ignore_index, float label_smoothing, bool mean, float strength, bool curvature_grad, bool pairwise) "
-        "-> (Tensor, Tensor)");
-    m.def(
-        "head_cross_entropy_forward(Tensor logits, Tensor features, Tensor weight, Tensor target, Tensor? class_weight, "
-        "int ignore_index, float label_smoothing, bool mean, float strength, bool curvature_grad, bool pairwise, "
-        "bool grad_logits, bool grad_features, bool grad_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("softmax_trace(Tensor logits, Tensor weight, bool pairwise) -> (Tensor, Tensor)");
+  m.def(
+      "softmax_trace_backward(Tensor grad, Tensor logits, Tensor weight, Tensor saved, bool pairwise, bool grad_logits, "
+      "bool grad_weight) -> (Tensor, Tensor)");
+  m.def(
+      "patch_sqnorm(Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+  m.def(
+      "patch_sqnorm_backward(Tensor grad, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> Tensor");
+  m.def(
+      "head_cross_entropy(Tensor logits, Tensor features, Tensor weight, Tensor target, Tensor? class_weight, "
+      "int ignore_index, float label_smoothing, bool mean, float strength, bool curvature_grad, bool pairwise) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "head_cross_entropy_forward(Tensor logits, Tensor features, Tensor weight, Tensor target, Tensor? class_weight, "
+      "int ignore_index, float label_smoothing, bool mean, float strength, bool curvature_grad, bool pairwise, "
+      "bool grad_logits, bool grad_features, bool grad_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #define FAM_EXT_STRING_(x) #x
@@ -29,18 +29,18 @@ TORCH_LIBRARY(fam_ext, m) {
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Importing this module registers torch.ops.fam_ext.*";
-    m.def(
-        "facts",
-        [] {
-            py::dict facts;
-            facts["torch"] = FAM_EXT_TORCH_VERSION;
-            facts["python"] = PY_VERSION;
-            facts["compiler"] = FAM_EXT_COMPILER;
-            facts["simd"] = FAM_EXT_STRING(CPU_CAPABILITY);
-            facts["cuda"] = py::none();
-            facts["arch_list"] = py::list();
-            return facts;
-        },
-        "What this library was compiled with: torch, python, compiler, simd, cuda (or None), arch_list.");
+  m.doc() = "Importing this module registers torch.ops.fam_ext.*";
+  m.def(
+      "facts",
+      [] {
+        py::dict facts;
+        facts["torch"] = FAM_EXT_TORCH_VERSION;
+        facts["python"] = PY_VERSION;
+        facts["compiler"] = __VERSION__;
+        facts["simd"] = FAM_EXT_STRING(CPU_CAPABILITY);
+        facts["cuda"] = py::none();
+        facts["arch_list"] = py::list();
+        return facts;
+      },
+      "What this library was compiled with: torch, python, compiler, simd, cuda (or None), arch_list.");
 }
