@@ -1,5 +1,6 @@
-// patch_sqnorm on the CPU: squares summed over a group's channels, then over the kernel's window along one axis at a time.
-// Windows are summed directly: all terms are non-negative, so nothing cancels as differences of running sums would.
+// patch_sqnorm on the CPU: squares summed over a group's channels, then over the kernel's window along one axis at a
+// time. Windows are summed directly: all terms are non-negative, so nothing cancels as differences of running sums
+// would.
 #include "patch_sqnorm.h"
 
 #include <ATen/Parallel.h>
@@ -14,7 +15,7 @@ namespace {
 
 using namespace patches;
 
-constexpr int64_t kBlock = 4096;  // elements of channel sums worked on at once: they stay in the first-level cache
+constexpr int64_t kBlock = 4096;   // elements of channel sums worked on at once: they stay in the first-level cache
 constexpr int64_t kGrain = 32768;  // elements of the input that are worth a thread
 
 at::DimVector output_sizes(const at::Tensor& input, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
@@ -37,8 +38,8 @@ at::DimVector output_sizes(const at::Tensor& input, IntArrayRef kernel, IntArray
   return sizes;
 }
 
-// ---- Tiles: boxes of the output (forward) or of the input (backward), one task each. Every output's terms are added in the
-// same order whatever the tiles are, so results do not depend on the number of threads. ----
+// ---- Tiles: boxes of the output (forward) or of the input (backward), one task each. Every output's terms are added
+// in the same order whatever the tiles are, so results do not depend on the number of threads. ----
 
 struct Tiling {
   std::array<int64_t, 3> extent, size, count;  // along D, H, W
@@ -66,8 +67,10 @@ struct Tiling {
     for (int a = 0; a < 3; ++a) count[a] = ceil_div(extent[a], size[a]);
     grain = std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, work));
 
-    const auto other = [forward](const Axis& a, int64_t n) {  // the longest range on the other side of n outputs or inputs
-      return forward ? std::min(a.in, (n - 1) * a.stride + a.halo() + 1) : std::min(a.out, (n + a.halo()) / a.stride + 1);
+    const auto other = [forward](const Axis& a,
+                                 int64_t n) {  // the longest range on the other side of n outputs or inputs
+      return forward ? std::min(a.in, (n - 1) * a.stride + a.halo() + 1)
+                     : std::min(a.out, (n + a.halo()) / a.stride + 1);
     };
     const int64_t inputs = forward ? other(w, size[2]) : size[2], outputs = forward ? size[2] : other(w, size[2]);
     rows = g.pointwise ? 0 : std::max(kBlock, inputs * g.inner);
@@ -215,11 +218,16 @@ void for_each_tile(const Geometry& g, bool forward, const F& f) {
 template <typename F>  // f(S(), T()) for the tensor's dtype S and its accumulation dtype T
 void dispatch(const at::Tensor& input, const F& f) {
   switch (input.scalar_type()) {
-    case at::kFloat: return f(float(), float());
-    case at::kDouble: return f(double(), double());
-    case at::kBFloat16: return f(c10::BFloat16(), float());
-    case at::kHalf: return f(c10::Half(), float());
-    default: TORCH_CHECK_TYPE(false, "patch_sqnorm: input must be a floating tensor, got ", input.scalar_type());
+    case at::kFloat:
+      return f(float(), float());
+    case at::kDouble:
+      return f(double(), double());
+    case at::kBFloat16:
+      return f(c10::BFloat16(), float());
+    case at::kHalf:
+      return f(c10::Half(), float());
+    default:
+      TORCH_CHECK_TYPE(false, "patch_sqnorm: input must be a floating tensor, got ", input.scalar_type());
   }
 }
 
@@ -247,8 +255,8 @@ at::Tensor patch_sqnorm(const at::Tensor& input, IntArrayRef kernel, IntArrayRef
   return inside ? out.movedim(-1, 1) : out;
 }
 
-at::Tensor patch_sqnorm_backward(const at::Tensor& grad, const at::Tensor& input, IntArrayRef kernel, IntArrayRef stride,
-                                 IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+at::Tensor patch_sqnorm_backward(const at::Tensor& grad, const at::Tensor& input, IntArrayRef kernel,
+                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const at::DimVector sizes = output_sizes(input, kernel, stride, padding, dilation, groups);
   TORCH_CHECK_VALUE(grad.sizes() == IntArrayRef(sizes) && grad.scalar_type() == accumulation_type(input),
                     "patch_sqnorm_backward: grad must have shape ", IntArrayRef(sizes), " and dtype ",

@@ -1,4 +1,5 @@
-// What the patch_sqnorm kernels are made of: the geometry of windows over a strided input, sums over channels and along rows.
+// What the patch_sqnorm kernels are made of: the geometry of windows over a strided input, sums over channels and along
+// rows.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -53,14 +54,17 @@ void add(T* target, const T* source, int64_t n) {
   }
 }
 
-// ---- Geometry: sizes (B, D, H, W), missing axes have size 1; the output is (B, outer groups, D, H, W, inner groups) ----
+// ---- Geometry: sizes (B, D, H, W), missing axes have size 1; the output is (B, outer groups, D, H, W, inner groups)
+// ----
 
 struct Range {
   int64_t begin, end;
   int64_t size() const { return std::max<int64_t>(0, end - begin); }
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return b == 1 ? a : (a + b - 1) / b; }  // for a <= 0 some number <= 0, enough below
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return b == 1 ? a : (a + b - 1) / b;
+}  // for a <= 0 some number <= 0, enough below
 
 struct Axis {
   int64_t in = 1, out = 1, kernel = 1, stride = 1, pad = 0, dilation = 1;
@@ -86,16 +90,23 @@ struct Axis {
     }
     return false;
   }
-  Range inputs_of(Range o) const { return {std::max<int64_t>(0, tap(o.begin, 0)), std::min(in, tap(o.end - 1, kernel - 1) + 1)}; }
+  Range inputs_of(Range o) const {
+    return {std::max<int64_t>(0, tap(o.begin, 0)), std::min(in, tap(o.end - 1, kernel - 1) + 1)};
+  }
   Range outputs_of(Range i) const {
-    return {std::max<int64_t>(0, ceil_div(i.begin + pad - halo(), stride)), std::min(out, (i.end - 1 + pad) / stride + 1)};
+    return {std::max<int64_t>(0, ceil_div(i.begin + pad - halo(), stride)),
+            std::min(out, (i.end - 1 + pad) / stride + 1)};
   }
 };
 
-enum class Layout { kPositions, kChannels, kStrided };  // what is contiguous: neighbouring positions, a group's channels, neither
+enum class Layout {
+  kPositions,
+  kChannels,
+  kStrided
+};  // what is contiguous: neighbouring positions, a group's channels, neither
 
 struct Geometry {
-  std::array<Axis, 4> axes;  // B, D, H, W
+  std::array<Axis, 4> axes;        // B, D, H, W
   int64_t outer, inner, channels;  // groups outside and inside of the positions; channels per group
   int64_t x_channel, dx_channel;
   bool pointwise, rows_join;  // whether consecutive rows of W positions follow each other in memory
@@ -111,8 +122,8 @@ inline bool groups_inside(const at::Tensor& input, int64_t groups) {
   return input.dim() == 2 || (groups > 1 && input.movedim(1, -1).is_contiguous() && !input.is_contiguous());
 }
 
-inline Geometry make_geometry(const at::Tensor& x, const at::Tensor& dx, IntArrayRef out, IntArrayRef kernel, IntArrayRef stride,
-                       IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+inline Geometry make_geometry(const at::Tensor& x, const at::Tensor& dx, IntArrayRef out, IntArrayRef kernel,
+                              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   Geometry g;
   const bool inside = groups_inside(x, groups);
   g.outer = inside ? 1 : groups;
@@ -191,10 +202,17 @@ void channel_squares(const Geometry& g, const S* x, int64_t n, T* sums) {
     for (int64_t c = 0; c < g.channels; c += 4) {
       const S* start = x + c * channel;
       switch (std::min<int64_t>(4, g.channels - c)) {
-        case 1: add_squares<S, T, 1>(start, channel, c == 0, n * g.inner, sums); break;
-        case 2: add_squares<S, T, 2>(start, channel, c == 0, n * g.inner, sums); break;
-        case 3: add_squares<S, T, 3>(start, channel, c == 0, n * g.inner, sums); break;
-        default: add_squares<S, T, 4>(start, channel, c == 0, n * g.inner, sums);
+        case 1:
+          add_squares<S, T, 1>(start, channel, c == 0, n * g.inner, sums);
+          break;
+        case 2:
+          add_squares<S, T, 2>(start, channel, c == 0, n * g.inner, sums);
+          break;
+        case 3:
+          add_squares<S, T, 3>(start, channel, c == 0, n * g.inner, sums);
+          break;
+        default:
+          add_squares<S, T, 4>(start, channel, c == 0, n * g.inner, sums);
       }
     }
     return;
@@ -218,7 +236,9 @@ template <typename S, typename T>  // dx = 2 t x; t: (n, inner)
 void scale_channels(const Geometry& g, const S* x, const T* t, int64_t n, S* dx) {
   constexpr int64_t L = Vec<T>::size();
   const Axis& w = g.axes[3];
-  const auto scale = [](const S* from, const Vec<T>& v, S* to, int64_t m) { store<S, T>(to, (v + v) * load<S, T>(from, m), m); };
+  const auto scale = [](const S* from, const Vec<T>& v, S* to, int64_t m) {
+    store<S, T>(to, (v + v) * load<S, T>(from, m), m);
+  };
   if (g.layout == Layout::kPositions) {
     for (int64_t c = 0; c < g.channels; ++c) {
       for (int64_t i = 0; i < n * g.inner; i += L) {
@@ -234,7 +254,8 @@ void scale_channels(const Geometry& g, const S* x, const T* t, int64_t n, S* dx)
       S* to = dx + i * w.dx_step + group * g.channels * g.dx_channel;
       const T factor = t[i * g.inner + group];
       if (g.layout == Layout::kChannels) {
-        for (int64_t c = 0; c < g.channels; c += L) scale(from + c, Vec<T>(factor), to + c, std::min(L, g.channels - c));
+        for (int64_t c = 0; c < g.channels; c += L)
+          scale(from + c, Vec<T>(factor), to + c, std::min(L, g.channels - c));
       } else {
         for (int64_t c = 0; c < g.channels; ++c) {
           to[c * g.dx_channel] = static_cast<S>((factor + factor) * static_cast<T>(from[c * g.x_channel]));
@@ -246,7 +267,8 @@ void scale_channels(const Geometry& g, const S* x, const T* t, int64_t n, S* dx)
 
 // ---- Window sums along W ----
 
-// gather: line[o] += row[tap], the forward pass; otherwise row[tap] += line[o], its transpose. Both start at their range's begin.
+// gather: line[o] += row[tap], the forward pass; otherwise row[tap] += line[o], its transpose. Both start at their
+// range's begin.
 template <bool gather, typename T>
 void window(const Geometry& g, std::conditional_t<gather, const T, T>* row, Range inputs,
             std::conditional_t<gather, T, const T>* line, Range outputs) {

@@ -29,28 +29,29 @@ def patch_sqnorm(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Squared norm of the input patch at every output position of a convolution; patches are never materialised.
+    """Squared norm of the input patch at every output position of a convolution, patches never materialised.
 
     out[b, g, pos] = sum_{c in group g} sum_{j in kernel} x[b, c, pos * stride - padding + j * dilation]^2
 
-    This is the factor ||phi||^2 that the curvature of a layer which is linear in its weight carries (Petzka et al. 2021,
+    This is the factor ||phi||^2 in the curvature of a layer with respect to its weight (Petzka et al. 2021,
     arXiv 2001.00939). The arguments mean what they mean for torch.nn.Conv1d, Conv2d and Conv3d.
 
     Args:
-        input: (B, C, *spatial) with 1, 2 or 3 spatial axes, any strides, float32, float64, bfloat16 or float16; or
-            the rows (N, I) of a linear layer, with kernel_size=(). Pass a single sample as input.unsqueeze(0).
+        input: (B, C, *spatial) with 1 to 3 spatial axes, any strides, float32, float64, bfloat16 or float16,
+            or the rows (N, I) of a linear layer with kernel_size=(). A single sample is input.unsqueeze(0).
         kernel_size, stride, dilation: one integer, or one per spatial axis.
-        padding: one integer or one per spatial axis, "valid", or "same" (stride 1; of an odd total, the larger half
-            comes last).
+        padding: one integer or one per spatial axis, "valid", or "same" (stride 1; the larger half of an odd
+            total comes last).
         groups: channel groups; each has its own norm.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         backend: "auto", "reference" or "native".
 
     Returns:
-        (B, groups, *out), or (N, groups) for rows; float64 for a float64 input, else float32. Differentiable once.
+        (B, groups, *out), or (N, groups) for rows; float64 for a float64 input, else float32. The native
+        backend can be differentiated once.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank or range; a kernel larger than the padded input.
+        TypeError, ValueError: an argument of a wrong type, rank or range; a kernel beyond the padded input.
         RuntimeError: a backend asked for by name that is not available.
     """
     _checks.check_floating(_NAME, "input", input)
@@ -120,7 +121,7 @@ def _padding(
 
 
 def _check_extent(input: Tensor, kernel: Ints, dilation: Ints, before: Ints, after: Ints, mode: str) -> None:
-    """Raise ValueError where the kernel exceeds the padded input, or the input is too small for its padding mode."""
+    """Raise ValueError where the kernel exceeds the padded input, or the padding what its mode allows."""
     for axis, (size, k, d) in enumerate(zip(input.shape[2:], kernel, dilation, strict=True)):
         extent, padded = d * (k - 1) + 1, size + before[axis] + after[axis]
         if extent > padded:

@@ -1,4 +1,4 @@
-"""patch_sqnorm in plain PyTorch: squares, a sum over each group's channels, then window sums along each spatial axis."""
+"""patch_sqnorm in plain PyTorch: squares summed over each group's channels, then window sums axis by axis."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def patch_sqnorm(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Squared norm of every patch, (B, C, *spatial) -> (B, groups, *out); see fam_ext.functional.patch_sqnorm.
+    """Squared norm of every patch, (B, C, *spatial) -> (B, groups, *out); see fam_ext.ops.patch_sqnorm.
 
-    One integer per spatial axis in each argument; zeros are padded on both sides. Window sums over views rather than
-    a convolution with ones, which may use reduced-precision products (TF32) or transforms that subtract (Winograd).
+    One integer per spatial axis in each argument; zeros are padded on both sides. Window sums over views, not
+    a convolution with ones, which may use reduced-precision products (TF32) or subtract (Winograd).
     """
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     batch, channels, *spatial = input.shape
