@@ -267,8 +267,7 @@ void scale_channels(const Geometry& g, const S* x, const T* t, int64_t n, S* dx)
 
 // ---- Window sums along W ----
 
-// gather: line[o] += row[tap], the forward pass; otherwise row[tap] += line[o], its transpose. Both start at their
-// range's begin.
+// gather: line[o] += row[tap], the forward pass; otherwise row[tap] += line[o], its transpose. Each starts at its range.
 template <bool gather, typename T>
 void window(const Geometry& g, std::conditional_t<gather, const T, T>* row, Range inputs,
             std::conditional_t<gather, T, const T>* line, Range outputs) {
