@@ -1,0 +1,244 @@
+"""The forward hook that keeps a layer's input for the loss, and nothing longer than the graph it belongs to.
+
+The layer's input (features phi) is stored on the autograd node that made the layer's output z (`Node.metadata`): it lives
+as long as z's graph, through views and casts of z, and is gone with it when a batch is skipped. Only weak references are
+kept elsewhere.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from fam_ext import _checks, layout
+from fam_ext.errors import UnsupportedError
+
+_ATTRIBUTE = "_fam_ext_capture"  # on z itself where z has no autograd node
+
+
+class Capture:
+    """One forward call of the layer: its input, its weight at that moment, the shape and version of its output."""
+
+    __slots__ = ("__weakref__", "features", "features_ref", "output_version", "shape", "version", "weight")
+
+    def __init__(self, features: Tensor | None, weight: Tensor | None, output: Tensor | None) -> None:
+        self.features = features
+        self.features_ref: TensorWeakRef | None = None
+        self.weight = weight
+        if features is not None and output is not None:
+            self.version = -1 if features.is_inference() else features._version
+            self.output_version = -1 if output.is_inference() else output._version
+            self.shape = tuple(output.shape)
+
+    def release(self) -> None:
+        """Keep the features by weak reference only: a second loss on the same output still finds them in the graph."""
+        if self.features is not None:
+            self.features_ref = TensorWeakRef(self.features)
+            self.features = None
+
+    def take(self, caller: str) -> Tensor:
+        """The features, released."""
+        self.release()
+        features = None if self.features_ref is None else self.features_ref()
+        if features is None:
+            raise UnsupportedError(
+                f"{caller}: the features of this forward call are gone, they were used by an earlier loss; call the model again"
+            )
+        return features
+
+    def __reduce__(self) -> Any:
+        return Capture, (None, None, None)  # a copied or saved tensor carries no features
+
+
+class LayerHook:
+    """Forward hook of one criterion on its layer. A copy of the layer carries an inert hook, tied to no criterion."""
+
+    def __init__(self, owner: Any = None) -> None:
+        self.owner = None if owner is None else weakref.ref(owner)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            _outside_graph(self, module, args, kwargs, output)
+            return
+        owner = None if self.owner is None else self.owner()
+        if owner is None or not owner.training or not (module.training or owner.any_mode):
+            return
+        owner.captures.record(module, args[0] if args else kwargs.get("input"), output, owner.any_mode)
+
+    def __reduce__(self) -> Any:
+        return LayerHook, ()
+
+
+@torch.compiler.disable(recursive=True)
+def _outside_graph(
+    hook: LayerHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    hook(module, args, kwargs, output)
+
+
+def layer_weight(layer: nn.Module) -> Tensor:
+    """The weight that the forward pass just used: parametrizations are evaluated without updating their state."""
+    parametrizations = getattr(layer, "parametrizations", None)
+    if parametrizations is None or "weight" not in parametrizations:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return weight
+    training = [m for m in parametrizations["weight"].modules() if m.training]
+    try:
+        for m in training:
+            m.training = False  # spectral_norm would take another power iteration
+        return layer.weight  # type: ignore[return-value]
+    finally:
+        for m in training:
+            m.training = True
+
+
+class Captures:
+    """The forward calls of one criterion's layer that no loss has used yet."""
+
+    def __init__(self) -> None:
+        self.pending: list[weakref.ref[Capture]] = []
+        self.called_without_grad = False
+
+    def record(self, layer: nn.Module, features: Any, output: Any, without_grad: bool) -> None:
+        if not torch.is_grad_enabled() and not without_grad:
+            self.called_without_grad = True
+            return
+        if not isinstance(features, Tensor) or not isinstance(output, Tensor):
+            return
+        capture = Capture(features, layer_weight(layer), output)
+        if self.pending:
+            self.pending = [ref for ref in self.pending if ref() is not None]
+        node = output.grad_fn
+        if node is not None:
+            node.metadata[(self, output.output_nr)] = capture
+        else:
+            captures = output.__dict__.setdefault(_ATTRIBUTE, {})
+            captures[id(self)] = capture
+        if torch.is_grad_enabled():
+            self.pending.append(weakref.ref(capture))
+            self.called_without_grad = False
+
+    def reset(self) -> None:
+        for ref in self.pending:
+            capture = ref()
+            if capture is not None:
+                capture.features = None
+        self.pending = []
+        self.called_without_grad = False
+
+    def take(
+        self, caller: str, outputs: Tensor, class_dim: int
+    ) -> tuple[Capture, Tensor, layout.Layout | None]:
+        """The capture that `outputs` belongs to, its features, and the layout of `outputs` (None: z itself)."""
+        node = outputs.grad_fn
+        capture: Capture | None = None if node is None else node.metadata.get((self, outputs.output_nr))  # type: ignore[call-overload]
+        found: layout.Layout | None = None
+        steps: list[Any] = []
+        blocked = None
+        if capture is None and node is None:
+            capture, steps = self._without_node(outputs)
+        elif capture is None:
+            try:
+                hit = layout.find(outputs, self)
+                if hit is not None:
+                    capture, steps = hit
+            except layout.NotLayout as error:
+                blocked = str(error)
+        alive = [c for c in (ref() for ref in self.pending) if c is not None and c.features is not None]
+        if capture is None or len(alive) > 1 or (alive and alive[0] is not capture):
+            self._explain(caller, outputs, capture, alive, blocked)
+        if outputs._version not in (0, capture.output_version) if not outputs.is_inference() else False:
+            raise UnsupportedError(
+                f"{caller}: outputs were modified in place after the layer returned them; the layer is no head of this criterion "
+                "then. Use an out-of-place operation and regularize the layer whose own output the criterion receives"
+            )
+        if steps:
+            try:
+                dim = class_dim % len(capture.shape)
+                found = layout.replay(steps, capture.shape, dim, outputs.device)
+            except layout.NotLayout as error:
+                self._refuse(caller, str(error))
+        features = capture.take(caller)
+        self.pending = []
+        if capture.version >= 0 and features._version != capture.version:
+            raise UnsupportedError(
+                f"{caller}: the layer's input was modified in place after the layer used it; use an out-of-place operation"
+            )
+        return capture, features, found
+
+    def _without_node(self, outputs: Tensor) -> tuple[Capture | None, list[Any]]:
+        """z that requires no gradient carries its capture itself; a contiguous view of it has its rows in order."""
+        for z in (outputs, outputs._base):
+            captures = None if z is None else z.__dict__.get(_ATTRIBUTE)
+            capture = None if captures is None else captures.get(id(self))
+            if capture is None:
+                continue
+            if z is outputs:
+                return capture, []
+            if z is not None and outputs.is_contiguous() and z.is_contiguous() and outputs.numel() == z.numel():
+                return capture, [(_View, tuple(outputs.shape))]
+        return None, []
+
+    def _explain(
+        self, caller: str, outputs: Tensor, capture: Capture | None, alive: list[Capture], blocked: str | None
+    ) -> None:
+        if len(alive) > 1:
+            raise UnsupportedError(
+                f"{caller}: the layer was called {len(alive)} times since the last loss and all of its outputs are alive; one "
+                "weight used several times is not a head. Call the criterion after each forward call, or reset() it to drop "
+                "calls that no loss follows"
+            )
+        if capture is not None:
+            raise UnsupportedError(
+                f"{caller}: outputs are those of an earlier forward call of the layer, and a later one is still without a loss; "
+                "call the criterion after each forward call, or reset() it to drop the later one"
+            )
+        if not alive:
+            if self.called_without_grad:
+                raise UnsupportedError(
+                    f"{caller}: the layer was called under torch.no_grad or inference_mode (or by reentrant checkpointing), so its "
+                    "output has no graph; call the model with gradients enabled, or call criterion.eval() for the plain loss"
+                )
+            raise UnsupportedError(
+                f"{caller}: the layer was not called since the last loss; call the model in training mode before each call of the "
+                "criterion, and check that `layer` is the very module the model uses"
+            )
+        if not outputs.requires_grad:
+            raise UnsupportedError(
+                f"{caller}: outputs do not require grad although the layer's output does; do not detach them, or call "
+                "criterion.eval() for the plain loss"
+            )
+        self._refuse(caller, blocked)
+
+    def _refuse(self, caller: str, blocked: str | None) -> None:
+        hints = {
+            "LogSoftmaxBackward0": "pass the logits to CrossEntropyLoss instead of log_softmax",
+            "SoftmaxBackward0": "pass the logits instead of probabilities",
+            "SigmoidBackward0": "pass the logits to BCEWithLogitsLoss instead of probabilities",
+        }
+        between = "" if blocked is None else f" ({blocked.removesuffix('0').removesuffix('Backward')} is in between)"
+        hint = hints.get(blocked or "", "pass the last layer, whose output the criterion receives, as `layer`")
+        raise UnsupportedError(
+            f"{caller}: the criterion's input is not the output of `layer`{between}, so the layer is not a head of this "
+            f"criterion; layers that are not heads are not supported yet: {hint}"
+        )
+
+
+class _View:
+    """Stands for the view of a tensor without graph."""
+
+    @staticmethod
+    def name() -> str:
+        return "ViewBackward0"
+
+
+def check_tensor(caller: str, outputs: object) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        _checks.bad_type(
+            caller, "outputs", "the tensor the layer returned (of a model's output object, its logits)", outputs
+        )
+    return outputs
