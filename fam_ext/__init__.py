@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
+from fam_ext import functional, schedules
+from fam_ext.backends import info
 from fam_ext.errors import UnsupportedError
+from fam_ext.functional import relative_flatness
+from fam_ext.loss import FAMLoss, RelativeFlatness
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,12 +19,3 @@ __all__ = [
     "relative_flatness",
     "schedules",
 ]
-_HOME = {"FAMLoss": "loss", "RelativeFlatness": "loss", "relative_flatness": "functional", "info": "backends"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("functional", "schedules"):
-        return importlib.import_module(f"fam_ext.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"fam_ext.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'fam_ext' has no attribute {name!r}")

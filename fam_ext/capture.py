@@ -23,7 +23,7 @@ _ATTRIBUTE = "_fam_ext_capture"  # on z itself where z has no autograd node
 class Capture:
     """One forward call of the layer: its input, its weight at that moment, the shape and version of its output."""
 
-    __slots__ = ("__weakref__", "features", "features_ref", "output_version", "shape", "version", "weight")
+    __slots__ = ("__weakref__", "dtype", "features", "features_ref", "output_version", "shape", "version", "weight")
 
     def __init__(self, features: Tensor | None, weight: Tensor | None, output: Tensor | None) -> None:
         self.features = features
@@ -33,6 +33,7 @@ class Capture:
             self.version = -1 if features.is_inference() else features._version
             self.output_version = -1 if output.is_inference() else output._version
             self.shape = tuple(output.shape)
+            self.dtype = output.dtype
 
     def release(self) -> None:
         """Keep the features by weak reference only: a second loss on the same output still finds them in the graph."""
@@ -149,9 +150,11 @@ class Captures:
             except layout.NotLayout as error:
                 blocked = str(error)
         alive = [c for c in (ref() for ref in self.pending) if c is not None and c.features is not None]
-        if capture is None or len(alive) > 1 or (alive and alive[0] is not capture):
+        # a call without grad leaves another call's pending loss alone (RelativeFlatness beside a training step)
+        apart = capture is not None and capture.features is not None and capture not in alive
+        if capture is None or (not apart and (len(alive) > 1 or (alive and alive[0] is not capture))):
             self._explain(caller, outputs, capture, alive, blocked)
-        if outputs._version not in (0, capture.output_version) if not outputs.is_inference() else False:
+        if not outputs.is_inference() and outputs._version not in (0, capture.output_version):
             raise UnsupportedError(
                 f"{caller}: outputs were modified in place after the layer returned them; the layer is no head of this criterion "
                 "then. Use an out-of-place operation and regularize the layer whose own output the criterion receives"
@@ -163,7 +166,8 @@ class Captures:
             except layout.NotLayout as error:
                 self._refuse(caller, str(error))
         features = capture.take(caller)
-        self.pending = []
+        if not apart:
+            self.pending = []
         if capture.version >= 0 and features._version != capture.version:
             raise UnsupportedError(
                 f"{caller}: the layer's input was modified in place after the layer used it; use an out-of-place operation"

@@ -1,0 +1,149 @@
+"""The operations as functions, and relative flatness of a linear head from its tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fam_ext import _checks, criteria
+from fam_ext.heads import element_traces, row_traces, weight_factor
+from fam_ext.ops.head_cross_entropy import head_cross_entropy
+from fam_ext.ops.patch_sqnorm import patch_sqnorm
+from fam_ext.ops.softmax_trace import softmax_trace
+from fam_ext.terms import Options
+
+__all__ = ["head_cross_entropy", "patch_sqnorm", "relative_flatness", "softmax_trace"]
+
+_NAME = "relative_flatness"
+_LOSSES = ("cross_entropy", "mse", "bce_with_logits", "poisson_nll", "gaussian_nll")
+
+
+def relative_flatness(
+    features: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    *,
+    loss: str = "cross_entropy",
+    target: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    normalize: str | None = None,
+    measure: str = "neuronwise",
+    norm_power: int = 2,
+    curvature_grad: bool = True,
+    pos_weight: Tensor | None = None,
+    element_weight: Tensor | None = None,
+    variance: Tensor | float | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Relative flatness of a linear head from its tensors.
+
+    .. math:: \kappa = \sum_{s,s'} \langle w_s, w_{s'} \rangle \, \mathrm{Tr}(H_{s,s'})
+                    = \sum_i \|\phi_i\|^2 \, \mathrm{Tr}(W^\top \Lambda_i W)
+
+    for z = phi W^T (+ bias), with H the Hessian of the loss with respect to W and Lambda_i that of row i with respect to z_i
+    (Petzka et al. 2021, Definition 3).
+
+    Args:
+        features: phi, (*rows, I). weight: W, (O, I). logits: z, (*rows, O), the classes last.
+        loss: "cross_entropy", "mse", "bce_with_logits", "poisson_nll" (log input) or "gaussian_nll" (needs `variance`).
+        target: class indices (*rows) or probabilities (*rows, O); for the other losses (*rows, O). None where the Hessian does
+            not depend on it: needed with class_weight or pos_weight, and for ignored rows.
+        class_weight, ignore_index, label_smoothing: of cross-entropy, as in torch.
+        pos_weight, element_weight: as pos_weight and weight of BCE with logits; element_weight is the weight of MSE too.
+        variance, eps: as var and eps of torch.nn.functional.gaussian_nll_loss.
+        reduction: "mean", "sum", or "none" for the share of each row (of each element for the other losses).
+        normalize: None, or "fan_in" to divide by I.
+        measure, norm_power, curvature_grad, backend: as in FAMLoss.
+
+    Returns:
+        kappa, 0-d, differentiable in features, weight and logits; float64 if an input is, else float32.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+    options = Options(_NAME, measure, "hessian", "auto", 1, normalize, norm_power, curvature_grad, None, backend)
+    for argument, value in (("features", features), ("weight", weight), ("logits", logits)):
+        _checks.check_floating(_NAME, argument, value)
+    if weight.dim() != 2:
+        _checks.bad_value(_NAME, "weight", "of shape (O, I)", weight)
+    outputs, fan_in = weight.shape
+    if features.dim() < 1 or features.shape[-1] != fan_in:
+        _checks.bad_value(_NAME, "features", f"of shape (*rows, {fan_in})", features)
+    rows = features.shape[:-1]
+    if logits.shape != (*rows, outputs):
+        _checks.bad_value(_NAME, "logits", f"of shape {(*rows, outputs)}", logits)
+    _checks.check_same_device(_NAME, features=features, weight=weight, logits=logits, target=target)
+    _checks.check_choice(_NAME, "loss", loss, _LOSSES)
+    _checks.check_choice(_NAME, "reduction", reduction, ("mean", "sum", "none"))
+    _check_options(loss, target, class_weight, label_smoothing, pos_weight, element_weight, variance)
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        held = not curvature_grad
+        z = logits.detach() if held else logits
+        norms = patch_sqnorm((features.detach() if held else features).reshape(-1, fan_in), (), backend=backend)
+        z2 = z.reshape(-1, outputs)
+        if loss == "cross_entropy":
+            soft = target is not None and target.is_floating_point()
+            if target is not None and target.shape != (logits.shape if soft else rows):
+                _checks.bad_value(_NAME, "target", f"of shape {tuple(logits.shape if soft else rows)}", target)
+            flat = None if target is None else target.reshape(-1, outputs) if soft else target.reshape(-1)
+            c = criteria.CrossEntropy(flat, reduction, class_weight, ignore_index, label_smoothing).coefficients(z2)
+            traces = row_traces(z2, weight, norms, measure, options.backend)
+            terms = torch.where(c == 0, 0.0, c * traces).reshape(rows)
+        else:
+            bound = _elementwise(loss, target, reduction, pos_weight, element_weight, variance, eps)
+            bound.check(_NAME, logits)
+            h = bound.diagonal(z)
+            terms = element_traces(h.detach() if held else h, weight, norms.reshape(*rows, 1), measure)
+        factor = weight_factor(weight, measure, norm_power)
+        if factor is not None:
+            terms = terms * factor
+        if normalize is not None:
+            terms = terms / fan_in
+        return terms if reduction == "none" else terms.sum()
+
+
+def _elementwise(
+    loss: str, target: Any, reduction: str, pos_weight: Any, element_weight: Any, variance: Any, eps: float
+) -> criteria.Bound:
+    if loss == "mse":
+        return criteria.MeanSquaredError(target, reduction, element_weight)
+    if loss == "bce_with_logits":
+        return criteria.BinaryCrossEntropy(target, reduction, element_weight, pos_weight)
+    if loss == "poisson_nll":
+        return criteria.PoissonNLL(target, reduction)
+    return criteria.GaussianNLL(target, reduction, variance, eps)
+
+
+def _check_options(
+    loss: str, target: Any, class_weight: Any, label_smoothing: float, pos_weight: Any, element_weight: Any, variance: Any
+) -> None:
+    """Refuse an option that the loss would ignore, and a missing target that it needs."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        _checks.bad_value(_NAME, "label_smoothing", "between 0 and 1", label_smoothing)
+    allowed = {
+        "class_weight": loss == "cross_entropy",
+        "label_smoothing": loss == "cross_entropy",
+        "pos_weight": loss == "bce_with_logits",
+        "element_weight": loss in ("bce_with_logits", "mse"),
+        "variance": loss == "gaussian_nll",
+    }
+    given = {
+        "class_weight": class_weight is not None,
+        "label_smoothing": label_smoothing != 0,
+        "pos_weight": pos_weight is not None,
+        "element_weight": element_weight is not None,
+        "variance": variance is not None,
+    }
+    for argument, present in given.items():
+        if present and not allowed[argument]:
+            _checks.bad_value(_NAME, argument, f"left out with loss={loss!r}", "a value")
+    if target is None and (class_weight is not None or pos_weight is not None):
+        _checks.bad_value(_NAME, "target", "given where class_weight or pos_weight is", None)
+    if loss == "gaussian_nll" and variance is None:
+        _checks.bad_value(_NAME, "variance", "given with loss='gaussian_nll'", None)

@@ -1,0 +1,172 @@
+"""Closed form of relative flatness where the layer's output is what the criterion receives.
+
+z is linear in the weight there, so for a loss that is a sum over rows of l_i(z_i), with Lambda_i the Hessian of l_i,
+kappa = sum_i |phi_i|^2 Tr(W^T Lambda_i W). Layers are read here (features -> |phi|^2, fan-in, groups) and each measure is
+formed from a criterion's row coefficients or Hessian diagonal, which fam_ext.criteria provides.
+
+Shapes: rows (*rows), channel-first logits (B, O, *positions), norms |phi|^2 (*rows, groups), weight (O, I) with a
+convolution's kernel flattened into I.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from fam_ext import _checks
+from fam_ext.errors import UnsupportedError
+from fam_ext.ops.patch_sqnorm import patch_sqnorm
+from fam_ext.ops.softmax_trace import softmax_trace
+from fam_ext.reference.softmax_trace import accumulation_dtype
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MEASURES = ("neuronwise", "layerwise", "trace")
+LATER_MEASURES = ("layerwise_eigenvalue", "neuronwise_eigenvalue")
+
+
+class Layer:
+    """What the closed form needs to know of an nn.Linear or nn.Conv1d/2d/3d."""
+
+    def __init__(self, caller: str, module: object) -> None:
+        if not isinstance(module, nn.Module):
+            _checks.bad_type(caller, "layer", "a module (for its name use for_model)", module)
+        kind = type(module).__name__
+        if not isinstance(module, LAYERS) or isinstance(module, nn.modules.conv._ConvTransposeNd):
+            raise UnsupportedError(
+                f"{caller}: layer must be nn.Linear or nn.Conv1d/2d/3d, got {kind}; pass the Linear or Conv layer whose output "
+                "the criterion receives"
+            )
+        if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
+            raise UnsupportedError(
+                f"{caller}: layer is a {kind} whose weight has no shape yet; run one batch through the model first"
+            )
+        self.kind = kind
+        self.module = module
+        self.conv = None if isinstance(module, nn.Linear) else module
+        self.spatial = 0 if self.conv is None else len(self.conv.kernel_size)
+        self.groups = 1 if self.conv is None else self.conv.groups
+        if isinstance(module, nn.Linear):
+            self.shape: tuple[int, ...] = (module.out_features, module.in_features)
+        else:
+            self.shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+        self.outputs = self.shape[0]
+        self.fan_in = 1
+        for size in self.shape[1:]:
+            self.fan_in *= size
+        base = next(c for c in LAYERS if isinstance(module, c))
+        # another forward may do more than multiply by the weight: it is compared on a sample at every call
+        self.unusual = (
+            type(module).forward is not base.forward
+            or "forward" in vars(module)
+            or type(module) is not base
+            and getattr(type(module), "_conv_forward", None) is not getattr(base, "_conv_forward", None)
+            or getattr(module, "parametrizations", None) is not None
+        )
+
+    @property
+    def class_dim(self) -> int:
+        """Dimension of the layer's output that holds its neurons, counted from the end."""
+        return -1 - self.spatial
+
+    def norms(self, features: Tensor, backend: str) -> Tensor:
+        """|phi|^2 of every row of the layer's output, (rows, groups), rows in row-major order."""
+        if self.conv is None:
+            return patch_sqnorm(features.reshape(-1, features.shape[-1]), (), backend=backend)
+        conv = self.conv
+        batched = features if features.dim() == self.spatial + 2 else features.unsqueeze(0)
+        norms = patch_sqnorm(
+            batched, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode,
+            backend=backend,
+        )  # fmt: skip
+        return norms.movedim(1, -1).reshape(-1, self.groups)
+
+    def check_call(self, caller: str, features: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
+        """Refuse a forward whose output is not the layer's linear map of its features."""
+        if tuple(weight.shape) != self.shape:
+            raise UnsupportedError(
+                f"{caller}: the weight of layer has shape {tuple(weight.shape)} instead of {self.shape} (sharded or packed?); "
+                "gather it before the loss"
+            )
+        if features.shape[-1 if self.conv is None else -1 - self.spatial] != (
+            self.shape[1] if self.conv is None else self.shape[1] * self.groups
+        ):
+            _checks.bad_value(caller, "layer", f"called with {self.shape[1]} features", features)
+        if len(shape) != features.dim():
+            raise UnsupportedError(f"{caller}: the output of layer has another rank than its input")
+
+    @torch.no_grad()
+    def check_unusual(self, caller: str, features: Tensor, weight: Tensor, got: Tensor, dtype: torch.dtype) -> None:
+        """Compare `got`, (O,), the first row of the output, computed in `dtype`, with the layer's own map of the features."""
+        bias = None if self.module.bias is None else self.module.bias.double()
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            if self.conv is None:
+                x = features.reshape(-1, features.shape[-1])[0].double()
+                expected = nn.functional.linear(x, weight.double(), bias)
+            else:
+                batched = features if features.dim() == self.spatial + 2 else features.unsqueeze(0)
+                x = batched[:1].double()
+                convolve = next(c for c in LAYERS if isinstance(self.conv, c))._conv_forward
+                expected = convolve(self.conv, x, weight.double(), bias).flatten(2)[0, :, 0]
+        scale = weight.double().flatten(1).norm(dim=1).max() * x.norm() + expected.abs().max()
+        error = (got.double() - expected).abs()
+        if bool(got.isfinite().all()) and bool((error > 8 * torch.finfo(dtype).eps * scale + 1e-30).any()):
+            raise UnsupportedError(
+                f"{caller}: the output of layer ({self.kind}) is not its input times its weight plus its bias: its forward does "
+                "something else; pass a plain Linear or Conv layer"
+            )
+
+
+def softmax_variance(logits: Tensor) -> Tensor:
+    """p_s (1 - p_s) for channel-first logits, every term formed from positive numbers (no 1 - p near p = 1)."""
+    z = logits.to(accumulation_dtype(logits))
+    if z.numel() == 0:
+        return z * 0
+    y = z.detach().argmax(1, keepdim=True)
+    e = torch.exp(z - z.gather(1, y)).scatter(1, y, 0.0)
+    rest = e.sum(1, keepdim=True)
+    total = 1 + rest
+    p = e / total
+    # the likeliest class: (1 - r) r with r = rest / total
+    return (p * (1 - p)).scatter(1, y, rest / total.square())
+
+
+def row_traces(logits: Tensor, weight: Tensor, norms: Tensor, measure: str, backend: str) -> Tensor:
+    """|phi_i|^2 Tr(W^T (diag(p) - p p^T) W) of every row ("neuronwise"), or without the weight: its share of Tr(H).
+
+    logits (B, O, *positions), norms (B, *positions, groups). In a grouped convolution neurons pair within their group: the
+    covariance of a weight that is zero outside the group, under the full distribution.
+    """
+    groups = norms.shape[-1]
+    if measure != "neuronwise":
+        variance = softmax_variance(logits).movedim(1, -1)
+        return (variance.unflatten(-1, (groups, -1)).sum(-1) * norms).sum(-1)
+    w = weight.flatten(1)
+    if groups == 1:
+        return softmax_trace(logits, w, backend=backend) * norms[..., 0]
+    size = w.shape[0] // groups
+    total = torch.zeros_like(norms[..., 0])
+    for g in range(groups):
+        outside = w.shape[0] - (g + 1) * size
+        own = nn.functional.pad(w[g * size : (g + 1) * size], (0, 0, g * size, outside))
+        total = total + softmax_trace(logits, own, backend=backend) * norms[..., g]
+    return total
+
+
+def element_traces(diagonal: Tensor, weight: Tensor, norms: Tensor, measure: str) -> Tensor:
+    """h_is |w_s|^2 |phi_i|^2 of every element ("neuronwise"), or h_is |phi_i|^2; diagonal (*rows, O), norms (*rows, groups)."""
+    groups = norms.shape[-1]
+    h = diagonal
+    if measure == "neuronwise":
+        h = h * weight.flatten(1).to(accumulation_dtype(weight, diagonal)).square().sum(1)
+    if groups == 1:
+        return h * norms
+    return (h.unflatten(-1, (groups, -1)) * norms.unsqueeze(-1)).flatten(-2)
+
+
+def weight_factor(weight: Tensor, measure: str, norm_power: int) -> Tensor | None:
+    """|W|_F^norm_power for "layerwise", which the curvature is multiplied with."""
+    if measure != "layerwise":
+        return None
+    square = weight.to(accumulation_dtype(weight)).square().sum()
+    return square if norm_power == 2 else square.sqrt()

@@ -1,0 +1,390 @@
+"""FAMLoss, a drop-in for the criterion, and RelativeFlatness, its term alone."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fam_ext import _checks, criteria
+from fam_ext.capture import Capture, Captures, LayerHook, check_tensor
+from fam_ext.errors import UnsupportedError
+from fam_ext.heads import Layer
+from fam_ext.models import find_layer
+from fam_ext.ops.head_cross_entropy import head_cross_entropy
+from fam_ext.schedules import Schedule, TargetRatio, check_strength
+from fam_ext.terms import Options, flatness, outer_class_dim
+
+
+class Last:
+    """The latest loss call, detached, for logs. `flatness` is None on a step without the term."""
+
+    __slots__ = ("_loss", "_total", "flatness", "strength")
+
+    def __init__(
+        self, loss: Tensor | None = None, total: Tensor | None = None, flatness: Tensor | None = None, strength: Any = None
+    ) -> None:
+        self._loss = loss
+        self._total = total
+        self.flatness: Tensor | None = flatness
+        self.strength: float | Tensor | None = strength
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The criterion's own loss, without the term."""
+        if self._loss is None and self._total is not None and self.flatness is not None:
+            self._loss = self._total - self.strength * self.flatness
+        return self._loss
+
+    def __repr__(self) -> str:
+        return f"Last(loss={self.loss}, flatness={self.flatness}, strength={self.strength})"
+
+
+class _HeadCriterion(nn.Module):
+    """What FAMLoss and RelativeFlatness share: the layer (no submodule of this one), its hook and its captures."""
+
+    any_mode = False  # capture although the layer is in evaluation mode or grad is disabled
+    layer: nn.Module
+
+    def __init__(self, criterion: Any, layer: nn.Module, options: Options) -> None:
+        super().__init__()
+        self._bind = criteria.read(options.caller, criterion)
+        self._layer = Layer(options.caller, layer)
+        self.criterion = criterion
+        self.options = options
+        object.__setattr__(self, "layer", layer)  # parameters(), state_dict() and train() must not reach the model
+        self.captures = Captures()
+        self._handle: Any = None
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hook on the layer (again); without effect while it is there."""
+        if self._handle is not None:
+            return
+        hooks = self.layer._forward_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, LayerHook) and hook.owner is None]:
+            del hooks[key]  # left by a copy of the layer
+            self.layer._forward_hooks_with_kwargs.pop(key, None)
+        self._handle = self.layer.register_forward_hook(LayerHook(self), with_kwargs=True)
+        weakref.finalize(self, self._handle.remove).atexit = False
+
+    def detach(self) -> None:
+        """Take the hook off the layer. In evaluation mode the criterion still works, in training mode it raises until attach()."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self.captures.reset()
+
+    def reset(self) -> None:
+        """Drop the features of forward calls that no loss follows."""
+        self.captures.reset()
+
+    def __enter__(self) -> Any:
+        self.attach()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.update(captures=None, _bind=None, _layer=None, _handle=self._handle is not None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        caller = self.options.caller
+        self.captures = Captures()
+        self._bind = criteria.read(caller, self.criterion)
+        self._layer = Layer(caller, self.layer)
+        attached, self._handle = self._handle, None
+        if attached:
+            self.attach()
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}, measure={self.options.measure}"
+
+    def _take(
+        self, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Capture, Tensor, Tensor, int | None, Tensor | None, criteria.Bound]:
+        """Everything one call needs: capture, features, weight, class dimension, rows, bound arguments."""
+        caller = self.options.caller
+        check_tensor(caller, outputs)
+        if self._handle is None:
+            raise UnsupportedError(f"{caller}: detached from its layer; call attach() first, or eval() for the plain loss")
+        bound = self._bind(*targets, **kwargs)
+        self.options.check_bound(bound)
+        layer = self._layer
+        capture, features, found = self.captures.take(caller, outputs, layer.class_dim)
+        weight = capture.weight
+        assert_weight = self.layer.weight if weight is None else weight
+        if found is None:
+            class_dim: int | None = outputs.dim() + layer.class_dim
+            rows = None
+        else:
+            class_dim, rows = found
+        layer.check_call(caller, features, assert_weight, capture.shape)  # type: ignore[arg-type]
+        outer_class_dim(caller, bound, class_dim, outputs)
+        bound.check(caller, outputs)
+        if features.device != outputs.device:
+            _checks.bad_value(caller, "outputs", f"on the layer's device ({features.device})", outputs)
+        if layer.unusual and rows is None and outputs.numel():
+            by_row = outputs.unsqueeze(-1) if class_dim is None else outputs.movedim(class_dim, -1)
+            layer.check_unusual(
+                caller, features, assert_weight, by_row.flatten(0, -2)[0] if by_row.dim() > 1 else by_row, capture.dtype
+            )  # type: ignore[arg-type]
+        return capture, features, assert_weight, class_dim, rows, bound  # type: ignore[return-value]
+
+    def _flatness(
+        self,
+        outputs: Tensor,
+        taken: tuple[Capture, Tensor, Tensor, int | None, Tensor | None, criteria.Bound],
+        per_sample: bool = False,
+    ) -> Tensor:
+        capture, features, weight, class_dim, rows, bound = taken
+        samples = capture.shape[0] if len(capture.shape) > 1 + self._layer.spatial else 1
+        return flatness(
+            self.options, self._layer, bound, outputs, class_dim, rows, features, weight, samples, per_sample
+        )
+
+
+class FAMLoss(_HeadCriterion):
+    r"""The criterion's loss plus strength times the relative flatness of one layer.
+
+    .. math:: L + \mathrm{strength} \cdot \kappa, \qquad
+              \kappa = \sum_{s,s'} \langle w_s, w_{s'} \rangle \, \mathrm{Tr}(H_{s,s'})
+
+    (Adilova et al. 2023, Eq. 3; Petzka et al. 2021, Definition 3), with H the Hessian of the loss with respect to the layer's
+    weight. The layer must be a head: its output, or a view, cast or selection of rows of it, is what the criterion receives.
+    A forward hook keeps the layer's input until the loss is taken. In evaluation mode, of this module or of the layer, the
+    result is the criterion's plain loss and nothing is kept.
+
+    Args:
+        criterion: CrossEntropyLoss, MSELoss, BCEWithLogitsLoss, PoissonNLLLoss or GaussianNLLLoss, or their functional forms.
+            With reduction="none" the result is loss_i + strength * kappa_i per row (elementwise losses: per element).
+        layer: nn.Linear or nn.Conv1d/2d/3d. It does not become a submodule.
+        strength: a number, which may be negative, or a schedule step -> number (fam_ext.schedules). 0 skips the term.
+        measure: "neuronwise" (kappa above), "layerwise" |W|_F^norm_power Tr(H), or "trace" Tr(H).
+        curvature: "hessian"; "ggn" is the same number on a head, where z is linear in W; "fisher" where it equals it too.
+        method: "auto" or "closed_form". probes, generator: for estimators; the closed form draws nothing.
+        normalize: None, or "fan_in" to divide by the layer's fan-in.
+        norm_power: 2, or 1 for "layerwise" (not invariant under rescaling of layers then).
+        curvature_grad: False holds the Hessian constant; the gradient flows through <w_s, w_s'> only.
+        every: add the term, unscaled, on training steps 0, every, 2 every, ...
+        backend: "auto", "native" or "reference".
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+        UnsupportedError: the layer is no head of the criterion, or there is no closed form.
+    """
+
+    def __init__(
+        self,
+        criterion: Any,
+        layer: nn.Module,
+        strength: float | Schedule | TargetRatio,
+        *,
+        measure: str = "neuronwise",
+        curvature: str = "hessian",
+        method: str = "auto",
+        probes: int = 1,
+        normalize: str | None = None,
+        norm_power: int = 2,
+        curvature_grad: bool = True,
+        every: int = 1,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> None:
+        options = Options(
+            "FAMLoss", measure, curvature, method, probes, normalize, norm_power, curvature_grad, generator, backend
+        )
+        if isinstance(every, bool) or not isinstance(every, int):
+            _checks.bad_type("FAMLoss", "every", "an integer", every)
+        if every < 1:
+            _checks.bad_value("FAMLoss", "every", "at least 1", every)
+        checked = self._check_strength(strength)
+        super().__init__(criterion, layer, options)
+        self._strength = checked
+        self.every = every
+        self.step = 0
+        self.last = Last()
+        self._scale = 1.0 if normalize is None else 1.0 / self._layer.fan_in
+        # the fused operation stands for the criterion's own call, which a hook on the criterion would see
+        self._may_fuse = measure == "neuronwise" and self._layer.conv is None
+
+    @staticmethod
+    def _check_strength(value: object) -> Any:
+        return value if isinstance(value, TargetRatio) else check_strength("FAMLoss", "strength", value)
+
+    @property
+    def strength(self) -> Any:
+        """The number or schedule in use; may be set at any time."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float | Schedule | TargetRatio) -> None:
+        self._strength = self._check_strength(value)
+
+    @classmethod
+    def for_model(
+        cls, criterion: Any, model: nn.Module, layer: str | nn.Module | None = None, *, strength: Any, **options: Any
+    ) -> FAMLoss:
+        """FAMLoss on a layer of `model` by its name or a glob pattern; default: the model's last Linear or Conv layer."""
+        return cls(criterion, find_layer("FAMLoss.for_model", model, layer), strength, **options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, strength={self._strength}"
+
+    def get_extra_state(self) -> dict[str, Any]:
+        schedule = self._strength
+        state = schedule.state_dict() if hasattr(schedule, "state_dict") else None
+        return {"step": self.step, "schedule": state}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        if state["schedule"] is not None and hasattr(self._strength, "load_state_dict"):
+            self._strength.load_state_dict(state["schedule"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "last": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.last = Last()
+
+    def forward(self, outputs: Tensor, *targets: Any, **kwargs: Any) -> Tensor:
+        """The total loss; arguments as the criterion takes them."""
+        if not self.training or not self.layer.training:
+            plain: Tensor = self.criterion(outputs, *targets, **kwargs)
+            return plain
+        if torch.compiler.is_compiling():
+            return _outside_graph(self, outputs, targets, kwargs)
+        return self._train(outputs, targets, kwargs)
+
+    def _train(self, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        strength: Any = 0.0
+        if self.step % self.every == 0:
+            strength = self._strength
+            if not isinstance(strength, (float, TargetRatio)):
+                strength = check_strength("FAMLoss", "the value of the strength schedule", strength(self.step))
+                if callable(strength):
+                    _checks.bad_type("FAMLoss", "the value of the strength schedule", "a number", strength)
+        if isinstance(strength, float) and strength == 0:
+            self.captures.reset()
+            loss: Tensor = self.criterion(outputs, *targets, **kwargs)
+            self.last = Last(loss.detach(), None, None, 0.0)
+            self.step += 1
+            return loss
+        taken = self._take(outputs, targets, kwargs)
+        bound = taken[-1]
+        if isinstance(bound, criteria.CrossEntropy) and self._fusible(outputs, bound, strength):
+            total, kappa = self._fused(outputs, taken, bound, strength)
+            self.last = Last(None, total.detach(), kappa, strength)
+        else:
+            loss = self.criterion(outputs, *targets, **kwargs)
+            term = self._flatness(outputs, taken)
+            if isinstance(strength, TargetRatio):
+                strength = strength.update(loss, term)
+            total = loss + strength * term
+            self.last = Last(loss.detach(), None, term.detach(), strength)
+        self.step += 1
+        return total
+
+    def _fusible(self, outputs: Tensor, bound: criteria.CrossEntropy, strength: object) -> bool:
+        target, weight = bound.target, bound.weight
+        if not self._may_fuse or not isinstance(strength, float) or outputs.dim() < 2 or target is None:
+            return False
+        if target.requires_grad or (weight is not None and weight.requires_grad):
+            return False
+        if target.dtype != torch.int64 and target.dtype != outputs.dtype:
+            return False
+        criterion = self.criterion
+        return not (isinstance(criterion, nn.Module) and (criterion._forward_hooks or criterion._forward_pre_hooks))
+
+    def _fused(
+        self,
+        outputs: Tensor,
+        taken: tuple[Capture, Tensor, Tensor, int | None, Tensor | None, criteria.Bound],
+        bound: criteria.CrossEntropy,
+        strength: float,
+    ) -> tuple[Tensor, Tensor]:
+        _, features, weight, _, rows, _ = taken
+        fan_in = features.shape[-1]
+        if rows is not None:
+            features = features.reshape(-1, fan_in)[rows]
+        elif outputs.dim() > 2 or features.dim() > 2:
+            features = features.reshape(outputs.shape[0], *outputs.shape[2:], fan_in)
+        scale = self._scale
+        total, kappa = head_cross_entropy(
+            outputs,
+            features,
+            weight,
+            bound.target,  # type: ignore[arg-type]
+            class_weight=bound.weight,
+            ignore_index=bound.ignore_index,
+            label_smoothing=bound.label_smoothing,
+            reduction=bound.reduction,
+            strength=strength * scale,
+            curvature_grad=self.options.curvature_grad,
+            backend=self.options.backend,
+        )
+        return total, kappa if scale == 1.0 else kappa * scale
+
+
+class RelativeFlatness(_HeadCriterion):
+    """The relative flatness of a head alone, differentiable: the term that FAMLoss adds, before its strength.
+
+    Arguments as for FAMLoss. The features are kept in the layer's evaluation mode and under torch.no_grad too, as long as the
+    layer's output lives, so that a trained model can be measured; `eval()` of this module stops that, and it cannot be called
+    then. With reduction="none" the result is per row (elementwise losses: per element).
+    """
+
+    any_mode = True
+
+    def __init__(
+        self,
+        criterion: Any,
+        layer: nn.Module,
+        *,
+        measure: str = "neuronwise",
+        curvature: str = "hessian",
+        method: str = "auto",
+        probes: int = 1,
+        normalize: str | None = None,
+        norm_power: int = 2,
+        curvature_grad: bool = True,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> None:
+        caller = "RelativeFlatness"
+        options = Options(caller, measure, curvature, method, probes, normalize, norm_power, curvature_grad, generator, backend)
+        super().__init__(criterion, layer, options)
+
+    @classmethod
+    def for_model(
+        cls, criterion: Any, model: nn.Module, layer: str | nn.Module | None = None, **options: Any
+    ) -> RelativeFlatness:
+        """RelativeFlatness on a layer of `model` by its name or a glob pattern; default: the last Linear or Conv layer."""
+        return cls(criterion, find_layer("RelativeFlatness.for_model", model, layer), **options)
+
+    def forward(self, outputs: Tensor, *targets: Any, per_sample: bool = False, **kwargs: Any) -> Tensor:
+        """kappa; per_sample=True gives its summands by sample, (B,), B the first dimension of the layer's output."""
+        if not self.training:
+            raise UnsupportedError("RelativeFlatness: in evaluation mode nothing is captured; call train() on it first")
+        if torch.compiler.is_compiling():
+            return _outside_graph_flatness(self, outputs, targets, per_sample, kwargs)
+        return self._flatness(outputs, self._take(outputs, targets, kwargs), per_sample)
+
+
+@torch.compiler.disable(recursive=True)
+def _outside_graph(loss: FAMLoss, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return loss._train(outputs, targets, kwargs)
+
+
+@torch.compiler.disable(recursive=True)
+def _outside_graph_flatness(
+    measure: RelativeFlatness, outputs: Tensor, targets: tuple[Any, ...], per_sample: bool, kwargs: dict[str, Any]
+) -> Tensor:
+    return measure._flatness(outputs, measure._take(outputs, targets, kwargs), per_sample)
