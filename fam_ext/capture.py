@@ -23,17 +23,25 @@ _ATTRIBUTE = "_fam_ext_capture"  # on z itself where z has no autograd node
 class Capture:
     """One forward call of the layer: its input, its weight at that moment, the shape and version of its output."""
 
-    __slots__ = ("__weakref__", "dtype", "features", "features_ref", "output_version", "shape", "version", "weight")
+    __slots__ = (
+        "__weakref__", "dtype", "features", "features_ref", "output_ref", "output_version", "shape", "used", "version", "weight",
+    )  # fmt: skip
 
     def __init__(self, features: Tensor | None, weight: Tensor | None, output: Tensor | None) -> None:
         self.features = features
         self.features_ref: TensorWeakRef | None = None
         self.weight = weight
+        self.used = [False]  # shared by all criteria that captured this call: one of them has taken its loss
         if features is not None and output is not None:
             self.version = -1 if features.is_inference() else features._version
             self.output_version = -1 if output.is_inference() else output._version
             self.shape = tuple(output.shape)
             self.dtype = output.dtype
+            self.output_ref = TensorWeakRef(output if output._base is None else output._base)
+
+    def waits(self) -> bool:
+        """Whether the output (or a view of it) is alive and no loss has been taken of it."""
+        return self.features is not None and not self.used[0] and self.output_ref() is not None
 
     def release(self) -> None:
         """Keep the features by weak reference only: a second loss on the same output still finds them in the graph."""
@@ -43,11 +51,14 @@ class Capture:
 
     def take(self, caller: str) -> Tensor:
         """The features, released."""
+        features = self.features
+        if features is None and self.features_ref is not None:
+            features = self.features_ref()
         self.release()
-        features = None if self.features_ref is None else self.features_ref()
         if features is None:
             raise UnsupportedError(
-                f"{caller}: the features of this forward call are gone, they were used by an earlier loss; call the model again"
+                f"{caller}: the features of this forward call are gone, they were used by an earlier loss and freed by its backward; "
+                "take every loss of an output before backward(), or call the model again"
             )
         return features
 
@@ -115,10 +126,13 @@ class Captures:
             self.pending = [ref for ref in self.pending if ref() is not None]
         node = output.grad_fn
         if node is not None:
-            node.metadata[(self, output.output_nr)] = capture
+            place: Any = node.metadata
+            key: Any = (self, output.output_nr)
+            used: Any = (_ATTRIBUTE, output.output_nr)
         else:
-            captures = output.__dict__.setdefault(_ATTRIBUTE, {})
-            captures[id(self)] = capture
+            place, key, used = output.__dict__.setdefault(_ATTRIBUTE, {}), id(self), _ATTRIBUTE
+        place[key] = capture
+        capture.used = place.setdefault(used, capture.used)
         if torch.is_grad_enabled():
             self.pending.append(weakref.ref(capture))
             self.called_without_grad = False
@@ -149,7 +163,7 @@ class Captures:
                     capture, steps = hit
             except layout.NotLayout as error:
                 blocked = str(error)
-        alive = [c for c in (ref() for ref in self.pending) if c is not None and c.features is not None]
+        alive = [c for c in (ref() for ref in self.pending) if c is not None and c.waits()]
         # a call without grad leaves another call's pending loss alone (RelativeFlatness beside a training step)
         apart = capture is not None and capture.features is not None and capture not in alive
         if capture is None or (not apart and (len(alive) > 1 or (alive and alive[0] is not capture))):
@@ -166,6 +180,7 @@ class Captures:
             except layout.NotLayout as error:
                 self._refuse(caller, str(error))
         features = capture.take(caller)
+        capture.used[0] = True
         if not apart:
             self.pending = []
         if capture.version >= 0 and features._version != capture.version:
@@ -183,7 +198,12 @@ class Captures:
                 continue
             if z is outputs:
                 return capture, []
-            if z is not None and outputs.is_contiguous() and z.is_contiguous() and outputs.numel() == z.numel():
+            if (
+                z is not None
+                and outputs.is_contiguous()
+                and z.is_contiguous()
+                and outputs.numel() == z.numel()
+            ):
                 return capture, [(_View, tuple(outputs.shape))]
         return None, []
 
@@ -201,7 +221,7 @@ class Captures:
                 f"{caller}: outputs are those of an earlier forward call of the layer, and a later one is still without a loss; "
                 "call the criterion after each forward call, or reset() it to drop the later one"
             )
-        if not alive:
+        if all(c is None or c.features is None for c in (ref() for ref in self.pending)):
             if self.called_without_grad:
                 raise UnsupportedError(
                     f"{caller}: the layer was called under torch.no_grad or inference_mode (or by reentrant checkpointing), so its "
@@ -224,8 +244,14 @@ class Captures:
             "SoftmaxBackward0": "pass the logits instead of probabilities",
             "SigmoidBackward0": "pass the logits to BCEWithLogitsLoss instead of probabilities",
         }
-        between = "" if blocked is None else f" ({blocked.removesuffix('0').removesuffix('Backward')} is in between)"
-        hint = hints.get(blocked or "", "pass the last layer, whose output the criterion receives, as `layer`")
+        between = (
+            ""
+            if blocked is None
+            else f" ({blocked.removesuffix('0').removesuffix('Backward')} is in between)"
+        )
+        hint = hints.get(
+            blocked or "", "pass the last layer, whose output the criterion receives, as `layer`"
+        )
         raise UnsupportedError(
             f"{caller}: the criterion's input is not the output of `layer`{between}, so the layer is not a head of this "
             f"criterion; layers that are not heads are not supported yet: {hint}"
@@ -243,6 +269,9 @@ class _View:
 def check_tensor(caller: str, outputs: object) -> Tensor:
     if not isinstance(outputs, Tensor):
         _checks.bad_type(
-            caller, "outputs", "the tensor the layer returned (of a model's output object, its logits)", outputs
+            caller,
+            "outputs",
+            "the tensor the layer returned (of a model's output object, its logits)",
+            outputs,
         )
     return outputs

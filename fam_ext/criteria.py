@@ -170,7 +170,9 @@ def _cross_entropy(
     return CrossEntropy(target, reduction, weight, ignore_index, label_smoothing)
 
 
-def _mse(target: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean", weight: Any = None) -> Bound:
+def _mse(
+    target: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean", weight: Any = None
+) -> Bound:
     _legacy(size_average, reduce)
     return MeanSquaredError(target, reduction, weight)
 
@@ -205,11 +207,13 @@ _FUNCTIONS: dict[Any, Callable[..., Bound]] = {
     F.gaussian_nll_loss: _gaussian,
 }
 _MODULES: dict[type[nn.Module], Callable[[Any], Callable[..., Bound]]] = {
-    nn.CrossEntropyLoss: lambda m: lambda target: CrossEntropy(
-        target, m.reduction, m.weight, m.ignore_index, m.label_smoothing
+    nn.CrossEntropyLoss: lambda m: (
+        lambda target: CrossEntropy(target, m.reduction, m.weight, m.ignore_index, m.label_smoothing)
     ),
     nn.MSELoss: lambda m: lambda target: MeanSquaredError(target, m.reduction),
-    nn.BCEWithLogitsLoss: lambda m: lambda target: BinaryCrossEntropy(target, m.reduction, m.weight, m.pos_weight),
+    nn.BCEWithLogitsLoss: lambda m: (
+        lambda target: BinaryCrossEntropy(target, m.reduction, m.weight, m.pos_weight)
+    ),
     nn.PoissonNLLLoss: lambda m: lambda target: PoissonNLL(target, m.reduction),
     nn.GaussianNLLLoss: lambda m: lambda target, var: GaussianNLL(target, m.reduction, var, m.eps),
 }
@@ -220,9 +224,15 @@ def read(caller: str, criterion: object) -> Callable[..., Bound]:
     inner = getattr(criterion, "_orig_mod", criterion)  # torch.compile(criterion)
     if isinstance(inner, nn.Module):
         for kind, bind in _MODULES.items():
-            if isinstance(inner, kind) and type(inner).forward is kind.forward and "forward" not in vars(inner):
+            if (
+                isinstance(inner, kind)
+                and type(inner).forward is kind.forward
+                and "forward" not in vars(inner)
+            ):
                 if isinstance(inner, nn.PoissonNLLLoss) and not inner.log_input:
-                    raise UnsupportedError(f"{caller}: PoissonNLLLoss has a closed form with log_input=True only")
+                    raise UnsupportedError(
+                        f"{caller}: PoissonNLLLoss has a closed form with log_input=True only"
+                    )
                 return bind(inner)
         name = type(inner).__name__
     elif callable(inner):
@@ -230,7 +240,9 @@ def read(caller: str, criterion: object) -> Callable[..., Bound]:
         function: Any = inner
         while isinstance(function, functools.partial):
             if function.args:
-                raise UnsupportedError(f"{caller}: a functools.partial criterion may hold keyword arguments only")
+                raise UnsupportedError(
+                    f"{caller}: a functools.partial criterion may hold keyword arguments only"
+                )
             given = {**function.keywords, **given}
             function = function.func
         if function in _FUNCTIONS:

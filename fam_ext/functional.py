@@ -67,7 +67,9 @@ def relative_flatness(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    options = Options(_NAME, measure, "hessian", "auto", 1, normalize, norm_power, curvature_grad, None, backend)
+    options = Options(
+        _NAME, measure, "hessian", "auto", 1, normalize, norm_power, curvature_grad, None, backend
+    )
     for argument, value in (("features", features), ("weight", weight), ("logits", logits)):
         _checks.check_floating(_NAME, argument, value)
     if weight.dim() != 2:
@@ -85,14 +87,20 @@ def relative_flatness(
     with torch.autocast(device_type=logits.device.type, enabled=False):
         held = not curvature_grad
         z = logits.detach() if held else logits
-        norms = patch_sqnorm((features.detach() if held else features).reshape(-1, fan_in), (), backend=backend)
+        norms = patch_sqnorm(
+            (features.detach() if held else features).reshape(-1, fan_in), (), backend=backend
+        )
         z2 = z.reshape(-1, outputs)
         if loss == "cross_entropy":
             soft = target is not None and target.is_floating_point()
             if target is not None and target.shape != (logits.shape if soft else rows):
-                _checks.bad_value(_NAME, "target", f"of shape {tuple(logits.shape if soft else rows)}", target)
+                _checks.bad_value(
+                    _NAME, "target", f"of shape {tuple(logits.shape if soft else rows)}", target
+                )
             flat = None if target is None else target.reshape(-1, outputs) if soft else target.reshape(-1)
-            c = criteria.CrossEntropy(flat, reduction, class_weight, ignore_index, label_smoothing).coefficients(z2)
+            c = criteria.CrossEntropy(
+                flat, reduction, class_weight, ignore_index, label_smoothing
+            ).coefficients(z2)
             traces = row_traces(z2, weight, norms, measure, options.backend)
             terms = torch.where(c == 0, 0.0, c * traces).reshape(rows)
         else:
@@ -121,7 +129,13 @@ def _elementwise(
 
 
 def _check_options(
-    loss: str, target: Any, class_weight: Any, label_smoothing: float, pos_weight: Any, element_weight: Any, variance: Any
+    loss: str,
+    target: Any,
+    class_weight: Any,
+    label_smoothing: float,
+    pos_weight: Any,
+    element_weight: Any,
+    variance: Any,
 ) -> None:
     """Refuse an option that the loss would ignore, and a missing target that it needs."""
     if not 0.0 <= label_smoothing <= 1.0:

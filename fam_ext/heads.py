@@ -96,7 +96,9 @@ class Layer:
             raise UnsupportedError(f"{caller}: the output of layer has another rank than its input")
 
     @torch.no_grad()
-    def check_unusual(self, caller: str, features: Tensor, weight: Tensor, got: Tensor, dtype: torch.dtype) -> None:
+    def check_unusual(
+        self, caller: str, features: Tensor, weight: Tensor, got: Tensor, dtype: torch.dtype
+    ) -> None:
         """Compare `got`, (O,), the first row of the output, computed in `dtype`, with the layer's own map of the features."""
         bias = None if self.module.bias is None else self.module.bias.double()
         with torch.autocast(device_type=features.device.type, enabled=False):

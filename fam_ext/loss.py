@@ -24,7 +24,11 @@ class Last:
     __slots__ = ("_loss", "_total", "flatness", "strength")
 
     def __init__(
-        self, loss: Tensor | None = None, total: Tensor | None = None, flatness: Tensor | None = None, strength: Any = None
+        self,
+        loss: Tensor | None = None,
+        total: Tensor | None = None,
+        flatness: Tensor | None = None,
+        strength: Any = None,
     ) -> None:
         self._loss = loss
         self._total = total
@@ -54,7 +58,9 @@ class _HeadCriterion(nn.Module):
         self._layer = Layer(options.caller, layer)
         self.criterion = criterion
         self.options = options
-        object.__setattr__(self, "layer", layer)  # parameters(), state_dict() and train() must not reach the model
+        object.__setattr__(
+            self, "layer", layer
+        )  # parameters(), state_dict() and train() must not reach the model
         self.captures = Captures()
         self._handle: Any = None
         self.attach()
@@ -113,7 +119,9 @@ class _HeadCriterion(nn.Module):
         caller = self.options.caller
         check_tensor(caller, outputs)
         if self._handle is None:
-            raise UnsupportedError(f"{caller}: detached from its layer; call attach() first, or eval() for the plain loss")
+            raise UnsupportedError(
+                f"{caller}: detached from its layer; call attach() first, or eval() for the plain loss"
+            )
         bound = self._bind(*targets, **kwargs)
         self.options.check_bound(bound)
         layer = self._layer
@@ -133,7 +141,11 @@ class _HeadCriterion(nn.Module):
         if layer.unusual and rows is None and outputs.numel():
             by_row = outputs.unsqueeze(-1) if class_dim is None else outputs.movedim(class_dim, -1)
             layer.check_unusual(
-                caller, features, assert_weight, by_row.flatten(0, -2)[0] if by_row.dim() > 1 else by_row, capture.dtype
+                caller,
+                features,
+                assert_weight,
+                by_row.flatten(0, -2)[0] if by_row.dim() > 1 else by_row,
+                capture.dtype,
             )  # type: ignore[arg-type]
         return capture, features, assert_weight, class_dim, rows, bound  # type: ignore[return-value]
 
@@ -198,7 +210,16 @@ class FAMLoss(_HeadCriterion):
         backend: str = "auto",
     ) -> None:
         options = Options(
-            "FAMLoss", measure, curvature, method, probes, normalize, norm_power, curvature_grad, generator, backend
+            "FAMLoss",
+            measure,
+            curvature,
+            method,
+            probes,
+            normalize,
+            norm_power,
+            curvature_grad,
+            generator,
+            backend,
         )
         if isinstance(every, bool) or not isinstance(every, int):
             _checks.bad_type("FAMLoss", "every", "an integer", every)
@@ -229,7 +250,13 @@ class FAMLoss(_HeadCriterion):
 
     @classmethod
     def for_model(
-        cls, criterion: Any, model: nn.Module, layer: str | nn.Module | None = None, *, strength: Any, **options: Any
+        cls,
+        criterion: Any,
+        model: nn.Module,
+        layer: str | nn.Module | None = None,
+        *,
+        strength: Any,
+        **options: Any,
     ) -> FAMLoss:
         """FAMLoss on a layer of `model` by its name or a glob pattern; default: the model's last Linear or Conv layer."""
         return cls(criterion, find_layer("FAMLoss.for_model", model, layer), strength, **options)
@@ -268,7 +295,9 @@ class FAMLoss(_HeadCriterion):
         if self.step % self.every == 0:
             strength = self._strength
             if not isinstance(strength, (float, TargetRatio)):
-                strength = check_strength("FAMLoss", "the value of the strength schedule", strength(self.step))
+                strength = check_strength(
+                    "FAMLoss", "the value of the strength schedule", strength(self.step)
+                )
                 if callable(strength):
                     _checks.bad_type("FAMLoss", "the value of the strength schedule", "a number", strength)
         if isinstance(strength, float) and strength == 0:
@@ -301,7 +330,9 @@ class FAMLoss(_HeadCriterion):
         if target.dtype != torch.int64 and target.dtype != outputs.dtype:
             return False
         criterion = self.criterion
-        return not (isinstance(criterion, nn.Module) and (criterion._forward_hooks or criterion._forward_pre_hooks))
+        return not (
+            isinstance(criterion, nn.Module) and (criterion._forward_hooks or criterion._forward_pre_hooks)
+        )
 
     def _fused(
         self,
@@ -359,7 +390,18 @@ class RelativeFlatness(_HeadCriterion):
         backend: str = "auto",
     ) -> None:
         caller = "RelativeFlatness"
-        options = Options(caller, measure, curvature, method, probes, normalize, norm_power, curvature_grad, generator, backend)
+        options = Options(
+            caller,
+            measure,
+            curvature,
+            method,
+            probes,
+            normalize,
+            norm_power,
+            curvature_grad,
+            generator,
+            backend,
+        )
         super().__init__(criterion, layer, options)
 
     @classmethod
@@ -372,19 +414,27 @@ class RelativeFlatness(_HeadCriterion):
     def forward(self, outputs: Tensor, *targets: Any, per_sample: bool = False, **kwargs: Any) -> Tensor:
         """kappa; per_sample=True gives its summands by sample, (B,), B the first dimension of the layer's output."""
         if not self.training:
-            raise UnsupportedError("RelativeFlatness: in evaluation mode nothing is captured; call train() on it first")
+            raise UnsupportedError(
+                "RelativeFlatness: in evaluation mode nothing is captured; call train() on it first"
+            )
         if torch.compiler.is_compiling():
             return _outside_graph_flatness(self, outputs, targets, per_sample, kwargs)
         return self._flatness(outputs, self._take(outputs, targets, kwargs), per_sample)
 
 
 @torch.compiler.disable(recursive=True)
-def _outside_graph(loss: FAMLoss, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _outside_graph(
+    loss: FAMLoss, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
     return loss._train(outputs, targets, kwargs)
 
 
 @torch.compiler.disable(recursive=True)
 def _outside_graph_flatness(
-    measure: RelativeFlatness, outputs: Tensor, targets: tuple[Any, ...], per_sample: bool, kwargs: dict[str, Any]
+    measure: RelativeFlatness,
+    outputs: Tensor,
+    targets: tuple[Any, ...],
+    per_sample: bool,
+    kwargs: dict[str, Any],
 ) -> Tensor:
     return measure._flatness(outputs, measure._take(outputs, targets, kwargs), per_sample)

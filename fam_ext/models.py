@@ -45,13 +45,22 @@ def find_layer(caller: str, model: nn.Module, layer: str | nn.Module | None) -> 
     exact = [m for name, m in modules.items() if _bare(name) == layer and layer]
     if exact:
         return exact[0]
-    matches = {n: m for n, m in heads.items() if fnmatch.fnmatchcase(_bare(n), layer) or fnmatch.fnmatchcase(n, layer)}
+    matches = {
+        n: m
+        for n, m in heads.items()
+        if fnmatch.fnmatchcase(_bare(n), layer) or fnmatch.fnmatchcase(n, layer)
+    }
     if len(matches) > 1:
         raise UnsupportedError(
             f"{caller}: layer {layer!r} matches {', '.join(matches)}; only one layer can be the head of a criterion, and layers "
             "that are not heads are not supported yet: name the last one"
         )
     if not matches:
-        near = difflib.get_close_matches(layer, [_bare(n) for n in modules if n], n=3, cutoff=0.4) or list(heads)[-3:]
-        _checks.bad_value(caller, "layer", f"the name of a module of the model (near: {', '.join(near) or 'none'})", layer)
+        near = (
+            difflib.get_close_matches(layer, [_bare(n) for n in modules if n], n=3, cutoff=0.4)
+            or list(heads)[-3:]
+        )
+        _checks.bad_value(
+            caller, "layer", f"the name of a module of the model (near: {', '.join(near) or 'none'})", layer
+        )
     return next(iter(matches.values()))

@@ -84,7 +84,9 @@ class SwitchOff:
 
 def _of_step(function: str, strength: object) -> float | Schedule:
     if isinstance(strength, TargetRatio):
-        _checks.bad_type(function, "strength", "a number or a schedule that depends on the step alone", strength)
+        _checks.bad_type(
+            function, "strength", "a number or a schedule that depends on the step alone", strength
+        )
     return check_strength(function, "strength", strength)
 
 

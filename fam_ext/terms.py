@@ -38,11 +38,15 @@ class Options:
         caller = self.caller
         _checks.check_choice(caller, "measure", self.measure, MEASURES + LATER_MEASURES)
         if self.measure in LATER_MEASURES:
-            raise UnsupportedError(f"{caller}: measure={self.measure!r} is not available yet; use one of {', '.join(MEASURES)}")
+            raise UnsupportedError(
+                f"{caller}: measure={self.measure!r} is not available yet; use one of {', '.join(MEASURES)}"
+            )
         _checks.check_choice(caller, "curvature", self.curvature, _CURVATURES)
         _checks.check_choice(caller, "method", self.method, _METHODS)
         if self.method not in ("auto", "closed_form"):
-            raise UnsupportedError(f"{caller}: method={self.method!r} is not available yet; use 'auto' on a head")
+            raise UnsupportedError(
+                f"{caller}: method={self.method!r} is not available yet; use 'auto' on a head"
+            )
         if isinstance(self.probes, bool) or not isinstance(self.probes, int):
             _checks.bad_type(caller, "probes", "an integer", self.probes)
         if self.probes < 1:
@@ -52,17 +56,27 @@ class Options:
         if isinstance(self.norm_power, bool) or self.norm_power not in (1, 2):
             _checks.bad_value(caller, "norm_power", "1 or 2", self.norm_power)
         if self.norm_power == 1 and self.measure != "layerwise":
-            _checks.bad_value(caller, "norm_power", f"2 with measure={self.measure!r} (1 is for 'layerwise')", 1)
+            _checks.bad_value(
+                caller, "norm_power", f"2 with measure={self.measure!r} (1 is for 'layerwise')", 1
+            )
         if not isinstance(self.curvature_grad, bool):
             _checks.bad_type(caller, "curvature_grad", "True or False", self.curvature_grad)
         if not self.curvature_grad and self.measure == "trace":
-            _checks.bad_value(caller, "curvature_grad", "True with measure='trace': nothing else depends on the weight", False)
+            _checks.bad_value(
+                caller,
+                "curvature_grad",
+                "True with measure='trace': nothing else depends on the weight",
+                False,
+            )
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             _checks.bad_type(caller, "generator", "a torch.Generator or None", self.generator)
         _checks.check_choice(caller, "backend", self.backend, BACKENDS)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "generator": None}  # generators cannot be pickled; the closed form draws nothing
+        return {
+            **vars(self),
+            "generator": None,
+        }  # generators cannot be pickled; the closed form draws nothing
 
     def check_bound(self, bound: Bound) -> None:
         if self.curvature == "fisher" and not bound.fisher():
@@ -112,7 +126,9 @@ def flatness(
     layer_rows = norms.shape[0]
     if rows is not None:
         norms = norms[rows.flatten()]
-    terms = _terms(options, bound, outputs, class_dim, norms.reshape(*row_shape, layer.groups), weight)  # (*row_shape[, O])
+    terms = _terms(
+        options, bound, outputs, class_dim, norms.reshape(*row_shape, layer.groups), weight
+    )  # (*row_shape[, O])
     factor = weight_factor(weight, options.measure, options.norm_power)
     if factor is not None:
         terms = terms * factor
@@ -137,7 +153,11 @@ def _terms(
     if isinstance(bound, CrossEntropy):
         logits = outputs if outputs.dim() > 1 else outputs.unsqueeze(0)
         by_row = row_traces(
-            logits, weight, norms if outputs.dim() > 1 else norms.unsqueeze(0), options.measure, options.backend
+            logits,
+            weight,
+            norms if outputs.dim() > 1 else norms.unsqueeze(0),
+            options.measure,
+            options.backend,
         )
         c = bound.coefficients(outputs)
         if not options.curvature_grad:

@@ -1,0 +1,38 @@
+"""What the tests of heads and losses share: kappa from the full float64 Hessian, as a function of the model's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def kappa(
+    loss: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    measure: str = "neuronwise",
+    groups: int = 1,
+    norm_power: int = 2,
+) -> Tensor:
+    """kappa by autograd's second derivatives, one weight at a time, differentiable itself. `loss` maps a weight to a scalar."""
+    shape, (rows, fan_in) = weight.shape, weight.flatten(1).shape
+    point = weight.flatten(1).clone()
+    (grad,) = torch.autograd.grad(loss(point.reshape(shape)), point, create_graph=True)
+    traces = torch.zeros(rows, rows, dtype=weight.dtype)
+    for s in range(rows):
+        for t in range(fan_in):
+            if not grad.requires_grad:
+                continue
+            (row,) = torch.autograd.grad(grad[s, t], point, create_graph=True, allow_unused=True)
+            if row is not None:
+                unit = torch.zeros(rows, rows, dtype=weight.dtype)
+                unit[s] = 1
+                traces = traces + unit * row[:, t]
+    w = weight.flatten(1)
+    group = torch.arange(rows) // (rows // groups)
+    if measure == "neuronwise":
+        return ((w @ w.T) * (group[:, None] == group[None, :]) * traces).sum()
+    if measure == "layerwise":
+        return w.norm() ** norm_power * traces.diagonal().sum()
+    return traces.diagonal().sum()
