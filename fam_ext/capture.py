@@ -57,7 +57,7 @@ class Capture:
         self.release()
         if features is None:
             raise UnsupportedError(
-                f"{caller}: the features of this forward call are gone, they were used by an earlier loss and freed by its backward; "
+                f"{caller}: the features of this forward call are gone, used by an earlier loss and freed by its backward; "
                 "take every loss of an output before backward(), or call the model again"
             )
         return features
@@ -85,7 +85,7 @@ class LayerHook:
         return LayerHook, ()
 
 
-@torch.compiler.disable(recursive=True)
+@torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
 def _outside_graph(
     hook: LayerHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
@@ -150,7 +150,7 @@ class Captures:
     ) -> tuple[Capture, Tensor, layout.Layout | None]:
         """The capture that `outputs` belongs to, its features, and the layout of `outputs` (None: z itself)."""
         node = outputs.grad_fn
-        capture: Capture | None = None if node is None else node.metadata.get((self, outputs.output_nr))  # type: ignore[call-overload]
+        capture: Capture | None = None if node is None else node.metadata.get((self, outputs.output_nr))  # type: ignore[attr-defined]
         found: layout.Layout | None = None
         steps: list[Any] = []
         blocked = None
@@ -167,7 +167,7 @@ class Captures:
         # a call without grad leaves another call's pending loss alone (RelativeFlatness beside a training step)
         apart = capture is not None and capture.features is not None and capture not in alive
         if capture is None or (not apart and (len(alive) > 1 or (alive and alive[0] is not capture))):
-            self._explain(caller, outputs, capture, alive, blocked)
+            raise self._explain(caller, outputs, capture, alive, blocked)
         if not outputs.is_inference() and outputs._version not in (0, capture.output_version):
             raise UnsupportedError(
                 f"{caller}: outputs were modified in place after the layer returned them; the layer is no head of this criterion "
@@ -178,7 +178,7 @@ class Captures:
                 dim = class_dim % len(capture.shape)
                 found = layout.replay(steps, capture.shape, dim, outputs.device)
             except layout.NotLayout as error:
-                self._refuse(caller, str(error))
+                raise self._refusal(caller, str(error)) from None
         features = capture.take(caller)
         capture.used[0] = True
         if not apart:
@@ -209,36 +209,37 @@ class Captures:
 
     def _explain(
         self, caller: str, outputs: Tensor, capture: Capture | None, alive: list[Capture], blocked: str | None
-    ) -> None:
+    ) -> UnsupportedError:
         if len(alive) > 1:
-            raise UnsupportedError(
+            return UnsupportedError(
                 f"{caller}: the layer was called {len(alive)} times since the last loss and all of its outputs are alive; one "
-                "weight used several times is not a head. Call the criterion after each forward call, or reset() it to drop "
+                "weight used several times is no head. Call the criterion after each forward call, or reset() it to drop "
                 "calls that no loss follows"
             )
         if capture is not None:
-            raise UnsupportedError(
+            return UnsupportedError(
                 f"{caller}: outputs are those of an earlier forward call of the layer, and a later one is still without a loss; "
                 "call the criterion after each forward call, or reset() it to drop the later one"
             )
         if all(c is None or c.features is None for c in (ref() for ref in self.pending)):
             if self.called_without_grad:
-                raise UnsupportedError(
-                    f"{caller}: the layer was called under torch.no_grad or inference_mode (or by reentrant checkpointing), so its "
+                return UnsupportedError(
+                    f"{caller}: the layer was called under torch.no_grad or inference_mode (or by reentrant checkpointing): its "
                     "output has no graph; call the model with gradients enabled, or call criterion.eval() for the plain loss"
                 )
-            raise UnsupportedError(
-                f"{caller}: the layer was not called since the last loss; call the model in training mode before each call of the "
+            return UnsupportedError(
+                f"{caller}: the layer was not called since the last loss; call the model in training mode before each use of the "
                 "criterion, and check that `layer` is the very module the model uses"
             )
         if not outputs.requires_grad:
-            raise UnsupportedError(
+            return UnsupportedError(
                 f"{caller}: outputs do not require grad although the layer's output does; do not detach them, or call "
                 "criterion.eval() for the plain loss"
             )
-        self._refuse(caller, blocked)
+        return self._refusal(caller, blocked)
 
-    def _refuse(self, caller: str, blocked: str | None) -> None:
+    @staticmethod
+    def _refusal(caller: str, blocked: str | None) -> UnsupportedError:
         hints = {
             "LogSoftmaxBackward0": "pass the logits to CrossEntropyLoss instead of log_softmax",
             "SoftmaxBackward0": "pass the logits instead of probabilities",
@@ -252,7 +253,7 @@ class Captures:
         hint = hints.get(
             blocked or "", "pass the last layer, whose output the criterion receives, as `layer`"
         )
-        raise UnsupportedError(
+        return UnsupportedError(
             f"{caller}: the criterion's input is not the output of `layer`{between}, so the layer is not a head of this "
             f"criterion; layers that are not heads are not supported yet: {hint}"
         )

@@ -10,6 +10,8 @@ convolution's kernel flattened into I.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -59,8 +61,10 @@ class Layer:
         self.unusual = (
             type(module).forward is not base.forward
             or "forward" in vars(module)
-            or type(module) is not base
-            and getattr(type(module), "_conv_forward", None) is not getattr(base, "_conv_forward", None)
+            or (
+                type(module) is not base
+                and getattr(type(module), "_conv_forward", None) is not getattr(base, "_conv_forward", None)
+            )
             or getattr(module, "parametrizations", None) is not None
         )
 
@@ -108,7 +112,7 @@ class Layer:
             else:
                 batched = features if features.dim() == self.spatial + 2 else features.unsqueeze(0)
                 x = batched[:1].double()
-                convolve = next(c for c in LAYERS if isinstance(self.conv, c))._conv_forward
+                convolve: Any = getattr(next(c for c in LAYERS if isinstance(self.conv, c)), "_conv_forward")  # noqa: B009
                 expected = convolve(self.conv, x, weight.double(), bias).flatten(2)[0, :, 0]
         scale = weight.double().flatten(1).norm(dim=1).max() * x.norm() + expected.abs().max()
         error = (got.double() - expected).abs()
@@ -142,7 +146,8 @@ def row_traces(logits: Tensor, weight: Tensor, norms: Tensor, measure: str, back
     groups = norms.shape[-1]
     if measure != "neuronwise":
         variance = softmax_variance(logits).movedim(1, -1)
-        return (variance.unflatten(-1, (groups, -1)).sum(-1) * norms).sum(-1)
+        by_group = variance.reshape(*norms.shape, weight.shape[0] // groups).sum(-1)
+        return (by_group * norms).sum(-1)
     w = weight.flatten(1)
     if groups == 1:
         return softmax_trace(logits, w, backend=backend) * norms[..., 0]
@@ -163,7 +168,7 @@ def element_traces(diagonal: Tensor, weight: Tensor, norms: Tensor, measure: str
         h = h * weight.flatten(1).to(accumulation_dtype(weight, diagonal)).square().sum(1)
     if groups == 1:
         return h * norms
-    return (h.unflatten(-1, (groups, -1)) * norms.unsqueeze(-1)).flatten(-2)
+    return (h.reshape(*norms.shape, weight.shape[0] // groups) * norms.unsqueeze(-1)).flatten(-2)
 
 
 def weight_factor(weight: Tensor, measure: str, norm_power: int) -> Tensor | None:

@@ -65,7 +65,7 @@ def find(tensor: Tensor, key: object) -> tuple[Any, list[tuple[Any, Shape]]] | N
     node, number, shape = tensor.grad_fn, tensor.output_nr, tuple(tensor.shape)
     steps: list[tuple[Any, Shape]] = []
     while node is not None:
-        found = node.metadata.get((key, number))
+        found = node.metadata.get((key, number))  # type: ignore[attr-defined]
         if found is not None:
             return found, steps[::-1]
         name = node.name()
@@ -147,10 +147,10 @@ def _inverse(dims: list[int]) -> list[int]:
 
 
 def _transposed(items: Any, node: Any) -> list[Any]:
-    items = list(items)
-    a, b = (_signed(d) % len(items) for d in (node._saved_dim0, node._saved_dim1))
-    items[a], items[b] = items[b], items[a]
-    return items
+    swapped = list(items)
+    a, b = (_signed(d) % len(swapped) for d in (node._saved_dim0, node._saved_dim1))
+    swapped[a], swapped[b] = swapped[b], swapped[a]
+    return swapped
 
 
 def _permute(state: Layout, dims: list[int], shape: Shape, device: torch.device) -> Layout:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fam_ext import _checks, criteria
-from fam_ext.capture import Capture, Captures, LayerHook, check_tensor
+from fam_ext.base import HeadCriterion, Taken
 from fam_ext.errors import UnsupportedError
-from fam_ext.heads import Layer
 from fam_ext.models import find_layer
 from fam_ext.ops.head_cross_entropy import head_cross_entropy
 from fam_ext.schedules import Schedule, TargetRatio, check_strength
-from fam_ext.terms import Options, flatness, outer_class_dim
+from fam_ext.terms import Options
 
 
 class Last:
@@ -39,130 +37,14 @@ class Last:
     def loss(self) -> Tensor | None:
         """The criterion's own loss, without the term."""
         if self._loss is None and self._total is not None and self.flatness is not None:
-            self._loss = self._total - self.strength * self.flatness
+            self._loss = self._total - self.flatness * (0.0 if self.strength is None else self.strength)
         return self._loss
 
     def __repr__(self) -> str:
         return f"Last(loss={self.loss}, flatness={self.flatness}, strength={self.strength})"
 
 
-class _HeadCriterion(nn.Module):
-    """What FAMLoss and RelativeFlatness share: the layer (no submodule of this one), its hook and its captures."""
-
-    any_mode = False  # capture although the layer is in evaluation mode or grad is disabled
-    layer: nn.Module
-
-    def __init__(self, criterion: Any, layer: nn.Module, options: Options) -> None:
-        super().__init__()
-        self._bind = criteria.read(options.caller, criterion)
-        self._layer = Layer(options.caller, layer)
-        self.criterion = criterion
-        self.options = options
-        object.__setattr__(
-            self, "layer", layer
-        )  # parameters(), state_dict() and train() must not reach the model
-        self.captures = Captures()
-        self._handle: Any = None
-        self.attach()
-
-    def attach(self) -> None:
-        """Put the hook on the layer (again); without effect while it is there."""
-        if self._handle is not None:
-            return
-        hooks = self.layer._forward_hooks
-        for key in [k for k, hook in hooks.items() if isinstance(hook, LayerHook) and hook.owner is None]:
-            del hooks[key]  # left by a copy of the layer
-            self.layer._forward_hooks_with_kwargs.pop(key, None)
-        self._handle = self.layer.register_forward_hook(LayerHook(self), with_kwargs=True)
-        weakref.finalize(self, self._handle.remove).atexit = False
-
-    def detach(self) -> None:
-        """Take the hook off the layer. In evaluation mode the criterion still works, in training mode it raises until attach()."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        self.captures.reset()
-
-    def reset(self) -> None:
-        """Drop the features of forward calls that no loss follows."""
-        self.captures.reset()
-
-    def __enter__(self) -> Any:
-        self.attach()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.detach()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.update(captures=None, _bind=None, _layer=None, _handle=self._handle is not None)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        caller = self.options.caller
-        self.captures = Captures()
-        self._bind = criteria.read(caller, self.criterion)
-        self._layer = Layer(caller, self.layer)
-        attached, self._handle = self._handle, None
-        if attached:
-            self.attach()
-
-    def extra_repr(self) -> str:
-        return f"layer={self.layer}, measure={self.options.measure}"
-
-    def _take(
-        self, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Capture, Tensor, Tensor, int | None, Tensor | None, criteria.Bound]:
-        """Everything one call needs: capture, features, weight, class dimension, rows, bound arguments."""
-        caller = self.options.caller
-        check_tensor(caller, outputs)
-        if self._handle is None:
-            raise UnsupportedError(
-                f"{caller}: detached from its layer; call attach() first, or eval() for the plain loss"
-            )
-        bound = self._bind(*targets, **kwargs)
-        self.options.check_bound(bound)
-        layer = self._layer
-        capture, features, found = self.captures.take(caller, outputs, layer.class_dim)
-        weight = capture.weight
-        assert_weight = self.layer.weight if weight is None else weight
-        if found is None:
-            class_dim: int | None = outputs.dim() + layer.class_dim
-            rows = None
-        else:
-            class_dim, rows = found
-        layer.check_call(caller, features, assert_weight, capture.shape)  # type: ignore[arg-type]
-        outer_class_dim(caller, bound, class_dim, outputs)
-        bound.check(caller, outputs)
-        if features.device != outputs.device:
-            _checks.bad_value(caller, "outputs", f"on the layer's device ({features.device})", outputs)
-        if layer.unusual and rows is None and outputs.numel():
-            by_row = outputs.unsqueeze(-1) if class_dim is None else outputs.movedim(class_dim, -1)
-            layer.check_unusual(
-                caller,
-                features,
-                assert_weight,
-                by_row.flatten(0, -2)[0] if by_row.dim() > 1 else by_row,
-                capture.dtype,
-            )  # type: ignore[arg-type]
-        return capture, features, assert_weight, class_dim, rows, bound  # type: ignore[return-value]
-
-    def _flatness(
-        self,
-        outputs: Tensor,
-        taken: tuple[Capture, Tensor, Tensor, int | None, Tensor | None, criteria.Bound],
-        per_sample: bool = False,
-    ) -> Tensor:
-        capture, features, weight, class_dim, rows, bound = taken
-        samples = capture.shape[0] if len(capture.shape) > 1 + self._layer.spatial else 1
-        return flatness(
-            self.options, self._layer, bound, outputs, class_dim, rows, features, weight, samples, per_sample
-        )
-
-
-class FAMLoss(_HeadCriterion):
+class FAMLoss(HeadCriterion):
     r"""The criterion's loss plus strength times the relative flatness of one layer.
 
     .. math:: L + \mathrm{strength} \cdot \kappa, \qquad
@@ -287,7 +169,8 @@ class FAMLoss(_HeadCriterion):
             plain: Tensor = self.criterion(outputs, *targets, **kwargs)
             return plain
         if torch.compiler.is_compiling():
-            return _outside_graph(self, outputs, targets, kwargs)
+            compiled: Tensor = _outside_graph(self, outputs, targets, kwargs)
+            return compiled
         return self._train(outputs, targets, kwargs)
 
     def _train(self, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -307,7 +190,7 @@ class FAMLoss(_HeadCriterion):
             self.step += 1
             return loss
         taken = self._take(outputs, targets, kwargs)
-        bound = taken[-1]
+        bound = taken.bound
         if isinstance(bound, criteria.CrossEntropy) and self._fusible(outputs, bound, strength):
             total, kappa = self._fused(outputs, taken, bound, strength)
             self.last = Last(None, total.detach(), kappa, strength)
@@ -337,7 +220,7 @@ class FAMLoss(_HeadCriterion):
     def _fused(
         self,
         outputs: Tensor,
-        taken: tuple[Capture, Tensor, Tensor, int | None, Tensor | None, criteria.Bound],
+        taken: Taken,
         bound: criteria.CrossEntropy,
         strength: float,
     ) -> tuple[Tensor, Tensor]:
@@ -364,7 +247,7 @@ class FAMLoss(_HeadCriterion):
         return total, kappa if scale == 1.0 else kappa * scale
 
 
-class RelativeFlatness(_HeadCriterion):
+class RelativeFlatness(HeadCriterion):
     """The relative flatness of a head alone, differentiable: the term that FAMLoss adds, before its strength.
 
     Arguments as for FAMLoss. The features are kept in the layer's evaluation mode and under torch.no_grad too, as long as the
@@ -418,18 +301,19 @@ class RelativeFlatness(_HeadCriterion):
                 "RelativeFlatness: in evaluation mode nothing is captured; call train() on it first"
             )
         if torch.compiler.is_compiling():
-            return _outside_graph_flatness(self, outputs, targets, per_sample, kwargs)
+            compiled: Tensor = _outside_graph_flatness(self, outputs, targets, per_sample, kwargs)
+            return compiled
         return self._flatness(outputs, self._take(outputs, targets, kwargs), per_sample)
 
 
-@torch.compiler.disable(recursive=True)
+@torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
 def _outside_graph(
     loss: FAMLoss, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
     return loss._train(outputs, targets, kwargs)
 
 
-@torch.compiler.disable(recursive=True)
+@torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
 def _outside_graph_flatness(
     measure: RelativeFlatness,
     outputs: Tensor,

@@ -32,7 +32,7 @@ def find_layer(caller: str, model: nn.Module, layer: str | nn.Module | None) -> 
         if all(m is not layer for m in model.modules()):
             _checks.bad_value(caller, "layer", "a module of the model", layer)
         return layer
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     heads = {name: m for name, m in modules.items() if isinstance(m, LAYERS)}
     if layer is None:
         if not heads:

@@ -104,8 +104,8 @@ class TargetRatio:
             _checks.bad_type("TargetRatio", "ratio", "a number", ratio)
         if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real) or not 0 <= momentum < 1:
             _checks.bad_value("TargetRatio", "momentum", "a number in [0, 1)", momentum)
-        self.ratio = checked
-        self.momentum = float(momentum)
+        self.ratio: float = checked
+        self.momentum: float = float(momentum)
         self.averages: Tensor | None = None  # (2,): loss, kappa; nan before their first finite values
 
     @torch.no_grad()

@@ -91,8 +91,8 @@ def outer_class_dim(caller: str, bound: Bound, class_dim: int | None, outputs: T
     expected = 0 if outputs.dim() == 1 else 1
     if bound.softmax and class_dim != expected:
         raise UnsupportedError(
-            f"{caller}: cross-entropy takes dimension {expected} of its input, of shape {tuple(outputs.shape)}, for the classes, but "
-            f"the layer's outputs lie in dimension {class_dim}; flatten the rows to (N, O) or move the classes to dimension 1"
+            f"{caller}: cross-entropy takes dimension {expected} of its input, of shape {tuple(outputs.shape)}, for the classes, "
+            f"but the layer's outputs lie in dimension {class_dim}; flatten the rows to (N, O) or move the classes to dimension 1"
         )
     return class_dim
 
