@@ -71,10 +71,12 @@ class LayerHook:
 
     def __init__(self, owner: Any = None) -> None:
         self.owner = None if owner is None else weakref.ref(owner)
+        self.any_mode = owner is not None and owner.any_mode
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
-            _outside_graph(self, module, args, kwargs, output)
+            if module.training or self.any_mode:  # no graph break in evaluation
+                _outside_graph(self, module, args, kwargs, output)
             return
         owner = None if self.owner is None else self.owner()
         if owner is None or not owner.training or not (module.training or owner.any_mode):

@@ -301,6 +301,50 @@ def test_compiled_model() -> None:
     expected = criterion(net(x), y)
     compiled = torch.compile(net, backend="aot_eager")
     torch.testing.assert_close(criterion(compiled(x), y), expected)
+    step = torch.compile(lambda x, y: criterion(net(x), y), backend="aot_eager")
+    torch.testing.assert_close(step(x, y), expected)
+    net.eval()
+    whole = torch.compile(net, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), net(x))
+
+
+@pytest.mark.slow
+def test_compiled_function_of_tensors() -> None:
+    net, (x, _) = network(), batch()
+    for loss in ("cross_entropy", "bce_with_logits"):
+
+        def kappa(features: Tensor, weight: Tensor, logits: Tensor, loss: str = loss) -> Tensor:
+            return fam_ext.relative_flatness(features, weight, logits, loss=loss)
+
+        phi = net[1](net[0](x)).detach()
+        arguments = (phi, net[2].weight, net(x).detach())
+        compiled = torch.compile(kappa, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*arguments), kappa(*arguments))
+
+
+def test_masked_classes_and_not_finite_ignored_rows() -> None:
+    layer, (x, y) = nn.Linear(5, 4), batch()
+    with torch.no_grad():
+        layer.bias[3] = -torch.inf
+    criterion = FAMLoss(nn.CrossEntropyLoss(), layer, 0.5, backend="reference")
+    criterion(layer(x), y.clamp(max=2)).backward()
+    assert layer.weight.grad is not None and layer.weight.grad.isfinite().all()
+    three = fam_ext.relative_flatness(x, layer.weight[:3], layer(x)[:, :3])
+    torch.testing.assert_close(criterion.last.flatness, three.detach())
+    x[0], y = torch.nan, y.clamp(max=2)
+    y[0] = -100
+    assert RelativeFlatness(nn.CrossEntropyLoss(), layer)(layer(x), y).isfinite()
+
+
+def test_frozen_layer_and_features() -> None:
+    layer, (x, y) = nn.Linear(5, 4).requires_grad_(False), batch()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), layer, 0.5)
+    total = criterion(layer(x), y)
+    torch.testing.assert_close(criterion(layer(x).view(-1, 4), y), total)
+    x.requires_grad_()
+    moving = criterion(layer(x), y)
+    moving.backward()
+    torch.testing.assert_close(moving.detach(), total)
 
 
 def test_for_model() -> None:
