@@ -1,0 +1,65 @@
+#include <ATen/Dispatch.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "cpu/cross_entropy_rows.h"
+#include "cpu/trace_shifted.h"
+
+namespace fam_ext {
+namespace {
+
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+at::Tensor like_if(const at::Tensor& tensor, bool wanted) {
+  return wanted ? at::empty_like(tensor) : at::empty({0}, tensor.options().memory_format(std::nullopt));
+}
+
+// (loss, flatness, d loss/d logits, d loss/d features, d loss/d weight): everything in one pass over the rows.
+Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& features, const at::Tensor& weight,
+                                  const at::Tensor& target, const std::optional<at::Tensor>& class_weight,
+                                  int64_t ignore_index, double label_smoothing, bool mean, double strength,
+                                  bool curvature_grad, bool pairwise, bool grad_logits, bool grad_features,
+                                  bool grad_weight) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto is_double = [](const at::Tensor& t) { return t.scalar_type() == at::kDouble; };
+  const at::ScalarType acc = is_double(logits) || is_double(features) || is_double(weight) ? at::kDouble : at::kFloat;
+  const at::Tensor w = weight.to(acc).contiguous();
+  const CrossEntropyOptions options{target.is_floating_point() ? target : target.contiguous(),
+                                    class_weight ? class_weight->to(acc).contiguous() : at::Tensor(),
+                                    ignore_index, label_smoothing, mean, strength, curvature_grad};
+  const at::Tensor dz = like_if(logits, grad_logits), dw_none = like_if(weight, false);
+  // held constant, the Hessian sends nothing to the features
+  const at::Tensor dphi = grad_features && !curvature_grad ? at::zeros_like(features) : like_if(features, grad_features);
+  at::Tensor dw = dw_none;
+  double loss = 0, flatness = 0;
+  AT_DISPATCH_FLOATING_TYPES(acc, "head_cross_entropy", [&] {
+    const Rows<scalar_t> rows(logits, 1), phi(features, features.dim() - 1);
+    const Rows<scalar_t> dz_rows(dz, grad_logits ? 1 : 0), dphi_rows(dphi, dphi.dim() - 1);
+    const Rows<scalar_t>* dz_target = grad_logits ? &dz_rows : nullptr;
+    CrossEntropyRows<scalar_t> policy(options, rows.layout.rows, rows.layout.width, phi,
+                                      grad_features && curvature_grad ? &dphi_rows : nullptr);
+    at::Tensor result;
+    if (pairwise) {
+      const at::Tensor distances = class_distances(w);
+      at::Tensor m = pairwise_rows(rows, distances, policy, dz_target, grad_weight);
+      if (grad_weight) result = laplacian_product(m, w, distances);
+    } else {
+      result = shifted_blocks(rows, w, at::Tensor(), false, policy, dz_target, grad_weight);
+    }
+    if (grad_weight) dw = result.to(weight.scalar_type());
+    loss = policy.loss();
+    flatness = policy.flatness();
+  });
+  return {at::scalar_tensor(loss + strength * flatness, w.options()), at::scalar_tensor(flatness, w.options()), dz, dphi, dw};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fam_ext, CPU, m) { m.impl("head_cross_entropy_forward", &head_cross_entropy_forward); }
+
+}  // namespace fam_ext

@@ -1,0 +1,160 @@
+// The shifted form of trace_rows.h: everything relative to the most likely class, three (N,O)x(O,I) products.
+#pragma once
+
+#include "cpu/trace_rows.h"
+
+namespace fam_ext {
+
+// The rows of one block after U = p~ W is known.
+template <typename T>
+struct ShiftedRow {
+  T v, squared_shift, squared_mean;  // v, |U|^2, |u|^2
+};
+
+// v = sum_s p~_s |w_s|^2 - 2 <w_y, U> - |U|^2 for one row; writes u = w_y + U.
+template <typename T>
+ShiftedRow<T> shifted_row(const T* shift, const T* wy, T weighted_squares, int64_t fan_in, T* mean) {
+  constexpr int64_t L = lanes_of<T>();
+  Vec<T> dot(0), squared(0), squared_mean(0);
+  for (int64_t i = 0; i < fan_in; i += L) {
+    const int64_t count = std::min(L, fan_in - i);
+    const Vec<T> a = detail::load_as<T, T>(shift + i, 1, count), b = detail::load_as<T, T>(wy + i, 1, count), u = a + b;
+    dot = at::vec::fmadd(a, b, dot);
+    squared = at::vec::fmadd(a, a, squared);
+    squared_mean = at::vec::fmadd(u, u, squared_mean);
+    if (mean != nullptr) u.store(mean + i, static_cast<int>(count));
+  }
+  const T d = detail::horizontal_sum(dot), uu = detail::horizontal_sum(squared);
+  return {weighted_squares - (d + d) - uu, uu, detail::horizontal_sum(squared_mean)};
+}
+
+// target[y_n] += factor_n source_n for all rows, each thread a range of columns: no two write the same number
+template <typename T>
+void scatter_rows(const T* source, const std::vector<int64_t>& y, const std::vector<T>& factor, int64_t fan_in, T* target) {
+  const int64_t rows = static_cast<int64_t>(y.size());
+  at::parallel_for(0, fan_in, std::max<int64_t>(64, 65536 / std::max<int64_t>(rows, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t n = 0; n < rows; ++n) {
+      const T* from = source + n * fan_in;
+      T* to = target + y[n] * fan_in;
+      for (int64_t i = begin; i < end; ++i) to[i] += factor[n] * from[i];
+    }
+  });
+}
+
+// dW = 2 (diag(sum_n g_n p~_n) W - T), T = sum_n g_n p~_n u_n^T + the scattered rows, in place of T
+template <typename T>
+void finish_weight_grad(const std::vector<T>& sums, const at::Tensor& w, at::Tensor& t) {
+  const int64_t classes = w.size(0), fan_in = w.size(1);
+  const T* weight = w.template const_data_ptr<T>();
+  T* out = t.template mutable_data_ptr<T>();
+  at::parallel_for(0, classes, std::max<int64_t>(1, 32768 / std::max<int64_t>(fan_in, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      for (int64_t i = s * fan_in; i < (s + 1) * fan_in; ++i) out[i] = 2 * (sums[s] * weight[i] - out[i]);
+    }
+  });
+}
+
+// The whole pass. `shifts` (N, I), or undefined: U, read when `have_shifts`, else written. Gradients are made when wanted; returns
+// the gradient of the weight or an undefined tensor.
+template <typename T, typename Policy>
+at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::Tensor shifts, bool have_shifts, Policy& policy,
+                          const Rows<T>* grad_logits, bool grad_weight) {
+  constexpr int64_t L = lanes_of<T>();
+  at::Tensor class_norms = class_squares(weight);
+  const at::Tensor w = center_if_offset(weight, class_norms);
+  const int64_t classes = w.size(0), fan_in = w.size(1), rows = logits.layout.rows, step = block_rows(rows, classes);
+  const T *w_data = w.template const_data_ptr<T>(), *squares = class_norms.template const_data_ptr<T>();
+  const bool grads = grad_logits != nullptr || grad_weight;
+  const bool products = grad_logits != nullptr && policy.through_curvature();
+
+  RowBlock<T> block(classes, step, w.options());
+  const int64_t ld = block.ld;
+  at::Tensor own_shifts, means, dots, t;
+  if (!shifts.defined()) own_shifts = at::empty({step, fan_in}, w.options());
+  if (grads) means = at::empty({step, fan_in}, w.options());
+  if (grad_logits != nullptr) dots = at::empty_like(block.p);
+  if (grad_weight) t = at::zeros({classes, fan_in}, w.options());
+  std::vector<T> weighted(block.stats.size() * L), sums(grad_weight ? classes : 0, T(0));
+  std::vector<ShiftedRow<T>> row_values(block.stats.size() * L);
+  std::vector<int64_t> y;
+  std::vector<T> g;
+
+  for (block.first = 0; block.first < rows; block.first += step) {
+    block.rows = std::min(step, rows - block.first);
+    T* p_data = block.data();
+    y.resize(block.rows);
+    g.assign(block.rows, T(0));
+    block.for_each_tile(8 * classes, [&](int64_t first, int64_t lanes, int64_t column, RowStats<T>& stats) {
+      T* p = p_data + column;
+      load_tile_softmax(logits, policy, first, lanes, p, ld, stats);
+      LongSum<T> sum;
+      for (int64_t s = 0; s < classes; ++s) sum.add_product(Vec<T>::loadu(p + s * ld), Vec<T>(squares[s]));
+      sum.total().store(weighted.data() + column);
+      const LaneArray<T> best(stats.y);
+      for (int64_t lane = 0; lane < lanes; ++lane) y[column + lane] = static_cast<int64_t>(best[lane]);
+    });
+    at::Tensor u = shifts.defined() ? shifts.narrow(0, block.first, block.rows) : own_shifts.narrow(0, 0, block.rows);
+    if (!have_shifts) at::mm_out(u, block.view().t(), w);
+    const T* u_data = u.template const_data_ptr<T>();
+    T* mean_data = grads ? means.template mutable_data_ptr<T>() : nullptr;
+    at::parallel_for(0, block.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(fan_in, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        T* mean = grads ? mean_data + n * fan_in : nullptr;
+        row_values[n] = shifted_row(u_data + n * fan_in, w_data + y[n] * fan_in, weighted[n], fan_in, mean);
+      }
+    });
+    at::Tensor mean_rows = grads ? means.narrow(0, 0, block.rows) : at::Tensor();
+    if (products) {
+      at::Tensor dot_view = dots.narrow(1, 0, block.rows);
+      at::mm_out(dot_view, w, mean_rows.t());
+    }
+    T* dot_data = grad_logits != nullptr ? dots.template mutable_data_ptr<T>() : nullptr;
+    block.for_each_tile(4 * classes + policy.row_cost(), [&](int64_t first, int64_t lanes, int64_t column, RowStats<T>& stats) {
+      __at_align__ T values[3][L] = {};
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const ShiftedRow<T>& row = row_values[column + lane];
+        values[0][lane] = row.v;
+        values[1][lane] = row.squared_shift;
+        values[2][lane] = row.squared_mean;
+      }
+      const Vec<T> v = Vec<T>::loadu(values[0]), at_y = Vec<T>::loadu(values[1]), mean = Vec<T>::loadu(values[2]);
+      policy.value(first, lanes, v, stats);
+      const Vec<T> upstream = policy.upstream(first, lanes);
+      const LaneArray<T> lane_g(upstream);
+      for (int64_t lane = 0; lane < lanes; ++lane) g[column + lane] = lane_g[lane];
+      if (grad_logits == nullptr) return;
+      const T* p_tilde = p_data + column;
+      T* dz = dot_data + column;
+      for (int64_t s = 0; s < classes; ++s) {
+        Vec<T> out(0);
+        if (products) {
+          const Vec<T> d = squared_distance(Vec<T>(squares[s]), Vec<T>::loadu(dz + s * ld), mean);
+          const Vec<T> is_y = stats.y == Vec<T>(static_cast<T>(s));
+          out = upstream * probability(Vec<T>::loadu(p_tilde + s * ld), s, stats) * (Vec<T>::blendv(d, at_y, is_y) - v);
+        }
+        out.store(dz + s * ld);
+      }
+      policy.add_loss_grad(first, lanes, p_tilde, ld, stats, dz, ld);
+      grad_logits->store_tile(first, lanes, dz, ld);
+    });
+    if (!grad_weight) continue;
+    at::parallel_for(0, block.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(fan_in, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        for (int64_t i = 0; i < fan_in; ++i) mean_data[n * fan_in + i] *= g[n];
+      }
+    });
+    t.addmm_(block.view(), mean_rows);
+    scatter_rows(u_data, y, g, fan_in, t.template mutable_data_ptr<T>());
+    at::parallel_for(0, classes, std::max<int64_t>(1, 32768 / block.rows), [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        T sum = 0;
+        for (int64_t n = 0; n < block.rows; ++n) sum += g[n] * p_data[s * ld + n];
+        sums[s] += sum;
+      }
+    });
+  }
+  if (grad_weight) finish_weight_grad(sums, w, t);
+  return t;
+}
+
+}  // namespace fam_ext

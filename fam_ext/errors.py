@@ -1,0 +1,8 @@
+"""Exceptions raised by fam_ext."""
+
+
+class UnsupportedError(RuntimeError):
+    """A request that cannot be answered with a number whose value and gradient are right.
+
+    The message names what is unsupported and at least one way out.
+    """

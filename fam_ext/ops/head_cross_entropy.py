@@ -1,0 +1,139 @@
+"""head_cross_entropy: cross-entropy plus strength * relative flatness of a linear head, in one pass over its logits."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fam_ext import _checks, backends
+from fam_ext.ops._native import accumulation_dtype, register_fake
+from fam_ext.ops.softmax_trace import choose_form, softmax_trace
+from fam_ext.reference import head_cross_entropy as reference
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def head_cross_entropy(
+    logits: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    strength: float = 1.0,
+    curvature_grad: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""Cross-entropy plus strength * kappa of the linear head that made the logits.
+
+    .. math:: \mathrm{loss} = \mathrm{CE}(z, t) + \mathrm{strength} \cdot \kappa, \qquad
+              \kappa = \sum_i c_i \|\phi_i\|^2 \, \mathrm{Tr}(W^\top (\mathrm{diag}(p_i) - p_i p_i^\top) W)
+
+    for z = phi W^T (+ bias), p = softmax(z): relative flatness (Petzka et al. 2021, Definition 3; Adilova et al. 2023, Eq. 3) of
+    a layer whose output cross-entropy receives. Class weights, label smoothing, ignored rows and the reduction change c_i only.
+    Log-sum-exp is shared between both terms, and the gradients of logits, features and weight are made in the forward pass; the
+    backward pass hands them out, multiplied by the upstream gradient unless that is 1. What does not require grad is skipped.
+    The gradient of CE with respect to features and weight flows through the logits as usual.
+
+    Args:
+        logits: z, (N, O) or channel-first (B, O, *positions); any strides.
+        features: phi, (N, I) or (B, *positions, I): rows in the order of the logits' rows.
+        weight: W, (O, I).
+        target: class indices, (N,) or (B, *positions), int64, or class probabilities of the shape of `logits` (not differentiated).
+        class_weight, ignore_index, label_smoothing, reduction: as in torch.nn.functional.cross_entropy.
+        strength: factor of kappa; any finite number.
+        curvature_grad: False holds the Hessian constant: kappa's gradient flows only through <w_s, w_s'>.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        (loss, flatness): the total, differentiable, and kappa, detached. 0-d, or per row with reduction="none". float64 if an
+        input is, else float32. As in torch, the mean over no valid row is nan; kappa is 0 there.
+
+    Raises:
+        TypeError: an input has the wrong dtype.
+        ValueError: shapes, devices or options do not fit.
+        IndexError: a class index is outside 0..O-1 and is not ignore_index.
+        RuntimeError: a backend asked for by name is not available.
+    """
+    name = "head_cross_entropy"
+    _check(name, logits, features, weight, target, class_weight)
+    _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
+    if not 0.0 <= label_smoothing <= 1.0:
+        _checks.bad_value(name, "label_smoothing", "between 0 and 1", label_smoothing)
+    if not math.isfinite(strength):
+        _checks.bad_value(name, "strength", "a finite number", strength)
+    classes, fan_in = weight.shape
+    form = choose_form(logits.numel() // classes, fan_in, classes)
+    chosen = backends.choose(name, backend, logits, features, weight)
+    # per-row losses: their upstream gradients are not known in the forward pass, so the parts are composed
+    if reduction == "none" or chosen == "reference":
+        return reference.head_cross_entropy(
+            logits, features, weight, target, class_weight, ignore_index, label_smoothing, reduction, strength,
+            curvature_grad, partial(softmax_trace, form=form, backend=chosen),
+        )  # fmt: skip
+    loss, flatness = torch.ops.fam_ext.head_cross_entropy(
+        logits, features, weight, target, class_weight, ignore_index, label_smoothing, reduction == "mean", strength,
+        curvature_grad, form == "pairwise",
+    )  # fmt: skip
+    return loss, flatness
+
+
+def _check(
+    name: str, logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None
+) -> None:
+    for argument, value in (("logits", logits), ("features", features), ("weight", weight)):
+        _checks.check_floating(name, argument, value)
+    if logits.dim() < 2 or logits.shape[1] == 0:
+        _checks.bad_value(name, "logits", "of shape (N, O) or (B, O, *positions) with at least one class", logits)
+    classes, rows = logits.shape[1], (logits.shape[0], *logits.shape[2:])
+    if weight.dim() != 2 or weight.shape[0] != classes:
+        _checks.bad_value(name, "weight", f"of shape (O, I) with O = {classes} classes", weight)
+    if features.shape != (*rows, weight.shape[1]):
+        _checks.bad_value(name, "features", f"of shape {(*rows, weight.shape[1])}", features)
+    if not isinstance(target, Tensor) or not (target.dtype == torch.int64 or target.dtype in _checks.FLOATING):
+        _checks.bad_type(name, "target", "an int64 tensor of class indices or a floating one of probabilities", target)
+    expected = logits.shape if target.is_floating_point() else rows
+    if target.shape != expected:
+        _checks.bad_value(name, "target", f"of shape {tuple(expected)}", target)
+    if class_weight is not None:
+        _checks.check_floating(name, "class_weight", class_weight)
+        if class_weight.shape != (classes,):
+            _checks.bad_value(name, "class_weight", f"of shape ({classes},)", class_weight)
+        if class_weight.requires_grad:
+            _checks.bad_value(name, "class_weight", "free of requires_grad", class_weight)
+    if target.requires_grad:
+        _checks.bad_value(name, "target", "free of requires_grad", target)
+    _checks.check_same_device(
+        name, logits=logits, features=features, weight=weight, target=target, class_weight=class_weight
+    )
+
+
+def _register() -> None:
+    @register_fake("head_cross_entropy")
+    def _(
+        logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        scalar = logits.new_empty((), dtype=accumulation_dtype(logits, features, weight))
+        return scalar, torch.empty_like(scalar)
+
+    @register_fake("head_cross_entropy_forward")
+    def _(
+        logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        scalar = logits.new_empty((), dtype=accumulation_dtype(logits, features, weight))
+        grads = (
+            torch.empty_like(x) if needed else x.new_empty(0)
+            for x, needed in zip((logits, features, weight), options[-3:], strict=True)
+        )
+        return scalar, torch.empty_like(scalar), *grads
+
+
+if backends.native_loaded():
+    _register()

@@ -1,0 +1,1 @@
+"""Plain-PyTorch implementations: the fallback, the oracle of the tests and the baseline of the benchmarks."""

@@ -1,0 +1,38 @@
+"""Relative flatness from its definition, with the full layer Hessian in float64. For tests: O*I squared numbers are held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def layer_hessian(loss: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """Hessian of `loss` with respect to one layer's weight, (O, I, O, I) with the trailing weight dimensions flattened."""
+    w = weight.detach().double()
+    rows = w.shape[0]
+    hessian: Tensor = torch.func.hessian(loss)(w)
+    return hessian.reshape(rows, w[0].numel(), rows, w[0].numel())
+
+
+def relative_flatness(
+    loss: Callable[[Tensor], Tensor], weight: Tensor, measure: str = "neuronwise", groups: int = 1, norm_power: int = 2
+) -> Tensor:
+    """kappa = sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}) and its siblings (Petzka et al. 2021, Definition 3), from the full Hessian.
+
+    `loss` maps a float64 weight of the layer's shape to the scalar the criterion returns. With `groups` > 1 (grouped
+    convolution) only neurons of one group are paired.
+    """
+    hessian = layer_hessian(loss, weight)
+    w = weight.detach().double().flatten(1)
+    traces = torch.einsum("aibi->ab", hessian)  # Tr(H_{s,s'})
+    group = torch.arange(len(w)) // (len(w) // groups)
+    gram = (w @ w.T) * (group[:, None] == group[None, :])
+    if measure == "neuronwise":
+        return (gram * traces).sum()
+    if measure == "layerwise":
+        return w.norm() ** norm_power * traces.diagonal().sum()
+    if measure == "trace":
+        return traces.diagonal().sum()
+    raise ValueError(f"relative_flatness: measure must be 'neuronwise', 'layerwise' or 'trace', got {measure!r}")
