@@ -11,9 +11,9 @@
 namespace fam_ext {
 namespace {
 
+using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using at::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call_forward(
     const Tensor& logits, const Tensor& features, const Tensor& weight, const Tensor& target,
@@ -89,11 +89,11 @@ std::tuple<Tensor, Tensor> differentiable(const Tensor& logits, const Tensor& fe
 }
 
 std::tuple<Tensor, Tensor> values_only(const Tensor& logits, const Tensor& features, const Tensor& weight,
-                                       const Tensor& target, const std::optional<Tensor>& class_weight, int64_t ignore_index,
-                                       double label_smoothing, bool mean, double strength, bool curvature_grad,
-                                       bool pairwise) {
-  auto result = call_forward(logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean, strength,
-                             curvature_grad, pairwise, false, false, false);
+                                       const Tensor& target, const std::optional<Tensor>& class_weight,
+                                       int64_t ignore_index, double label_smoothing, bool mean, double strength,
+                                       bool curvature_grad, bool pairwise) {
+  auto result = call_forward(logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean,
+                             strength, curvature_grad, pairwise, false, false, false);
   return {std::get<0>(result), std::get<1>(result)};
 }
 

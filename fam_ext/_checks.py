@@ -18,7 +18,11 @@ def describe(value: object) -> str:
     text = repr(value)
     if len(text) > 80:
         text = text[:77] + "..."
-    return text if isinstance(value, (bool, int, float, str, tuple, list, type(None))) else f"{type(value).__name__} {text}"
+    return (
+        text
+        if isinstance(value, (bool, int, float, str, tuple, list, type(None)))
+        else f"{type(value).__name__} {text}"
+    )
 
 
 def bad_value(function: str, argument: str, expected: str, got: object) -> NoReturn:

@@ -27,10 +27,6 @@ SUPPORTED = (
 )
 
 
-def _accumulate(*tensors: Tensor | None) -> torch.dtype:
-    return accumulation_dtype(*(t for t in tensors if t is not None))
-
-
 @dataclass
 class Bound:
     """Arguments of one call of a criterion, after its input."""
@@ -99,7 +95,7 @@ class MeanSquaredError(Bound):
     weight: Tensor | None = None
 
     def diagonal(self, logits: Tensor) -> Tensor:
-        acc = _accumulate(logits, self.target, self.weight)
+        acc = accumulation_dtype(logits, self.target, self.weight)
         if self.weight is not None:
             weight = self.weight.to(acc)
             total = weight.sum()
@@ -118,7 +114,7 @@ class BinaryCrossEntropy(Bound):
         return self.weight is None and self.pos_weight is None
 
     def diagonal(self, logits: Tensor) -> Tensor:
-        z = logits.to(_accumulate(logits, self.target, self.weight, self.pos_weight))
+        z = logits.to(accumulation_dtype(logits, self.target, self.weight, self.pos_weight))
         h = torch.sigmoid(z) * torch.sigmoid(-z)
         if self.pos_weight is not None:
             if self.target is None:
@@ -135,7 +131,9 @@ class PoissonNLL(Bound):
         return True
 
     def diagonal(self, logits: Tensor) -> Tensor:
-        return self._reduced(torch.exp(logits.to(_accumulate(logits, self.target))), max(logits.numel(), 1))
+        return self._reduced(
+            torch.exp(logits.to(accumulation_dtype(logits, self.target))), max(logits.numel(), 1)
+        )
 
 
 @dataclass
@@ -148,10 +146,10 @@ class GaussianNLL(Bound):
         if not isinstance(var, Tensor):
             if var is None:
                 _checks.bad_type("gaussian_nll_loss", "var", "a tensor or a number", var)
-            var = torch.full((), float(var), dtype=_accumulate(logits), device=logits.device)
+            var = torch.full((), float(var), dtype=accumulation_dtype(logits), device=logits.device)
         elif var.shape != logits.shape and var.shape == logits.shape[:-1]:
             var = var.unsqueeze(-1)
-        var = var.to(_accumulate(logits, self.target, var)).clone()
+        var = var.to(accumulation_dtype(logits, self.target, var)).clone()
         with torch.no_grad():
             var.clamp_(min=self.eps)  # like the criterion: its gradient ignores the clamp too
         return self._reduced((1 / var).expand(logits.shape), max(logits.numel(), 1))

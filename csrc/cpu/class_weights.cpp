@@ -53,7 +53,8 @@ void distance_block(const T* weight, int64_t classes, int64_t fan_in, int64_t s0
 
 // out_s = 2 sum_t M_st (w_s - w_t) over the columns [begin, end)
 template <typename T>
-void laplacian_columns(const T* m, const T* weight, T* out, int64_t classes, int64_t fan_in, int64_t begin, int64_t end) {
+void laplacian_columns(const T* m, const T* weight, T* out, int64_t classes, int64_t fan_in, int64_t begin,
+                       int64_t end) {
   constexpr int64_t L = Vec<T>::size();
   for (int64_t i = begin; i < end; i += L) {
     const int64_t count = std::min(L, end - i);
@@ -121,15 +122,17 @@ at::Tensor class_distances(const at::Tensor& weight) {
     const int64_t blocks = (classes + kBlock - 1) / kBlock;
     const int64_t block_cost = kBlock * kBlock * (fan_in + 16);
     // row k of blocks meets blocks k.. : pairing row k with row blocks-1-k makes the shares equal
-    at::parallel_for(0, (blocks + 1) / 2, std::max<int64_t>(1, 131072 / (blocks * block_cost)), [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t partner = blocks - 1 - k;
-        for (int64_t t = k; t < blocks; ++t) distance_block(w, classes, fan_in, k * kBlock, t * kBlock, out);
-        for (int64_t t = partner; partner != k && t < blocks; ++t) {
-          distance_block(w, classes, fan_in, partner * kBlock, t * kBlock, out);
-        }
-      }
-    });
+    at::parallel_for(0, (blocks + 1) / 2, std::max<int64_t>(1, 131072 / (blocks * block_cost)),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t k = begin; k < end; ++k) {
+                         const int64_t partner = blocks - 1 - k;
+                         for (int64_t t = k; t < blocks; ++t)
+                           distance_block(w, classes, fan_in, k * kBlock, t * kBlock, out);
+                         for (int64_t t = partner; partner != k && t < blocks; ++t) {
+                           distance_block(w, classes, fan_in, partner * kBlock, t * kBlock, out);
+                         }
+                       }
+                     });
   });
   return distances;
 }

@@ -31,10 +31,17 @@ class CrossEntropyRows {
  public:
   CrossEntropyRows(const CrossEntropyOptions& options, int64_t rows, int64_t classes, const Rows<T>& features,
                    const Rows<T>* grad_features)
-      : options_(options), classes_(classes), features_(features), grad_features_(grad_features),
+      : options_(options),
+        classes_(classes),
+        features_(features),
+        grad_features_(grad_features),
         omega_(options.class_weight.defined() ? options.class_weight.template const_data_ptr<T>() : nullptr),
         share_(static_cast<T>(options.label_smoothing / static_cast<double>(classes))),
-        hard_(rows), coefficient_(rows), loss_(rows), curvature_(rows), upstream_(rows) {
+        hard_(rows),
+        coefficient_(rows),
+        loss_(rows),
+        curvature_(rows),
+        upstream_(rows) {
     if (options.target.is_floating_point()) {
       soft_.emplace(options.target, 1);
       scale_ = options.mean ? static_cast<T>(1.0 / static_cast<double>(rows)) : T(1);
@@ -80,16 +87,20 @@ class CrossEntropyRows {
       const T scaled = c == T(0) ? T(0) : c * features_.row_squared_norm(n);
       curvature_[n] = c == T(0) ? T(0) : scaled * traces[lane];
       upstream_[n] = strength * scaled;
-      if (grad_features_ != nullptr) features_.scale_row(n, c == T(0) ? T(0) : 2 * strength * c * traces[lane], *grad_features_);
+      if (grad_features_ != nullptr)
+        features_.scale_row(n, c == T(0) ? T(0) : 2 * strength * c * traces[lane], *grad_features_);
     }
   }
 
-  Vec<T> upstream(int64_t first, int64_t lanes) const { return detail::load_as<T, T>(upstream_.data() + first, 1, lanes); }
+  Vec<T> upstream(int64_t first, int64_t lanes) const {
+    return detail::load_as<T, T>(upstream_.data() + first, 1, lanes);
+  }
   int64_t row_cost() const { return features_.layout.width * (grad_features_ == nullptr ? 1 : 2); }
   bool through_curvature() const { return options_.curvature_grad; }
 
   // dz_s += c p_s - q_s; at y as (c - q_y) - c r, since p_y may be 1 to the last digit
-  void add_loss_grad(int64_t first, int64_t lanes, const T* p, int64_t ld, const RowStats<T>& stats, T* dz, int64_t dz_ld) const {
+  void add_loss_grad(int64_t first, int64_t lanes, const T* p, int64_t ld, const RowStats<T>& stats, T* dz,
+                     int64_t dz_ld) const {
     const Vec<T> c = detail::load_as<T, T>(coefficient_.data() + first, 1, lanes), zero(0), minus_r = zero - stats.r;
     for (int64_t s = 0; s < classes_; ++s) {
       const Vec<T> p_tilde = Vec<T>::blendv(Vec<T>::loadu(p + s * ld), minus_r, stats.y == Vec<T>(static_cast<T>(s)));
@@ -140,8 +151,8 @@ class CrossEntropyRows {
     for (int64_t n = 0; n < rows; ++n) {
       const int64_t t = index(n);
       if (t == options_.ignore_index) continue;
-      TORCH_CHECK_INDEX(t >= 0 && t < classes_, "head_cross_entropy: target must be a class index from 0 to ", classes_ - 1,
-                        " or ignore_index (", options_.ignore_index, "), got ", t);
+      TORCH_CHECK_INDEX(t >= 0 && t < classes_, "head_cross_entropy: target must be a class index from 0 to ",
+                        classes_ - 1, " or ignore_index (", options_.ignore_index, "), got ", t);
       hard_[n] = omega_ == nullptr ? T(1) : omega_[t];
       coefficient_[n] = static_cast<T>((1 - smoothing) * hard_[n] + smoothing / classes_ * omega_sum);
       denominator += hard_[n];

@@ -31,10 +31,15 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
   const at::Tensor w = weight.to(acc).contiguous();
   const CrossEntropyOptions options{target.is_floating_point() ? target : target.contiguous(),
                                     class_weight ? class_weight->to(acc).contiguous() : at::Tensor(),
-                                    ignore_index, label_smoothing, mean, strength, curvature_grad};
+                                    ignore_index,
+                                    label_smoothing,
+                                    mean,
+                                    strength,
+                                    curvature_grad};
   const at::Tensor dz = like_if(logits, grad_logits), dw_none = like_if(weight, false);
   // held constant, the Hessian sends nothing to the features
-  const at::Tensor dphi = grad_features && !curvature_grad ? at::zeros_like(features) : like_if(features, grad_features);
+  const at::Tensor dphi =
+      grad_features && !curvature_grad ? at::zeros_like(features) : like_if(features, grad_features);
   at::Tensor dw = dw_none;
   double loss = 0, flatness = 0;
   AT_DISPATCH_FLOATING_TYPES(acc, "head_cross_entropy", [&] {
@@ -55,7 +60,8 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
     loss = policy.loss();
     flatness = policy.flatness();
   });
-  return {at::scalar_tensor(loss + strength * flatness, w.options()), at::scalar_tensor(flatness, w.options()), dz, dphi, dw};
+  return {at::scalar_tensor(loss + strength * flatness, w.options()), at::scalar_tensor(flatness, w.options()), dz,
+          dphi, dw};
 }
 
 }  // namespace

@@ -62,7 +62,8 @@ Vec<T> probability(const Vec<T>& p_tilde, int64_t s, const RowStats<T>& stats) {
 
 // q = D p for one tile and v = 1/2 p^T q. D is (O, O), symmetric with a zero diagonal; q has the leading dimension of p.
 template <typename T>
-Vec<T> tile_pairwise(const T* p_tilde, int64_t ld, int64_t classes, const RowStats<T>& stats, const T* distances, T* q) {
+Vec<T> tile_pairwise(const T* p_tilde, int64_t ld, int64_t classes, const RowStats<T>& stats, const T* distances,
+                     T* q) {
   constexpr int64_t kBlock = 4;
   LongSum<T> v;
   for (int64_t s0 = 0; s0 < classes; s0 += kBlock) {

@@ -13,7 +13,7 @@ namespace {
 // Policy of trace_rows.h: nothing but v, with a given upstream gradient.
 template <typename T>
 struct TraceOnly {
-  T* values = nullptr;               // (N), written
+  T* values = nullptr;           // (N), written
   const T* gradients = nullptr;  // (N), or null: no gradient is wanted
 
   void begin(int64_t, int64_t, T*, int64_t) {}
@@ -33,7 +33,8 @@ at::ScalarType accumulation_type(const at::Tensor& logits, const at::Tensor& wei
   return logits.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-std::tuple<at::Tensor, at::Tensor> softmax_trace(const at::Tensor& logits, const at::Tensor& weight, bool pairwise_form) {
+std::tuple<at::Tensor, at::Tensor> softmax_trace(const at::Tensor& logits, const at::Tensor& weight,
+                                                 bool pairwise_form) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::ScalarType acc = accumulation_type(logits, weight);
   const at::Tensor w = weight.to(acc).contiguous();
@@ -46,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor> softmax_trace(const at::Tensor& logits, const
     TraceOnly<scalar_t> policy{values.mutable_data_ptr<scalar_t>()};
     if (pairwise_form) {
       saved = class_distances(w);
-      pairwise_rows(rows, saved, policy, nullptr, false);
+      pairwise_rows<scalar_t>(rows, saved, policy, nullptr, false);
     } else {
       saved = at::empty({rows.layout.rows, w.size(1)}, w.options());
       shifted_blocks<scalar_t>(rows, w, saved, false, policy, nullptr, false);

@@ -101,15 +101,17 @@ struct Rows {
   void (*store)(void*, const RowLayout&, int64_t first, int64_t lanes, const T* tile, int64_t ld);
   // sum of the squares of one row, and out = factor * row
   T (*squared_norm)(const void*, int64_t offset, int64_t stride, int64_t width);
-  void (*scale)(const void*, int64_t offset, int64_t stride, T factor, void* out, int64_t out_offset, int64_t out_stride,
-                int64_t width);
+  void (*scale)(const void*, int64_t offset, int64_t stride, T factor, void* out, int64_t out_offset,
+                int64_t out_stride, int64_t width);
 
   const void* data;
   RowLayout layout;
 
   Rows(const at::Tensor& tensor, int64_t width_dim);
 
-  void load_tile(int64_t first, int64_t lanes, T* tile, int64_t ld) const { load(data, layout, first, lanes, tile, ld); }
+  void load_tile(int64_t first, int64_t lanes, T* tile, int64_t ld) const {
+    load(data, layout, first, lanes, tile, ld);
+  }
   void store_tile(int64_t first, int64_t lanes, const T* tile, int64_t ld) const {
     store(const_cast<void*>(data), layout, first, lanes, tile, ld);
   }
@@ -211,7 +213,8 @@ void scale_row(const void* data, int64_t offset, int64_t stride, T factor, void*
   if (stride == 1 && out_stride == 1) {
     for (int64_t k = 0; k < width; ++k) target[k] = static_cast<S>(factor * static_cast<T>(row[k]));
   } else {
-    for (int64_t k = 0; k < width; ++k) target[k * out_stride] = static_cast<S>(factor * static_cast<T>(row[k * stride]));
+    for (int64_t k = 0; k < width; ++k)
+      target[k * out_stride] = static_cast<S>(factor * static_cast<T>(row[k * stride]));
   }
 }
 
@@ -227,11 +230,20 @@ Rows<T>::Rows(const at::Tensor& tensor, int64_t width_dim) : data(tensor.const_d
     scale = detail::scale_row<S, T>;
   };
   switch (tensor.scalar_type()) {
-    case at::kFloat: use(float{}); break;
-    case at::kDouble: use(double{}); break;
-    case at::kBFloat16: use(c10::BFloat16{}); break;
-    case at::kHalf: use(c10::Half{}); break;
-    default: TORCH_CHECK_TYPE(false, "fam_ext: expected a floating tensor, got ", tensor.scalar_type());
+    case at::kFloat:
+      use(float{});
+      break;
+    case at::kDouble:
+      use(double{});
+      break;
+    case at::kBFloat16:
+      use(c10::BFloat16{});
+      break;
+    case at::kHalf:
+      use(c10::Half{});
+      break;
+    default:
+      TORCH_CHECK_TYPE(false, "fam_ext: expected a floating tensor, got ", tensor.scalar_type());
   }
 }
 

@@ -115,8 +115,8 @@ void add_outer(const T* p_tilde, int64_t ld, int64_t classes, const RowStats<T>&
 
 // The whole pass for few classes. Returns M = sum_i g_i p_i p_i^T with a zero diagonal if wanted.
 template <typename T, typename Policy>
-at::Tensor pairwise_tiles(const Rows<T>& logits, const at::Tensor& distances, Policy& policy, const Rows<T>* grad_logits,
-                          bool grad_weight) {
+at::Tensor pairwise_tiles(const Rows<T>& logits, const at::Tensor& distances, Policy& policy,
+                          const Rows<T>* grad_logits, bool grad_weight) {
   constexpr int64_t L = lanes_of<T>();
   const int64_t classes = logits.layout.width, rows = logits.layout.rows;
   const int64_t pairs = classes * (classes - 1) / 2;
@@ -125,20 +125,21 @@ at::Tensor pairwise_tiles(const Rows<T>& logits, const at::Tensor& distances, Po
   const int64_t shares = grad_weight ? at::get_num_threads() : 0;
   std::vector<T> m(shares * pairs * L, T(0));
   const int64_t tiles = (rows + L - 1) / L;
-  at::parallel_for(0, tiles, tile_grain(classes * (12 + classes) + policy.row_cost(), L), [&](int64_t begin, int64_t end) {
-    std::vector<Vec<T>> scratch(2 * classes);
-    T* p = reinterpret_cast<T*>(scratch.data());
-    T* q = p + classes * L;
-    T* m_share = m.data() + at::get_thread_num() * pairs * L;
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t first = k * L, lanes = std::min(L, rows - first);
-      RowStats<T> stats;
-      load_tile_softmax(logits, policy, first, lanes, p, L, stats);
-      const Vec<T> v = tile_pairwise(p, L, classes, stats, d, q);
-      const Vec<T> g = pairwise_finish(policy, first, lanes, classes, p, L, stats, v, q, L, grad_logits);
-      if (grad_weight) add_outer(p, L, classes, stats, g, m_share);
-    }
-  });
+  at::parallel_for(
+      0, tiles, tile_grain(classes * (12 + classes) + policy.row_cost(), L), [&](int64_t begin, int64_t end) {
+        std::vector<Vec<T>> scratch(2 * classes);
+        T* p = reinterpret_cast<T*>(scratch.data());
+        T* q = p + classes * L;
+        T* m_share = m.data() + at::get_thread_num() * pairs * L;
+        for (int64_t k = begin; k < end; ++k) {
+          const int64_t first = k * L, lanes = std::min(L, rows - first);
+          RowStats<T> stats;
+          load_tile_softmax(logits, policy, first, lanes, p, L, stats);
+          const Vec<T> v = tile_pairwise(p, L, classes, stats, d, q);
+          const Vec<T> g = pairwise_finish(policy, first, lanes, classes, p, L, stats, v, q, L, grad_logits);
+          if (grad_weight) add_outer(p, L, classes, stats, g, m_share);
+        }
+      });
   if (!grad_weight) return {};
   at::Tensor result = at::zeros({classes, classes}, distances.options());
   T* out = result.mutable_data_ptr<T>();
@@ -155,8 +156,8 @@ at::Tensor pairwise_tiles(const Rows<T>& logits, const at::Tensor& distances, Po
 
 // The same with D P and P P^T as matrix products over blocks of rows.
 template <typename T, typename Policy>
-at::Tensor pairwise_blocks(const Rows<T>& logits, const at::Tensor& distances, Policy& policy, const Rows<T>* grad_logits,
-                           bool grad_weight) {
+at::Tensor pairwise_blocks(const Rows<T>& logits, const at::Tensor& distances, Policy& policy,
+                           const Rows<T>* grad_logits, bool grad_weight) {
   const int64_t classes = logits.layout.width, rows = logits.layout.rows, step = block_rows(rows, classes);
   RowBlock<T> block(classes, step, distances.options());
   at::Tensor q = at::empty_like(block.p), m;
@@ -173,16 +174,17 @@ at::Tensor pairwise_blocks(const Rows<T>& logits, const at::Tensor& distances, P
     });
     at::Tensor q_view = q.narrow(1, 0, block.rows), p_view = block.view();
     at::mm_out(q_view, distances, p_view);
-    block.for_each_tile(4 * classes + policy.row_cost(), [&](int64_t first, int64_t lanes, int64_t column, RowStats<T>& stats) {
-      T *p = p_data + column, *q = q_data + column;
-      LongSum<T> sum;
-      for (int64_t s = 0; s < classes; ++s) sum.add_product(Vec<T>::loadu(p + s * ld), Vec<T>::loadu(q + s * ld));
-      const Vec<T> v = sum.total() * Vec<T>(static_cast<T>(0.5));
-      const Vec<T> g = pairwise_finish(policy, first, lanes, classes, p, ld, stats, v, q, ld, grad_logits);
-      if (grad_weight) {
-        for (int64_t s = 0; s < classes; ++s) (g * Vec<T>::loadu(p + s * ld)).store(q + s * ld);
-      }
-    });
+    block.for_each_tile(
+        4 * classes + policy.row_cost(), [&](int64_t first, int64_t lanes, int64_t column, RowStats<T>& stats) {
+          T *p = p_data + column, *q = q_data + column;
+          LongSum<T> sum;
+          for (int64_t s = 0; s < classes; ++s) sum.add_product(Vec<T>::loadu(p + s * ld), Vec<T>::loadu(q + s * ld));
+          const Vec<T> v = sum.total() * Vec<T>(static_cast<T>(0.5));
+          const Vec<T> g = pairwise_finish(policy, first, lanes, classes, p, ld, stats, v, q, ld, grad_logits);
+          if (grad_weight) {
+            for (int64_t s = 0; s < classes; ++s) (g * Vec<T>::loadu(p + s * ld)).store(q + s * ld);
+          }
+        });
     if (grad_weight) m.addmm_(q_view, p_view.t());
   }
   return m;

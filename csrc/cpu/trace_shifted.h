@@ -30,15 +30,17 @@ ShiftedRow<T> shifted_row(const T* shift, const T* wy, T weighted_squares, int64
 
 // target[y_n] += factor_n source_n for all rows, each thread a range of columns: no two write the same number
 template <typename T>
-void scatter_rows(const T* source, const std::vector<int64_t>& y, const std::vector<T>& factor, int64_t fan_in, T* target) {
+void scatter_rows(const T* source, const std::vector<int64_t>& y, const std::vector<T>& factor, int64_t fan_in,
+                  T* target) {
   const int64_t rows = static_cast<int64_t>(y.size());
-  at::parallel_for(0, fan_in, std::max<int64_t>(64, 65536 / std::max<int64_t>(rows, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t n = 0; n < rows; ++n) {
-      const T* from = source + n * fan_in;
-      T* to = target + y[n] * fan_in;
-      for (int64_t i = begin; i < end; ++i) to[i] += factor[n] * from[i];
-    }
-  });
+  at::parallel_for(0, fan_in, std::max<int64_t>(64, 65536 / std::max<int64_t>(rows, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t n = 0; n < rows; ++n) {
+                       const T* from = source + n * fan_in;
+                       T* to = target + y[n] * fan_in;
+                       for (int64_t i = begin; i < end; ++i) to[i] += factor[n] * from[i];
+                     }
+                   });
 }
 
 // dW = 2 (diag(sum_n g_n p~_n) W - T), T = sum_n g_n p~_n u_n^T + the scattered rows, in place of T
@@ -47,18 +49,20 @@ void finish_weight_grad(const std::vector<T>& sums, const at::Tensor& w, at::Ten
   const int64_t classes = w.size(0), fan_in = w.size(1);
   const T* weight = w.template const_data_ptr<T>();
   T* out = t.template mutable_data_ptr<T>();
-  at::parallel_for(0, classes, std::max<int64_t>(1, 32768 / std::max<int64_t>(fan_in, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      for (int64_t i = s * fan_in; i < (s + 1) * fan_in; ++i) out[i] = 2 * (sums[s] * weight[i] - out[i]);
-    }
-  });
+  at::parallel_for(0, classes, std::max<int64_t>(1, 32768 / std::max<int64_t>(fan_in, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t s = begin; s < end; ++s) {
+                       for (int64_t i = s * fan_in; i < (s + 1) * fan_in; ++i)
+                         out[i] = 2 * (sums[s] * weight[i] - out[i]);
+                     }
+                   });
 }
 
 // The whole pass. `shifts` (N, I), or undefined: U, read when `have_shifts`, else written. Gradients are made when wanted; returns
 // the gradient of the weight or an undefined tensor.
 template <typename T, typename Policy>
-at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::Tensor shifts, bool have_shifts, Policy& policy,
-                          const Rows<T>* grad_logits, bool grad_weight) {
+at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::Tensor shifts, bool have_shifts,
+                          Policy& policy, const Rows<T>* grad_logits, bool grad_weight) {
   constexpr int64_t L = lanes_of<T>();
   at::Tensor class_norms = class_squares(weight);
   const at::Tensor w = center_if_offset(weight, class_norms);
@@ -97,19 +101,21 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
     if (!have_shifts) at::mm_out(u, block.view().t(), w);
     const T* u_data = u.template const_data_ptr<T>();
     T* mean_data = grads ? means.template mutable_data_ptr<T>() : nullptr;
-    at::parallel_for(0, block.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(fan_in, 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        T* mean = grads ? mean_data + n * fan_in : nullptr;
-        row_values[n] = shifted_row(u_data + n * fan_in, w_data + y[n] * fan_in, weighted[n], fan_in, mean);
-      }
-    });
+    at::parallel_for(
+        0, block.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(fan_in, 1)), [&](int64_t begin, int64_t end) {
+          for (int64_t n = begin; n < end; ++n) {
+            T* mean = grads ? mean_data + n * fan_in : nullptr;
+            row_values[n] = shifted_row(u_data + n * fan_in, w_data + y[n] * fan_in, weighted[n], fan_in, mean);
+          }
+        });
     at::Tensor mean_rows = grads ? means.narrow(0, 0, block.rows) : at::Tensor();
     if (products) {
       at::Tensor dot_view = dots.narrow(1, 0, block.rows);
       at::mm_out(dot_view, w, mean_rows.t());
     }
     T* dot_data = grad_logits != nullptr ? dots.template mutable_data_ptr<T>() : nullptr;
-    block.for_each_tile(4 * classes + policy.row_cost(), [&](int64_t first, int64_t lanes, int64_t column, RowStats<T>& stats) {
+    block.for_each_tile(4 * classes + policy.row_cost(), [&](int64_t first, int64_t lanes, int64_t column,
+                                                             RowStats<T>& stats) {
       __at_align__ T values[3][L] = {};
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const ShiftedRow<T>& row = row_values[column + lane];
@@ -138,11 +144,12 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
       grad_logits->store_tile(first, lanes, dz, ld);
     });
     if (!grad_weight) continue;
-    at::parallel_for(0, block.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(fan_in, 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        for (int64_t i = 0; i < fan_in; ++i) mean_data[n * fan_in + i] *= g[n];
-      }
-    });
+    at::parallel_for(0, block.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(fan_in, 1)),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t n = begin; n < end; ++n) {
+                         for (int64_t i = 0; i < fan_in; ++i) mean_data[n * fan_in + i] *= g[n];
+                       }
+                     });
     t.addmm_(block.view(), mean_rows);
     scatter_rows(u_data, y, g, fan_in, t.template mutable_data_ptr<T>());
     at::parallel_for(0, classes, std::max<int64_t>(1, 32768 / block.rows), [&](int64_t begin, int64_t end) {

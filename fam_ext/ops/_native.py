@@ -22,9 +22,7 @@ def refuse_double_backward(op: str) -> None:
 
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the fake (meta) kernel of `fam_ext::<op>`."""
-    return torch.library.register_fake(f"fam_ext::{op}")
-
-
-def accumulation_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 if any tensor is float64, else float32: what kernels accumulate and return values in."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    decorator: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.library.register_fake(
+        f"fam_ext::{op}"
+    )
+    return decorator

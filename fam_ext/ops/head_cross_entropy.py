@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fam_ext import _checks, backends
-from fam_ext.ops._native import accumulation_dtype, register_fake
+from fam_ext.ops._native import register_fake
 from fam_ext.ops.softmax_trace import choose_form, softmax_trace
 from fam_ext.reference import head_cross_entropy as reference
+from fam_ext.reference.softmax_trace import accumulation_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -46,7 +47,8 @@ def head_cross_entropy(
         logits: z, (N, O) or channel-first (B, O, *positions); any strides.
         features: phi, (N, I) or (B, *positions, I): rows in the order of the logits' rows.
         weight: W, (O, I).
-        target: class indices, (N,) or (B, *positions), int64, or class probabilities of the shape of `logits` (not differentiated).
+        target: class indices, (N,) or (B, *positions), int64, or class probabilities of the shape of `logits`; not
+            differentiated.
         class_weight, ignore_index, label_smoothing, reduction: as in torch.nn.functional.cross_entropy.
         strength: factor of kappa; any finite number.
         curvature_grad: False holds the Hessian constant: kappa's gradient flows only through <w_s, w_s'>.
@@ -91,14 +93,20 @@ def _check(
     for argument, value in (("logits", logits), ("features", features), ("weight", weight)):
         _checks.check_floating(name, argument, value)
     if logits.dim() < 2 or logits.shape[1] == 0:
-        _checks.bad_value(name, "logits", "of shape (N, O) or (B, O, *positions) with at least one class", logits)
+        _checks.bad_value(
+            name, "logits", "of shape (N, O) or (B, O, *positions) with at least one class", logits
+        )
     classes, rows = logits.shape[1], (logits.shape[0], *logits.shape[2:])
     if weight.dim() != 2 or weight.shape[0] != classes:
         _checks.bad_value(name, "weight", f"of shape (O, I) with O = {classes} classes", weight)
     if features.shape != (*rows, weight.shape[1]):
         _checks.bad_value(name, "features", f"of shape {(*rows, weight.shape[1])}", features)
-    if not isinstance(target, Tensor) or not (target.dtype == torch.int64 or target.dtype in _checks.FLOATING):
-        _checks.bad_type(name, "target", "an int64 tensor of class indices or a floating one of probabilities", target)
+    if not isinstance(target, Tensor) or not (
+        target.dtype == torch.int64 or target.dtype in _checks.FLOATING
+    ):
+        _checks.bad_type(
+            name, "target", "an int64 tensor of class indices or a floating one of probabilities", target
+        )
     expected = logits.shape if target.is_floating_point() else rows
     if target.shape != expected:
         _checks.bad_value(name, "target", f"of shape {tuple(expected)}", target)
@@ -118,21 +126,29 @@ def _check(
 def _register() -> None:
     @register_fake("head_cross_entropy")
     def _(
-        logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
+        logits: Tensor,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        class_weight: Tensor | None,
+        *options: Any,
     ) -> tuple[Tensor, Tensor]:
         scalar = logits.new_empty((), dtype=accumulation_dtype(logits, features, weight))
         return scalar, torch.empty_like(scalar)
 
     @register_fake("head_cross_entropy_forward")
     def _(
-        logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
+        logits: Tensor,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        class_weight: Tensor | None,
+        *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         scalar = logits.new_empty((), dtype=accumulation_dtype(logits, features, weight))
-        grads = (
-            torch.empty_like(x) if needed else x.new_empty(0)
-            for x, needed in zip((logits, features, weight), options[-3:], strict=True)
-        )
-        return scalar, torch.empty_like(scalar), *grads
+        inputs = zip((logits, features, weight), options[-3:], strict=True)
+        dz, dphi, dw = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in inputs)
+        return scalar, torch.empty_like(scalar), dz, dphi, dw
 
 
 if backends.native_loaded():

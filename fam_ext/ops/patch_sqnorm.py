@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fam_ext import _checks, backends
-from fam_ext.ops._native import accumulation_dtype, refuse_double_backward, register_fake
+from fam_ext.ops._native import refuse_double_backward, register_fake
 from fam_ext.reference import patch_sqnorm as reference
+from fam_ext.reference.softmax_trace import accumulation_dtype
 
 _NAME = "patch_sqnorm"
 Ints = tuple[int, ...]

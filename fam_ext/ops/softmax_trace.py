@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fam_ext import _checks, backends
-from fam_ext.ops._native import accumulation_dtype, refuse_double_backward, register_fake
+from fam_ext.ops._native import refuse_double_backward, register_fake
 from fam_ext.reference import softmax_trace as reference
+from fam_ext.reference.softmax_trace import accumulation_dtype
 
 FORMS = ("auto", "shifted", "pairwise")
 
@@ -83,11 +84,21 @@ def _register() -> None:
 
     @register_fake("softmax_trace_backward")
     def _(
-        grad: Tensor, logits: Tensor, weight: Tensor, saved: Tensor, pairwise: bool, grad_logits: bool, grad_weight: bool
+        grad: Tensor,
+        logits: Tensor,
+        weight: Tensor,
+        saved: Tensor,
+        pairwise: bool,
+        grad_logits: bool,
+        grad_weight: bool,
     ) -> tuple[Tensor, Tensor]:
         return (
-            torch.empty_like(logits, memory_format=torch.contiguous_format) if grad_logits else logits.new_empty(0),
-            torch.empty_like(weight, memory_format=torch.contiguous_format) if grad_weight else weight.new_empty(0),
+            torch.empty_like(logits, memory_format=torch.contiguous_format)
+            if grad_logits
+            else logits.new_empty(0),
+            torch.empty_like(weight, memory_format=torch.contiguous_format)
+            if grad_weight
+            else weight.new_empty(0),
         )
 
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
@@ -101,7 +112,9 @@ def _register() -> None:
         needs = ctx.needs_input_grad
         if grad is None:
             return None, None, None
-        dz, dw = torch.ops.fam_ext.softmax_trace_backward(grad, logits, weight, saved, ctx.pairwise, needs[0], needs[1])
+        dz, dw = torch.ops.fam_ext.softmax_trace_backward(
+            grad, logits, weight, saved, ctx.pairwise, needs[0], needs[1]
+        )
         return dz if needs[0] else None, dw if needs[1] else None, None
 
     torch.library.register_autograd("fam_ext::softmax_trace", backward, setup_context=setup_context)

@@ -55,7 +55,11 @@ def cross_entropy_coefficients(
         c = picked
     else:
         picked = omega[torch.where(valid, target, 0)] * valid
-        c = picked * (1 - label_smoothing) + omega.sum() * (label_smoothing / classes) * valid if label_smoothing else picked
+        c = (
+            picked * (1 - label_smoothing) + omega.sum() * (label_smoothing / classes) * valid
+            if label_smoothing
+            else picked
+        )
     if reduction == "mean":
         # all rows ignored: every c_i is zero, and so is kappa
         total = picked.sum()

@@ -17,7 +17,11 @@ def layer_hessian(loss: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
 
 
 def relative_flatness(
-    loss: Callable[[Tensor], Tensor], weight: Tensor, measure: str = "neuronwise", groups: int = 1, norm_power: int = 2
+    loss: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    measure: str = "neuronwise",
+    groups: int = 1,
+    norm_power: int = 2,
 ) -> Tensor:
     """kappa = sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}) and its siblings (Petzka et al. 2021, Definition 3), from the full Hessian.
 
@@ -29,10 +33,13 @@ def relative_flatness(
     traces = torch.einsum("aibi->ab", hessian)  # Tr(H_{s,s'})
     group = torch.arange(len(w)) // (len(w) // groups)
     gram = (w @ w.T) * (group[:, None] == group[None, :])
+    trace: Tensor = traces.diagonal().sum()
     if measure == "neuronwise":
         return (gram * traces).sum()
     if measure == "layerwise":
-        return w.norm() ** norm_power * traces.diagonal().sum()
+        return trace * w.square().sum().pow(norm_power / 2)
     if measure == "trace":
-        return traces.diagonal().sum()
-    raise ValueError(f"relative_flatness: measure must be 'neuronwise', 'layerwise' or 'trace', got {measure!r}")
+        return trace
+    raise ValueError(
+        f"relative_flatness: measure must be 'neuronwise', 'layerwise' or 'trace', got {measure!r}"
+    )

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any tensor is float64, else float32: what sums are formed and values returned in."""
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    )
 
 
 def softmax_trace(logits: Tensor, weight: Tensor, form: str) -> Tensor:
