@@ -1,15 +1,21 @@
-"""What FAMLoss and RelativeFlatness share: the layer, its hook, and what one loss call takes from them."""
+"""What FAMLoss and RelativeFlatness share: the layers, their hooks, and the way to each layer's term."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
-from fam_ext import _checks, criteria
+from fam_ext import _checks, criteria, graph
 from fam_ext.capture import Capture, Captures, LayerHook, check_tensor
-from fam_ext.errors import UnsupportedError
+from fam_ext.curvature import LayerCall
+from fam_ext.engine import Estimate
+from fam_ext.errors import NotAHead, UnsupportedError
+from fam_ext.general import CLOSED_FORM, General, Plan
 from fam_ext.heads import Layer
 from fam_ext.terms import Options, flatness, outer_class_dim
 
@@ -25,46 +31,96 @@ class Taken(NamedTuple):
     bound: criteria.Bound
 
 
-class HeadCriterion(nn.Module):
-    """What FAMLoss and RelativeFlatness share: the layer (no submodule of this one), its hook and its captures."""
+class Part:
+    """One layer of a criterion: its hook, the calls captured, and the way its term is computed."""
 
-    any_mode = False  # capture although the layer is in evaluation mode or grad is disabled
-    layer: nn.Module
-
-    def __init__(self, criterion: Any, layer: nn.Module, options: Options) -> None:
-        super().__init__()
-        self._bind = criteria.read(options.caller, criterion)
-        self._layer = Layer(options.caller, layer)
-        self.criterion = criterion
+    def __init__(self, options: Options, module: nn.Module) -> None:
         self.options = options
-        object.__setattr__(
-            self, "layer", layer
-        )  # parameters(), state_dict() and train() must not reach the model
+        self.module = module
+        self.layer = Layer(options.caller, module)
+        self.general = General(options, self.layer)
         self.captures = Captures()
-        self._handle: Any = None
-        self.attach()
+        self.handle: Any = None
+        self.not_a_head: NotAHead | None = None  # why the closed form did not serve the latest loss
 
-    def attach(self) -> None:
-        """Put the hook on the layer (again); without effect while it is there."""
-        if self._handle is not None:
+    def attach(self, owner: Any, index: int) -> None:
+        """Put the hook on the layer; without effect while it is there."""
+        if self.handle is not None:
             return
-        hooks = self.layer._forward_hooks
+        hooks = self.module._forward_hooks
         for key in [k for k, hook in hooks.items() if isinstance(hook, LayerHook) and hook.owner is None]:
             del hooks[key]  # left by a copy of the layer
-            self.layer._forward_hooks_with_kwargs.pop(key, None)
-        self._handle = self.layer.register_forward_hook(LayerHook(self), with_kwargs=True)
-        weakref.finalize(self, self._handle.remove).atexit = False
+            self.module._forward_hooks_with_kwargs.pop(key, None)
+        self.handle = self.module.register_forward_hook(LayerHook(owner, index), with_kwargs=True)
+        weakref.finalize(owner, self.handle.remove).atexit = False
 
     def detach(self) -> None:
-        """Take the hook off the layer. Evaluation mode still works, training raises until attach()."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
         self.captures.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.options, "module": self.module, "attached": self.handle is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["options"], state["module"])  # type: ignore[misc]
+
+
+class LayerCriterion(nn.Module):
+    """The layers (no submodules of this one), their hooks and captures."""
+
+    any_mode = False  # capture although the layer is in evaluation mode or grad is disabled
+    layers: tuple[nn.Module, ...]
+
+    def __init__(self, criterion: Any, layer: nn.Module | Sequence[nn.Module], options: Options) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self.options = options
+        self._read_criterion()
+        modules: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        if not modules or len({id(m) for m in modules}) != len(modules):
+            _checks.bad_value(options.caller, "layer", "a module or a sequence of different modules", layer)
+        # a tuple of plain objects: parameters(), state_dict() and train() must not reach the model
+        self.parts = tuple(Part(options, m) for m in modules)
+        self.attach()
+
+    def _read_criterion(self) -> None:
+        """How to bind the criterion's arguments, where it has a closed form; else why not."""
+        self._bind: Any = None
+        self._no_closed_form = ""
+        try:
+            self._bind = criteria.read(self.options.caller, self.criterion)
+        except UnsupportedError as error:
+            if self.options.method == "closed_form" or self.options.curvature != "hessian":
+                raise
+            self._no_closed_form = str(error)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer, the first one of several."""
+        return self.parts[0].module
+
+    @property
+    def plan(self) -> Plan | tuple[Plan | None, ...] | None:
+        """How the latest term was computed and why; one for each of several layers. None before the first."""
+        plans = tuple(part.general.plan for part in self.parts)
+        return plans[0] if len(plans) == 1 else plans
+
+    def attach(self) -> None:
+        """Put the hooks on the layers (again); without effect while they are there."""
+        for index, part in enumerate(self.parts):
+            part.attach(self, index)
+
+    def detach(self) -> None:
+        """Take the hooks off the layers. Evaluation mode still works, training raises until attach()."""
+        for part in self.parts:
+            part.detach()
 
     def reset(self) -> None:
         """Drop the features of forward calls that no loss follows."""
-        self.captures.reset()
+        for part in self.parts:
+            part.captures.reset()
 
     def __enter__(self) -> Any:
         self.attach()
@@ -74,34 +130,47 @@ class HeadCriterion(nn.Module):
         self.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.update(captures=None, _bind=None, _layer=None, _handle=self._handle is not None)
-        return state
+        return {**self.__dict__, "_bind": None, "_attached": self.parts[0].handle is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        attached = state.pop("_attached")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        caller = self.options.caller
-        self.captures = Captures()
-        self._bind = criteria.read(caller, self.criterion)
-        self._layer = Layer(caller, self.layer)
-        attached, self._handle = self._handle, None
+        self._read_criterion()
         if attached:
             self.attach()
 
     def extra_repr(self) -> str:
-        return f"layer={self.layer}, measure={self.options.measure}"
+        layers = ", ".join(str(part.module) for part in self.parts)
+        return f"layer={layers}, measure={self.options.measure}"
 
-    def _take(self, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> Taken:
-        caller = self.options.caller
-        check_tensor(caller, outputs)
-        if self._handle is None:
+    def _bound(self, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> criteria.Bound | None:
+        return None if self._bind is None else self._bind(*targets, **kwargs)
+
+    def _check_ready(self) -> None:
+        if any(part.handle is None for part in self.parts):
             raise UnsupportedError(
-                f"{caller}: detached from its layer; call attach() first, or eval() for the plain loss"
+                f"{self.options.caller}: detached from its layer; call attach() first, or eval() for the plain loss"
             )
-        bound = self._bind(*targets, **kwargs)
+
+    def _take(self, part: Part, outputs: Any, bound: criteria.Bound | None) -> Taken | None:
+        """What the closed form works on; None where another method must serve. Raises where nothing can."""
+        if not self.options.closed_form:
+            return None
+        try:
+            return self._take_head(part, outputs, bound)
+        except NotAHead as error:
+            if self.options.method == "closed_form":
+                raise
+            part.not_a_head = error
+            return None
+
+    def _take_head(self, part: Part, outputs: Any, bound: criteria.Bound | None) -> Taken:
+        caller, layer = self.options.caller, part.layer
+        if bound is None:
+            raise NotAHead(self._no_closed_form)
+        check_tensor(caller, outputs)
         self.options.check_bound(bound)
-        layer = self._layer
-        capture, features, found = self.captures.take(caller, outputs, layer.class_dim)
+        capture, features, found = part.captures.take(caller, outputs, layer.class_dim)
         weight: Tensor = capture.weight  # type: ignore[assignment]
         if found is None:
             class_dim: int | None = outputs.dim() + layer.class_dim
@@ -117,11 +186,79 @@ class HeadCriterion(nn.Module):
             by_row = outputs.unsqueeze(-1) if class_dim is None else outputs.movedim(class_dim, -1)
             first = by_row.reshape(-1, layer.outputs)[0]
             layer.check_unusual(caller, features, weight, first, capture.dtype)
+        part.general.note(CLOSED_FORM)
         return Taken(capture, features, weight, class_dim, rows, bound)
 
-    def _flatness(self, outputs: Tensor, taken: Taken, per_sample: bool = False) -> Tensor:
+    def _closed(self, part: Part, outputs: Tensor, taken: Taken, per_sample: bool = False) -> Tensor:
         capture, features, weight, class_dim, rows, bound = taken
-        samples = capture.shape[0] if len(capture.shape) > 1 + self._layer.spatial else 1
+        samples = part.layer.samples(capture.shape)
         return flatness(
-            self.options, self._layer, bound, outputs, class_dim, rows, features, weight, samples, per_sample
+            self.options, part.layer, bound, outputs, class_dim, rows, features, weight, samples, per_sample
+        )
+
+    def _through_graph(
+        self, part: Part, loss: Tensor, outputs: Any, bound: criteria.Bound | None, per_sample: bool = False
+    ) -> Estimate:
+        """The term of a layer that is no head, from the graph of the loss."""
+        caller = self.options.caller
+        if loss.dim() != 0:
+            raise UnsupportedError(
+                f"{caller}: the criterion must return one number where the layer is no head, got shape {tuple(loss.shape)}; use "
+                "reduction='mean' or 'sum'"
+            )
+        if not torch.is_grad_enabled() or not loss.requires_grad:
+            raise UnsupportedError(
+                f"{caller}: this layer is no head, its curvature needs gradients: {self._no_graph(part)}"
+            )
+        found, between = graph.find(loss, part.captures)
+        if not found:
+            raise part.not_a_head or UnsupportedError(f"{caller}: {self._no_graph(part)}")
+        calls, weight = [], None
+        for call in found:
+            capture: Capture = call.stored
+            features = capture.take(caller)
+            capture.used[0] = True
+            weight = capture.weight
+            part.layer.check_call(caller, features, weight, capture.shape)  # type: ignore[arg-type]
+            calls.append(
+                LayerCall(GradientEdge(call.node, call.number), features, capture.shape, capture.dtype)
+            )
+        part.captures.done()
+        assert weight is not None
+        return part.general.flatness(loss, weight, calls, between, outputs, bound, per_sample)
+
+    def _terms(
+        self,
+        taken: Sequence[Taken | None],
+        loss: Tensor | None,
+        outputs: Any,
+        bound: criteria.Bound | None,
+        closure: Any = None,
+        per_sample: bool = False,
+    ) -> Estimate:
+        """The sum of the layers' terms. `loss` may be None where no term needs its graph."""
+        total: Any = 0
+        variance: Any = None
+        for part, head in zip(self.parts, taken, strict=True):
+            if head is not None:
+                total = total + self._closed(part, outputs, head, per_sample)
+                continue
+            if self.options.method == "finite_difference":
+                part.captures.done()
+                estimate = part.general.by_differences(closure, per_sample)
+            else:
+                assert loss is not None
+                estimate = self._through_graph(part, loss, outputs, bound, per_sample)
+            total = total + estimate.value
+            if estimate.standard_error is not None:
+                variance = estimate.standard_error.square() + (0 if variance is None else variance)
+        return Estimate(total, None if variance is None else variance.sqrt())
+
+    @staticmethod
+    def _no_graph(part: Part) -> str:
+        if part.captures.called_without_grad:
+            return "the layer was called under torch.no_grad or inference_mode; call the model with gradients enabled"
+        return (
+            "the loss does not depend on a call of the layer in training mode; check that `layer` is the very module the model "
+            "uses, and that it or something before it requires grad"
         )

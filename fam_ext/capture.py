@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from fam_ext import _checks, layout
-from fam_ext.errors import UnsupportedError
+from fam_ext.errors import NotAHead, UnsupportedError
 
 _ATTRIBUTE = "_fam_ext_capture"  # on z itself where z has no autograd node
 
@@ -50,7 +50,7 @@ class Capture:
             self.features = None
 
     def take(self, caller: str) -> Tensor:
-        """The features, released."""
+        """The features, released; refused where they are gone or were changed."""
         features = self.features
         if features is None and self.features_ref is not None:
             features = self.features_ref()
@@ -60,6 +60,10 @@ class Capture:
                 f"{caller}: the features of this forward call are gone, used by an earlier loss and freed by its backward; "
                 "take every loss of an output before backward(), or call the model again"
             )
+        if self.version >= 0 and features._version != self.version:
+            raise UnsupportedError(
+                f"{caller}: the layer's input was modified in place after the layer used it; use an out-of-place operation"
+            )
         return features
 
     def __reduce__(self) -> Any:
@@ -67,10 +71,11 @@ class Capture:
 
 
 class LayerHook:
-    """Forward hook of one criterion on its layer. A copy of the layer carries an inert hook, tied to no criterion."""
+    """Forward hook of one criterion on its n-th layer. A copy of the layer carries an inert hook, tied to no criterion."""
 
-    def __init__(self, owner: Any = None) -> None:
+    def __init__(self, owner: Any = None, index: int = 0) -> None:
         self.owner = None if owner is None else weakref.ref(owner)
+        self.index = index
         self.any_mode = owner is not None and owner.any_mode
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -81,7 +86,8 @@ class LayerHook:
         owner = None if self.owner is None else self.owner()
         if owner is None or not owner.training or not (module.training or owner.any_mode):
             return
-        owner.captures.record(module, args[0] if args else kwargs.get("input"), output, owner.any_mode)
+        captures = owner.parts[self.index].captures
+        captures.record(module, args[0] if args else kwargs.get("input"), output, owner.any_mode)
 
     def __reduce__(self) -> Any:
         return LayerHook, ()
@@ -139,6 +145,14 @@ class Captures:
             self.pending.append(weakref.ref(capture))
             self.called_without_grad = False
 
+    def done(self) -> None:
+        """The loss of the calls at hand has been taken; second losses still find them through the graph."""
+        for ref in self.pending:
+            capture = ref()
+            if capture is not None:
+                capture.release()
+        self.pending = []
+
     def reset(self) -> None:
         for ref in self.pending:
             capture = ref()
@@ -171,7 +185,7 @@ class Captures:
         if capture is None or (not apart and (len(alive) > 1 or (alive and alive[0] is not capture))):
             raise self._explain(caller, outputs, capture, alive, blocked)
         if not outputs.is_inference() and outputs._version not in (0, capture.output_version):
-            raise UnsupportedError(
+            raise NotAHead(
                 f"{caller}: outputs were modified in place after the layer returned them; the layer is no head of this criterion "
                 "then. Use an out-of-place operation and regularize the layer whose own output the criterion receives"
             )
@@ -184,11 +198,7 @@ class Captures:
         features = capture.take(caller)
         capture.used[0] = True
         if not apart:
-            self.pending = []
-        if capture.version >= 0 and features._version != capture.version:
-            raise UnsupportedError(
-                f"{caller}: the layer's input was modified in place after the layer used it; use an out-of-place operation"
-            )
+            self.done()
         return capture, features, found
 
     def _without_node(self, outputs: Tensor) -> tuple[Capture | None, list[Any]]:
@@ -213,13 +223,13 @@ class Captures:
         self, caller: str, outputs: Tensor, capture: Capture | None, alive: list[Capture], blocked: str | None
     ) -> UnsupportedError:
         if len(alive) > 1:
-            return UnsupportedError(
+            return NotAHead(
                 f"{caller}: the layer was called {len(alive)} times since the last loss and all of its outputs are alive; one "
                 "weight used several times is no head. Call the criterion after each forward call, or reset() it to drop "
                 "calls that no loss follows"
             )
         if capture is not None:
-            return UnsupportedError(
+            return NotAHead(
                 f"{caller}: outputs are those of an earlier forward call of the layer, and a later one is still without a loss; "
                 "call the criterion after each forward call, or reset() it to drop the later one"
             )
@@ -255,9 +265,9 @@ class Captures:
         hint = hints.get(
             blocked or "", "pass the last layer, whose output the criterion receives, as `layer`"
         )
-        return UnsupportedError(
+        return NotAHead(
             f"{caller}: the criterion's input is not the output of `layer`{between}, so the layer is not a head of this "
-            f"criterion; layers that are not heads are not supported yet: {hint}"
+            f"criterion and method='closed_form' has no answer: {hint}, or use method='auto'"
         )
 
 

@@ -6,3 +6,7 @@ class UnsupportedError(RuntimeError):
 
     The message names what is unsupported and at least one way out.
     """
+
+
+class NotAHead(UnsupportedError):
+    """The closed form does not apply: the criterion's input is not the layer's output, or the criterion has none."""

@@ -10,7 +10,7 @@ convolution's kernel flattened into I.
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -18,44 +18,35 @@ from torch.nn.parameter import UninitializedParameter
 
 from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
-from fam_ext.ops.patch_sqnorm import patch_sqnorm
+from fam_ext.layers import LAYERS, LayerMap
 from fam_ext.ops.softmax_trace import softmax_trace
 from fam_ext.reference.softmax_trace import accumulation_dtype
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MEASURES = ("neuronwise", "layerwise", "trace")
-LATER_MEASURES = ("layerwise_eigenvalue", "neuronwise_eigenvalue")
+EIGENVALUE_MEASURES = ("layerwise_eigenvalue", "neuronwise_eigenvalue")
 
 
-class Layer:
-    """What the closed form needs to know of an nn.Linear or nn.Conv1d/2d/3d."""
+class Layer(LayerMap):
+    """A layer with what the closed form and the checks of a call need besides its map."""
 
     def __init__(self, caller: str, module: object) -> None:
         if not isinstance(module, nn.Module):
             _checks.bad_type(caller, "layer", "a module (for its name use for_model)", module)
-        kind = type(module).__name__
-        if not isinstance(module, LAYERS) or isinstance(module, nn.modules.conv._ConvTransposeNd):
-            raise UnsupportedError(
-                f"{caller}: layer must be nn.Linear or nn.Conv1d/2d/3d, got {kind}; pass the Linear or Conv layer whose output "
-                "the criterion receives"
-            )
+        self.kind = kind = type(module).__name__
+        super().__init__(caller, module)
         if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
             raise UnsupportedError(
                 f"{caller}: layer is a {kind} whose weight has no shape yet; run one batch through the model first"
             )
-        self.kind = kind
-        self.module = module
-        self.conv = None if isinstance(module, nn.Linear) else module
-        self.spatial = 0 if self.conv is None else len(self.conv.kernel_size)
-        self.groups = 1 if self.conv is None else self.conv.groups
-        if isinstance(module, nn.Linear):
-            self.shape: tuple[int, ...] = (module.out_features, module.in_features)
+        self.inputs: int = self.module.in_features if self.linear else self.module.in_channels
+        self.outputs: int = self.module.out_features if self.linear else self.module.out_channels
+        if self.linear:
+            self.shape: tuple[int, ...] = (self.outputs, self.inputs)
+        elif self.transposed:
+            self.shape = (self.inputs, self.outputs // self.groups, *self.module.kernel_size)
         else:
-            self.shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-        self.outputs = self.shape[0]
-        self.fan_in = 1
-        for size in self.shape[1:]:
-            self.fan_in *= size
+            self.shape = (self.outputs, self.inputs // self.groups, *self.module.kernel_size)
+        self.fan_in = self.inputs // self.groups * (1 if self.linear else prod(self.module.kernel_size))
         base = next(c for c in LAYERS if isinstance(module, c))
         # another forward may do more than multiply by the weight: it is compared on a sample at every call
         self.unusual = (
@@ -68,22 +59,9 @@ class Layer:
             or getattr(module, "parametrizations", None) is not None
         )
 
-    @property
-    def class_dim(self) -> int:
-        """Dimension of the layer's output that holds its neurons, counted from the end."""
-        return -1 - self.spatial
-
-    def norms(self, features: Tensor, backend: str) -> Tensor:
+    def row_norms(self, features: Tensor, backend: str) -> Tensor:
         """|phi|^2 of every row of the layer's output, (rows, groups), rows in row-major order."""
-        if self.conv is None:
-            return patch_sqnorm(features.reshape(-1, features.shape[-1]), (), backend=backend)
-        conv = self.conv
-        batched = features if features.dim() == self.spatial + 2 else features.unsqueeze(0)
-        norms = patch_sqnorm(
-            batched, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode,
-            backend=backend,
-        )  # fmt: skip
-        return norms.movedim(1, -1).reshape(-1, self.groups)
+        return self.norms(features, backend).movedim(self.class_dim, -1).reshape(-1, self.groups)
 
     def check_call(self, caller: str, features: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
         """Refuse a forward whose output is not the layer's linear map of its features."""
@@ -92,29 +70,42 @@ class Layer:
                 f"{caller}: the weight of layer has shape {tuple(weight.shape)} instead of {self.shape} (sharded or packed?); "
                 "gather it before the loss"
             )
-        if features.shape[-1 if self.conv is None else -1 - self.spatial] != (
-            self.shape[1] if self.conv is None else self.shape[1] * self.groups
-        ):
-            _checks.bad_value(caller, "layer", f"called with {self.shape[1]} features", features)
+        if features.shape[self.class_dim] != self.inputs:
+            _checks.bad_value(caller, "layer", f"called with {self.inputs} features", features)
         if len(shape) != features.dim():
             raise UnsupportedError(f"{caller}: the output of layer has another rank than its input")
+        if self.transposed and tuple(shape[-self.spatial :]) != self._transposed_positions(features):
+            raise UnsupportedError(
+                f"{caller}: a transposed convolution called with output_size is not supported; set output_padding instead"
+            )
+
+    def _transposed_positions(self, features: Tensor) -> tuple[int, ...]:
+        m = self.module
+        axes = zip(
+            features.shape[-self.spatial :],
+            m.kernel_size,
+            m.stride,
+            m.padding,
+            m.dilation,
+            m.output_padding,
+            strict=True,
+        )
+        return tuple((size - 1) * s - 2 * p + d * (k - 1) + extra + 1 for size, k, s, p, d, extra in axes)
 
     @torch.no_grad()
     def check_unusual(
         self, caller: str, features: Tensor, weight: Tensor, got: Tensor, dtype: torch.dtype
     ) -> None:
         """Compare `got`, (O,), the first row of the output, computed in `dtype`, with the layer's own map of the features."""
-        bias = None if self.module.bias is None else self.module.bias.double()
+        bias = self.module.bias
         with torch.autocast(device_type=features.device.type, enabled=False):
-            if self.conv is None:
-                x = features.reshape(-1, features.shape[-1])[0].double()
-                expected = nn.functional.linear(x, weight.double(), bias)
-            else:
-                batched = features if features.dim() == self.spatial + 2 else features.unsqueeze(0)
-                x = batched[:1].double()
-                convolve: Any = getattr(next(c for c in LAYERS if isinstance(self.conv, c)), "_conv_forward")  # noqa: B009
-                expected = convolve(self.conv, x, weight.double(), bias).flatten(2)[0, :, 0]
-        scale = weight.double().flatten(1).norm(dim=1).max() * x.norm() + expected.abs().max()
+            batched = features.dim() > self.spatial + 1
+            x = (
+                features.reshape(-1, self.inputs)[0] if self.linear else features[:1] if batched else features
+            ).double()
+            z = self.apply(x, weight.double()).movedim(self.class_dim, -1).reshape(-1, self.outputs)[0]
+            expected = z if bias is None else z + bias.double()
+        scale = weight.double().norm() * x.norm() + expected.abs().max()
         error = (got.double() - expected).abs()
         if bool(got.isfinite().all()) and bool((error > 8 * torch.finfo(dtype).eps * scale + 1e-30).any()):
             raise UnsupportedError(

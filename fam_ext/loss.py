@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fam_ext import _checks, criteria
-from fam_ext.base import HeadCriterion, Taken
+from fam_ext.base import LayerCriterion, Taken
 from fam_ext.errors import UnsupportedError
-from fam_ext.models import find_layer
+from fam_ext.models import find_layers
 from fam_ext.ops.head_cross_entropy import head_cross_entropy
 from fam_ext.schedules import Schedule, TargetRatio, check_strength
 from fam_ext.terms import Options
 
 
 class Last:
-    """The latest loss call, detached, for logs. `flatness` is None on a step without the term."""
+    """The latest loss call, detached, for logs.
 
-    __slots__ = ("_loss", "_total", "flatness", "strength")
+    `flatness` is None on a step without the term; `standard_error` is that of an estimate from several probes, else None.
+    """
+
+    __slots__ = ("_loss", "_total", "flatness", "standard_error", "strength")
 
     def __init__(
         self,
@@ -27,7 +31,9 @@ class Last:
         total: Tensor | None = None,
         flatness: Tensor | None = None,
         strength: Any = None,
+        standard_error: Tensor | None = None,
     ) -> None:
+        self.standard_error = standard_error
         self._loss = loss
         self._total = total
         self.flatness: Tensor | None = flatness
@@ -44,40 +50,51 @@ class Last:
         return f"Last(loss={self.loss}, flatness={self.flatness}, strength={self.strength})"
 
 
-class FAMLoss(HeadCriterion):
-    r"""The criterion's loss plus strength times the relative flatness of one layer.
+class FAMLoss(LayerCriterion):
+    r"""The criterion's loss plus strength times the relative flatness of a layer, or of several.
 
     .. math:: L + \mathrm{strength} \cdot \kappa, \qquad
               \kappa = \sum_{s,s'} \langle w_s, w_{s'} \rangle \, \mathrm{Tr}(H_{s,s'})
 
     (Adilova et al. 2023, Eq. 3; Petzka et al. 2021, Definition 3), with H the Hessian of the loss with respect to the layer's
-    weight. The layer must be a head: its output, or a view, cast or selection of rows of it, is what the criterion receives.
-    A forward hook keeps the layer's input until the loss is taken. In evaluation mode, of this module or of the layer, the
-    result is the criterion's plain loss and nothing is kept.
+    weight. For a head, whose output (or a view, cast or selection of rows of it) is what the criterion receives, kappa is a
+    closed form where the criterion has one. Elsewhere it is formed from Hessian products through the layer's output: exactly
+    where few products do, else by Hutchinson's estimator. A forward hook keeps the layer's input until the loss is taken. In
+    evaluation mode, of this module or of the layer, the result is the criterion's plain loss and nothing is kept.
 
     Args:
-        criterion: CrossEntropyLoss, MSELoss, BCEWithLogitsLoss, PoissonNLLLoss or GaussianNLLLoss, or their functional forms.
-            With reduction="none" the result is loss_i + strength * kappa_i per row (elementwise losses: per element).
-        layer: nn.Linear or nn.Conv1d/2d/3d. It does not become a submodule.
+        criterion: any module or function of (outputs, *targets) that returns the loss. Closed forms: CrossEntropyLoss, MSELoss,
+            BCEWithLogitsLoss, PoissonNLLLoss and GaussianNLLLoss, or their functional forms; with reduction="none" the result is
+            loss_i + strength * kappa_i per row then (elementwise losses: per element).
+        layer: nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, or a sequence of them: the sum of their terms. It does not
+            become a submodule.
         strength: a number, which may be negative, or a schedule step -> number (fam_ext.schedules). 0 skips the term.
-        measure: "neuronwise" (kappa above), "layerwise" |W|_F^norm_power Tr(H), or "trace" Tr(H).
-        curvature: "hessian"; "ggn" is the same number on a head, where z is linear in W; "fisher" where it equals it too.
-        method: "auto" or "closed_form". probes, generator: for estimators; the closed form draws nothing.
+        measure: "neuronwise" (kappa above), "layerwise" |W|_F^norm_power Tr(H), "trace" Tr(H), "layerwise_eigenvalue"
+            |W|_F^norm_power lambda_max(H), or "neuronwise_eigenvalue" sum_s |w_s|^2 lambda_max(H_ss).
+        curvature: "hessian"; "ggn", the generalized Gauss-Newton matrix, never negative; "fisher", the same with `probes` draws
+            of labels. On a head all three are the Hessian.
+        method: "auto", "closed_form", "exact", "hutchinson", or "finite_difference" of a closure (see forward) for models that cannot
+            be differentiated twice. "auto" takes the closed form on a head, else "exact" for up to 32 Hessian products, else
+            "hutchinson"; `plan` tells which and why.
+        probes, generator: draws per step and where they come from (default: a generator of its own).
+        per_sample_probes: None finds out with a product whether samples interact after the layer; True draws for every sample,
+            which is biased where they do; False shares one draw.
+        max_bytes: bound on the estimated memory of the exact value.
         normalize: None, or "fan_in" to divide by the layer's fan-in.
-        norm_power: 2, or 1 for "layerwise" (not invariant under rescaling of layers then).
+        norm_power: 2, or 1 for the layerwise measures (not invariant under rescaling of layers then).
         curvature_grad: False holds the Hessian constant; the gradient flows through <w_s, w_s'> only.
         every: add the term, unscaled, on training steps 0, every, 2 every, ...
         backend: "auto", "native" or "reference".
 
     Raises:
         TypeError, ValueError: an argument does not fit.
-        UnsupportedError: the layer is no head of the criterion, or there is no closed form.
+        UnsupportedError: a number that is right cannot be given; the message says why and names a way out.
     """
 
     def __init__(
         self,
         criterion: Any,
-        layer: nn.Module,
+        layer: nn.Module | Sequence[nn.Module],
         strength: float | Schedule | TargetRatio,
         *,
         measure: str = "neuronwise",
@@ -90,6 +107,8 @@ class FAMLoss(HeadCriterion):
         every: int = 1,
         generator: torch.Generator | None = None,
         backend: str = "auto",
+        per_sample_probes: bool | None = None,
+        max_bytes: int = 2**30,
     ) -> None:
         options = Options(
             "FAMLoss",
@@ -102,6 +121,8 @@ class FAMLoss(HeadCriterion):
             curvature_grad,
             generator,
             backend,
+            per_sample_probes,
+            max_bytes,
         )
         if isinstance(every, bool) or not isinstance(every, int):
             _checks.bad_type("FAMLoss", "every", "an integer", every)
@@ -113,9 +134,10 @@ class FAMLoss(HeadCriterion):
         self.every = every
         self.step = 0
         self.last = Last()
-        self._scale = 1.0 if normalize is None else 1.0 / self._layer.fan_in
+        first = self.parts[0].layer
+        self._scale = 1.0 if normalize is None else 1.0 / first.fan_in
         # the fused operation stands for the criterion's own call, which a hook on the criterion would see
-        self._may_fuse = measure == "neuronwise" and self._layer.conv is None
+        self._may_fuse = measure == "neuronwise" and first.linear and len(self.parts) == 1
 
     @staticmethod
     def _check_strength(value: object) -> Any:
@@ -140,8 +162,8 @@ class FAMLoss(HeadCriterion):
         strength: Any,
         **options: Any,
     ) -> FAMLoss:
-        """FAMLoss on a layer of `model` by its name or a glob pattern; default: the model's last Linear or Conv layer."""
-        return cls(criterion, find_layer("FAMLoss.for_model", model, layer), strength, **options)
+        """FAMLoss on layers of `model` by name or glob pattern (several: the sum); default: its last Linear or Conv layer."""
+        return cls(criterion, find_layers("FAMLoss.for_model", model, layer), strength, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, strength={self._strength}"
@@ -163,17 +185,20 @@ class FAMLoss(HeadCriterion):
         super().__setstate__(state)
         self.last = Last()
 
-    def forward(self, outputs: Tensor, *targets: Any, **kwargs: Any) -> Tensor:
-        """The total loss; arguments as the criterion takes them."""
-        if not self.training or not self.layer.training:
+    def forward(self, outputs: Any, *targets: Any, closure: Any = None, **kwargs: Any) -> Tensor:
+        """The total loss; arguments as the criterion takes them.
+
+        `closure`, for method="finite_difference": a function that computes the criterion's loss anew, model included.
+        """
+        if not self.training or not all(part.module.training for part in self.parts):
             plain: Tensor = self.criterion(outputs, *targets, **kwargs)
             return plain
         if torch.compiler.is_compiling():
-            compiled: Tensor = _outside_graph(self, outputs, targets, kwargs)
+            compiled: Tensor = _outside_graph(self._train, outputs, targets, kwargs, closure)
             return compiled
-        return self._train(outputs, targets, kwargs)
+        return self._train(outputs, targets, kwargs, closure)
 
-    def _train(self, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _train(self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> Tensor:
         strength: Any = 0.0
         if self.step % self.every == 0:
             strength = self._strength
@@ -184,23 +209,29 @@ class FAMLoss(HeadCriterion):
                 if callable(strength):
                     _checks.bad_type("FAMLoss", "the value of the strength schedule", "a number", strength)
         if isinstance(strength, float) and strength == 0:
-            self.captures.reset()
+            self.reset()
             loss: Tensor = self.criterion(outputs, *targets, **kwargs)
             self.last = Last(loss.detach(), None, None, 0.0)
             self.step += 1
             return loss
-        taken = self._take(outputs, targets, kwargs)
-        bound = taken.bound
-        if isinstance(bound, criteria.CrossEntropy) and self._fusible(outputs, bound, strength):
-            total, kappa = self._fused(outputs, taken, bound, strength)
+        self._check_ready()
+        bound = self._bound(targets, kwargs)
+        taken = [self._take(part, outputs, bound) for part in self.parts]
+        first = taken[0]
+        if (
+            first is not None
+            and isinstance(bound, criteria.CrossEntropy)
+            and self._fusible(outputs, bound, strength)
+        ):
+            total, kappa = self._fused(outputs, first, bound, strength)
             self.last = Last(None, total.detach(), kappa, strength)
         else:
             loss = self.criterion(outputs, *targets, **kwargs)
-            term = self._flatness(outputs, taken)
+            term, error = self._terms(taken, loss, outputs, bound, closure)
             if isinstance(strength, TargetRatio):
                 strength = strength.update(loss, term)
             total = loss + strength * term
-            self.last = Last(loss.detach(), None, term.detach(), strength)
+            self.last = Last(loss.detach(), None, term.detach(), strength, error)
         self.step += 1
         return total
 
@@ -247,20 +278,22 @@ class FAMLoss(HeadCriterion):
         return total, kappa if scale == 1.0 else kappa * scale
 
 
-class RelativeFlatness(HeadCriterion):
-    """The relative flatness of a head alone, differentiable: the term that FAMLoss adds, before its strength.
+class RelativeFlatness(LayerCriterion):
+    """The relative flatness alone, differentiable: the term that FAMLoss adds, before its strength.
 
     Arguments as for FAMLoss. The features are kept in the layer's evaluation mode and under torch.no_grad too, as long as the
     layer's output lives, so that a trained model can be measured; `eval()` of this module stops that, and it cannot be called
-    then. With reduction="none" the result is per row (elementwise losses: per element).
+    then. Under torch.no_grad only heads can be measured. With reduction="none" the result is per row (elementwise losses: per
+    element). `standard_error` is that of the latest estimate from several probes, else None.
     """
 
     any_mode = True
+    standard_error: Tensor | None = None
 
     def __init__(
         self,
         criterion: Any,
-        layer: nn.Module,
+        layer: nn.Module | Sequence[nn.Module],
         *,
         measure: str = "neuronwise",
         curvature: str = "hessian",
@@ -271,6 +304,8 @@ class RelativeFlatness(HeadCriterion):
         curvature_grad: bool = True,
         generator: torch.Generator | None = None,
         backend: str = "auto",
+        per_sample_probes: bool | None = None,
+        max_bytes: int = 2**30,
     ) -> None:
         caller = "RelativeFlatness"
         options = Options(
@@ -284,6 +319,8 @@ class RelativeFlatness(HeadCriterion):
             curvature_grad,
             generator,
             backend,
+            per_sample_probes,
+            max_bytes,
         )
         super().__init__(criterion, layer, options)
 
@@ -291,34 +328,37 @@ class RelativeFlatness(HeadCriterion):
     def for_model(
         cls, criterion: Any, model: nn.Module, layer: str | nn.Module | None = None, **options: Any
     ) -> RelativeFlatness:
-        """RelativeFlatness on a layer of `model` by its name or a glob pattern; default: the last Linear or Conv layer."""
-        return cls(criterion, find_layer("RelativeFlatness.for_model", model, layer), **options)
+        """RelativeFlatness on layers of `model` by name or glob pattern (several: the sum); default: the last Linear or Conv."""
+        return cls(criterion, find_layers("RelativeFlatness.for_model", model, layer), **options)
 
-    def forward(self, outputs: Tensor, *targets: Any, per_sample: bool = False, **kwargs: Any) -> Tensor:
-        """kappa; per_sample=True gives its summands by sample, (B,), B the first dimension of the layer's output."""
+    def forward(
+        self, outputs: Any, *targets: Any, per_sample: bool = False, closure: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """kappa; per_sample=True gives its summands by sample, (B,), B the first dimension of the layer's output.
+
+        `closure` as in FAMLoss.
+        """
         if not self.training:
             raise UnsupportedError(
                 "RelativeFlatness: in evaluation mode nothing is captured; call train() on it first"
             )
         if torch.compiler.is_compiling():
-            compiled: Tensor = _outside_graph_flatness(self, outputs, targets, per_sample, kwargs)
+            compiled: Tensor = _outside_graph(self._measure, outputs, targets, kwargs, per_sample, closure)
             return compiled
-        return self._flatness(outputs, self._take(outputs, targets, kwargs), per_sample)
+        return self._measure(outputs, targets, kwargs, per_sample, closure)
+
+    def _measure(
+        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool, closure: Any
+    ) -> Tensor:
+        self._check_ready()
+        bound = self._bound(targets, kwargs)
+        taken = [self._take(part, outputs, bound) for part in self.parts]
+        needs_loss = None in taken and self.options.method != "finite_difference"
+        loss = self.criterion(outputs, *targets, **kwargs) if needs_loss else None
+        term, self.standard_error = self._terms(taken, loss, outputs, bound, closure, per_sample)
+        return term
 
 
 @torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
-def _outside_graph(
-    loss: FAMLoss, outputs: Tensor, targets: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    return loss._train(outputs, targets, kwargs)
-
-
-@torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
-def _outside_graph_flatness(
-    measure: RelativeFlatness,
-    outputs: Tensor,
-    targets: tuple[Any, ...],
-    per_sample: bool,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    return measure._flatness(outputs, measure._take(outputs, targets, kwargs), per_sample)
+def _outside_graph(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)

@@ -1,15 +1,15 @@
-"""Finding a model's head by name."""
+"""Finding a model's layers by name."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections.abc import Sequence
 
 from torch import nn
 
 from fam_ext import _checks
-from fam_ext.errors import UnsupportedError
-from fam_ext.heads import LAYERS
+from fam_ext.layers import LAYERS
 
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel
 
@@ -21,46 +21,49 @@ def _bare(name: str) -> str:
     return name
 
 
-def find_layer(caller: str, model: nn.Module, layer: str | nn.Module | None) -> nn.Module:
-    """The module that `layer` names in `model` (exactly, or the only match of a glob), or the last Linear or Conv layer.
+def find_layers(
+    caller: str, model: nn.Module, layer: str | nn.Module | Sequence[str | nn.Module] | None
+) -> list[nn.Module]:
+    """The modules that `layer` names in `model`: a name, a glob pattern, a module, several of these, or None for the last one.
 
-    Raises ValueError for a name that matches nothing, listing near names, and UnsupportedError for several matches.
+    Patterns match Linear, Conv and ConvTranspose layers. Raises ValueError for a name that matches nothing, listing near names.
     """
     if not isinstance(model, nn.Module):
         _checks.bad_type(caller, "model", "a module", model)
-    if isinstance(layer, nn.Module):
-        if all(m is not layer for m in model.modules()):
-            _checks.bad_value(caller, "layer", "a module of the model", layer)
-        return layer
     modules: dict[str, nn.Module] = dict(model.named_modules())
-    heads = {name: m for name, m in modules.items() if isinstance(m, LAYERS)}
+    candidates: dict[str, nn.Module] = {name: m for name, m in modules.items() if isinstance(m, LAYERS)}
     if layer is None:
-        if not heads:
+        if not candidates:
             _checks.bad_value(caller, "model", "one with a Linear or Conv layer", type(model).__name__)
-        return list(heads.values())[-1]
+        return [list(candidates.values())[-1]]
+    several = layer if isinstance(layer, (list, tuple)) else [layer]
+    found: dict[int, nn.Module] = {}
+    for one in several:
+        found.update((id(m), m) for m in _matches(caller, modules, candidates, one))
+    return list(found.values())
+
+
+def _matches(
+    caller: str, modules: dict[str, nn.Module], candidates: dict[str, nn.Module], layer: object
+) -> list[nn.Module]:
+    if isinstance(layer, nn.Module):
+        if all(m is not layer for m in modules.values()):
+            _checks.bad_value(caller, "layer", "a module of the model", layer)
+        return [layer]
     if not isinstance(layer, str):
-        _checks.bad_type(caller, "layer", "a name, a glob pattern, a module or None", layer)
-    if layer in modules and layer:
-        return modules[layer]
-    exact = [m for name, m in modules.items() if _bare(name) == layer and layer]
+        _checks.bad_type(
+            caller, "layer", "a name, a glob pattern, a module, several of these, or None", layer
+        )
+    exact = [m for name, m in modules.items() if layer and layer in (name, _bare(name))]
     if exact:
-        return exact[0]
-    matches = {
-        n: m
-        for n, m in heads.items()
+        return exact[:1]
+    matches = [
+        m
+        for n, m in candidates.items()
         if fnmatch.fnmatchcase(_bare(n), layer) or fnmatch.fnmatchcase(n, layer)
-    }
-    if len(matches) > 1:
-        raise UnsupportedError(
-            f"{caller}: layer {layer!r} matches {', '.join(matches)}; only one layer can be the head of a criterion, and layers "
-            "that are not heads are not supported yet: name the last one"
-        )
+    ]
     if not matches:
-        near = (
-            difflib.get_close_matches(layer, [_bare(n) for n in modules if n], n=3, cutoff=0.4)
-            or list(heads)[-3:]
-        )
-        _checks.bad_value(
-            caller, "layer", f"the name of a module of the model (near: {', '.join(near) or 'none'})", layer
-        )
-    return next(iter(matches.values()))
+        near = difflib.get_close_matches(layer, [_bare(n) for n in modules if n], n=3, cutoff=0.4)
+        known = ", ".join(near or list(candidates)[-3:]) or "none"
+        _checks.bad_value(caller, "layer", f"the name of a module of the model (near: {known})", layer)
+    return matches

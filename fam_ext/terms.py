@@ -12,8 +12,8 @@ from torch import Tensor
 from fam_ext import _checks
 from fam_ext.backends import BACKENDS
 from fam_ext.criteria import Bound, CrossEntropy
-from fam_ext.errors import UnsupportedError
-from fam_ext.heads import LATER_MEASURES, MEASURES, Layer, element_traces, row_traces, weight_factor
+from fam_ext.errors import NotAHead
+from fam_ext.heads import EIGENVALUE_MEASURES, MEASURES, Layer, element_traces, row_traces, weight_factor
 
 _CURVATURES = ("hessian", "ggn", "fisher")
 _METHODS = ("auto", "closed_form", "exact", "hutchinson", "finite_difference")
@@ -33,20 +33,15 @@ class Options:
     curvature_grad: bool = True
     generator: torch.Generator | None = None
     backend: str = "auto"
+    per_sample_probes: bool | None = None
+    max_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         caller = self.caller
-        _checks.check_choice(caller, "measure", self.measure, MEASURES + LATER_MEASURES)
-        if self.measure in LATER_MEASURES:
-            raise UnsupportedError(
-                f"{caller}: measure={self.measure!r} is not available yet; use one of {', '.join(MEASURES)}"
-            )
+        _checks.check_choice(caller, "measure", self.measure, MEASURES + EIGENVALUE_MEASURES)
         _checks.check_choice(caller, "curvature", self.curvature, _CURVATURES)
         _checks.check_choice(caller, "method", self.method, _METHODS)
-        if self.method not in ("auto", "closed_form"):
-            raise UnsupportedError(
-                f"{caller}: method={self.method!r} is not available yet; use 'auto' on a head"
-            )
+        self._check_combinations()
         if isinstance(self.probes, bool) or not isinstance(self.probes, int):
             _checks.bad_type(caller, "probes", "an integer", self.probes)
         if self.probes < 1:
@@ -55,9 +50,9 @@ class Options:
             _checks.bad_value(caller, "normalize", "None or 'fan_in'", self.normalize)
         if isinstance(self.norm_power, bool) or self.norm_power not in (1, 2):
             _checks.bad_value(caller, "norm_power", "1 or 2", self.norm_power)
-        if self.norm_power == 1 and self.measure != "layerwise":
+        if self.norm_power == 1 and self.measure not in ("layerwise", "layerwise_eigenvalue"):
             _checks.bad_value(
-                caller, "norm_power", f"2 with measure={self.measure!r} (1 is for 'layerwise')", 1
+                caller, "norm_power", f"2 with measure={self.measure!r} (1 is for the layerwise ones)", 1
             )
         if not isinstance(self.curvature_grad, bool):
             _checks.bad_type(caller, "curvature_grad", "True or False", self.curvature_grad)
@@ -70,17 +65,45 @@ class Options:
             )
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             _checks.bad_type(caller, "generator", "a torch.Generator or None", self.generator)
+        if self.per_sample_probes not in (None, True, False):
+            _checks.bad_type(caller, "per_sample_probes", "None, True or False", self.per_sample_probes)
+        if isinstance(self.max_bytes, bool) or not isinstance(self.max_bytes, int) or self.max_bytes < 1:
+            _checks.bad_value(caller, "max_bytes", "a positive integer", self.max_bytes)
         _checks.check_choice(caller, "backend", self.backend, BACKENDS)
+
+    def _check_combinations(self) -> None:
+        """Refuse a method that has no meaning for the measure or the curvature."""
+        eigenvalue = self.measure in EIGENVALUE_MEASURES
+        if eigenvalue and self.method not in ("auto", "exact"):
+            _checks.bad_value(
+                self.caller, "method", f"'auto' or 'exact' with measure={self.measure!r}", self.method
+            )
+        if self.method == "finite_difference" and not self.curvature_grad:
+            _checks.bad_value(self.caller, "curvature_grad", "True with method='finite_difference'", False)
+        if self.curvature == "hessian":
+            return
+        if eigenvalue or self.method not in ("auto", "closed_form"):
+            _checks.bad_value(
+                self.caller,
+                "curvature",
+                f"'hessian' with measure={self.measure!r} and method={self.method!r}",
+                self.curvature,
+            )
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether a closed form may serve."""
+        return self.method in ("auto", "closed_form") and self.measure in MEASURES
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **vars(self),
             "generator": None,
-        }  # generators cannot be pickled; the closed form draws nothing
+        }  # generators cannot be pickled: a copy draws from its own
 
     def check_bound(self, bound: Bound) -> None:
         if self.curvature == "fisher" and not bound.fisher():
-            raise UnsupportedError(
+            raise NotAHead(
                 f"{self.caller}: curvature='fisher' is defined for cross-entropy without class weights and label smoothing, BCE "
                 "without weights, and Poisson NLL, where it equals the Hessian; use curvature='hessian'"
             )
@@ -90,7 +113,7 @@ def outer_class_dim(caller: str, bound: Bound, class_dim: int | None, outputs: T
     """Check that cross-entropy's class dimension is the one that holds the layer's neurons."""
     expected = 0 if outputs.dim() == 1 else 1
     if bound.softmax and class_dim != expected:
-        raise UnsupportedError(
+        raise NotAHead(
             f"{caller}: cross-entropy takes dimension {expected} of its input, of shape {tuple(outputs.shape)}, for the classes, "
             f"but the layer's outputs lie in dimension {class_dim}; flatten the rows to (N, O) or move the classes to dimension 1"
         )
@@ -121,7 +144,10 @@ def flatness(
             )  # fmt: skip
     if not options.curvature_grad:
         outputs, features = outputs.detach(), features.detach()
-    norms = layer.norms(features, options.backend)
+    norms = layer.row_norms(features, options.backend)
+    factor = weight_factor(weight, options.measure, options.norm_power)
+    if layer.transposed:
+        weight = layer.canonical(weight).flatten(0, 1)  # (O, I), as the other layers have it
     row_shape = tuple(s for d, s in enumerate(outputs.shape) if d != class_dim)
     layer_rows = norms.shape[0]
     if rows is not None:
@@ -129,7 +155,6 @@ def flatness(
     terms = _terms(
         options, bound, outputs, class_dim, norms.reshape(*row_shape, layer.groups), weight
     )  # (*row_shape[, O])
-    factor = weight_factor(weight, options.measure, options.norm_power)
     if factor is not None:
         terms = terms * factor
     if options.normalize is not None:

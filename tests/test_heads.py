@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fam_ext
 from fam_ext.heads import row_traces
+from fam_ext.layers import LayerMap
 from fam_ext.reference.hessian import layer_hessian
 
 CE_WEIGHT = torch.tensor([0.5, 2.0, 1.5, 0.7], dtype=torch.float64)
@@ -110,11 +111,16 @@ def depthwise() -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
     return nn.Conv1d(4, 4, 2, groups=4), torch.randn(2, 4, 3), lambda z: z
 
 
+def conv_transpose() -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
+    layer = nn.ConvTranspose2d(2, 4, 2, stride=2, padding=1, groups=2, output_padding=1)
+    return layer, torch.randn(2, 2, 2, 1), lambda z: z
+
+
 HEADS = {
     f.__name__: f
     for f in (
         linear, linear_tokens, linear_flattened, linear_shifted, linear_time_first, linear_masked,
-        conv1d, conv2d, conv2d_reflect, conv3d, grouped, depthwise,
+        conv1d, conv2d, conv2d_reflect, conv3d, grouped, depthwise, conv_transpose,
     )
 }  # fmt: skip
 
@@ -130,13 +136,18 @@ def check(
     groups = getattr(layer, "groups", 1)
     weight = layer.weight
     x.requires_grad_()
+    layer_map = LayerMap("test", layer)
+    canonical = layer_map.canonical(weight)
 
     def loss(w: Tensor) -> Tensor:
         return criterion(view(call(layer, x, w)), *args)
 
+    def by_rows(w: Tensor) -> Tensor:
+        return loss(layer_map.to_module(w.reshape(canonical.shape), weight.shape))
+
     with torch.no_grad():
         held = {n: p for n, p in layer.named_parameters() if n != "weight"}
-    expected = oracle.kappa(loss, weight, groups=groups, **options)
+    expected = oracle.kappa(by_rows, canonical.flatten(0, 1), groups=groups, **options)
     measure = fam_ext.RelativeFlatness(criterion, layer, **options)
     kappa = measure(view(layer(x)), *args)
     torch.testing.assert_close(kappa, expected, rtol=1e-9, atol=1e-12)
@@ -150,7 +161,7 @@ def check(
     total = famloss(view(layer(x)), *args)
     torch.testing.assert_close(total, loss(weight) - 0.7 * expected, rtol=1e-9, atol=1e-12)
     want = torch.autograd.grad(
-        loss(weight) - 0.7 * oracle.kappa(loss, weight, groups=groups, **options),
+        loss(weight) - 0.7 * oracle.kappa(by_rows, canonical.flatten(0, 1), groups=groups, **options),
         inputs,
         materialize_grads=True,
         allow_unused=True,

@@ -1,0 +1,126 @@
+"""Hessian products of a loss with respect to one layer's weight, taken through the layer's output z.
+
+For a layer called once, z = layer(phi; W) is linear in W, so for weight directions A and B: A^T H B = <da, Lambda db> with
+da = layer(phi; A), db = layer(phi; B) and Lambda = d^2 L / dz^2, of which only products are formed: Lambda db = grad(g, z, db)
+with g = grad(L, z, create_graph=True). Only the part of the network after the layer is differentiated twice. Where the layer is
+called several times, a later input depends on an earlier output, and products are taken on the weight itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from fam_ext import corrections
+from fam_ext.layers import LayerMap
+
+
+class LayerCall(NamedTuple):
+    """One call of the layer: where its output entered the graph, its input, and the output's shape and dtype."""
+
+    edge: GradientEdge
+    features: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Curvature:
+    """Products with the Hessian of `loss` with respect to `weight`, by way of the layer's calls.
+
+    Use inside `with curvature.products():`, which puts right the derivatives of the nodes listed in `correct`.
+    `hold` takes the Hessian as a constant: its products carry no graph.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        layer: LayerMap,
+        weight: Tensor,
+        calls: Sequence[LayerCall],
+        correct: Sequence[Any],
+        hold: bool = False,
+    ) -> None:
+        self.loss, self.layer, self.weight, self.calls = loss, layer, weight, calls
+        self.correct = correct
+        self.hold = hold or not torch.is_grad_enabled()
+        self.gradient: Tensor | None = None
+
+    @property
+    def on_weight(self) -> bool:
+        """Whether directions are weights, as they are for several calls; else they are outputs z of the only call."""
+        return len(self.calls) != 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Forms the first gradient; products can be taken inside."""
+        with corrections.corrected(self.correct), torch.enable_grad():
+            self.gradient = self._first_gradient()
+            try:
+                yield
+            finally:
+                self.gradient = None
+
+    def _first_gradient(self) -> Tensor | None:
+        inputs: Any = self.weight if self.on_weight else self.calls[0].edge
+        (gradient,) = torch.autograd.grad(self.loss, inputs, create_graph=True, allow_unused=True)
+        return gradient if gradient is not None and gradient.requires_grad else None
+
+    def direction(self, weight: Tensor) -> Tensor:
+        """The product's argument for a weight direction in canonical layout."""
+        in_module = self.layer.to_module(weight, self.weight.shape)
+        if self.on_weight:
+            return in_module
+        features = self.features
+        return self.layer.apply(features, in_module.to(features.dtype))
+
+    @property
+    def features(self) -> Tensor:
+        """The input of the only call, in a dtype that sums can be formed in."""
+        features = self.calls[0].features
+        features = features.to(torch.promote_types(features.dtype, self.dtype))
+        return features.detach() if self.hold else features
+
+    def apply(self, directions: Tensor) -> Tensor:
+        """Lambda d for a stack of directions (K, *shape); zero where the loss does not depend on z, or linearly."""
+        gradient = self.gradient
+        if gradient is None:
+            return torch.zeros_like(directions)
+        inputs: Any = self.weight if self.on_weight else self.calls[0].edge
+        batched = len(directions) > 1
+        given = directions.to(gradient.dtype)
+        (result,) = torch.autograd.grad(
+            gradient,
+            inputs,
+            given if batched else given[0],
+            create_graph=not self.hold,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+        if result is None:
+            return torch.zeros_like(directions)
+        products: Tensor = result if batched else result.unsqueeze(0)
+        return products.to(directions.dtype)
+
+    def weight_product(self, weight: Tensor) -> Tensor:
+        """H A for a weight direction A, both in canonical layout."""
+        product = self.apply(self.direction(weight).unsqueeze(0))[0]
+        if self.on_weight:
+            return self.layer.canonical(product)
+        origin = torch.zeros_like(self.weight, dtype=product.dtype, requires_grad=True)
+        z = self.layer.apply(self.features.to(product.dtype), origin)
+        (pulled,) = torch.autograd.grad(z, origin, product, create_graph=not self.hold)
+        return self.layer.canonical(pulled)

@@ -1,0 +1,197 @@
+"""Relative flatness of any layer under any twice differentiable loss, from Hessian products (fam_ext.curvature).
+
+With G = W W^T per group, Lambda = d^2 L / dz^2 and A = (phi phi^T) kron G, kappa = sum_{i,j} Tr(A_ij Lambda_ij) over samples.
+How far rows of z interact after the layer decides what is cheapest; `interaction` finds out with one product:
+
+- "rows": Lambda is block-diagonal in rows (samples x positions): O exact products, or independent probes for every row;
+- "samples": block-diagonal in samples: independent probes for every sample;
+- "batch": anything may interact (batch_norm in training, contrastive losses, several calls): one probe for all.
+
+No root of a matrix is differentiated: exact sums use the basis, sum_k <A e_k, Lambda e_k>, and probes use G = R R^T with R = W,
+or with Cholesky's factor where that is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fam_ext.curvature import Curvature
+from fam_ext.layers import LayerMap
+
+LEVELS = ("rows", "samples", "batch")
+
+
+class Estimate(NamedTuple):
+    """kappa (0-d, or by sample), and the standard error of the estimate over probes (None: exact, or a single probe)."""
+
+    value: Tensor
+    standard_error: Tensor | None
+
+
+def interaction(curvature: Curvature, generator: torch.Generator) -> str:
+    """How far rows of z interact after the layer: one of LEVELS.
+
+    A random direction on half of the rows (then: of the samples) must leave the products at the others at exactly zero.
+    """
+    if curvature.on_weight:
+        return "batch"
+    call, layer = curvature.calls[0], curvature.layer
+    samples, positions = layer.samples(call.shape), layer.positions(call.shape)
+    row_shape = list(call.shape)
+    row_shape[layer.class_dim] = 1
+    direction = _random_like(curvature, call.shape, generator)
+    for level, count in (("rows", samples * positions), ("samples", samples)):
+        if count == 1:
+            return level
+        chosen = torch.zeros(count, dtype=torch.bool, device=curvature.device)
+        order = torch.randperm(count, generator=generator, device=curvature.device)
+        chosen[order[: (count + 1) // 2]] = True
+        mask = chosen.repeat_interleave(samples * positions // count).reshape(row_shape)
+        reached = curvature.apply((direction * mask).unsqueeze(0))[0].detach() * ~mask
+        if not bool((reached != 0).any()):  # NaN counts as reached
+            return level
+    return "batch"
+
+
+def _random_like(curvature: Curvature, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=curvature.device, dtype=curvature.dtype)
+
+
+def rademacher(shape: tuple[int, ...], like: Curvature, generator: torch.Generator) -> Tensor:
+    """+1 and -1 with equal probability."""
+    bits = torch.randint(0, 2, shape, generator=generator, device=like.device)
+    return (2 * bits - 1).to(like.dtype)
+
+
+def gram_root(weight: Tensor) -> Tensor:
+    """R with R R^T = W W^T for every group, (groups, n, r): W itself, or where I > n Cholesky's factor of the Gram matrix.
+
+    Cholesky needs W to have full row rank with room to spare; otherwise W serves, which is always right.
+    """
+    _, neurons, fan_in = weight.shape
+    if fan_in <= neurons:
+        return weight
+    gram = weight @ weight.transpose(1, 2)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    diagonal = factor.detach().diagonal(dim1=1, dim2=2)
+    floor = torch.finfo(weight.dtype).eps ** 0.5 * diagonal.amax(1)
+    safe = bool((info == 0).all()) and bool((diagonal.amin(1) > floor).all())
+    return factor if safe else weight
+
+
+def exact_products(layer: LayerMap, curvature: Curvature, level: str) -> int:
+    """How many products the exact value takes."""
+    fan_in, outputs = _sizes(layer, curvature)
+    if level == "rows":
+        return outputs
+    if level == "samples" and layer.linear:
+        return outputs * min(layer.positions(curvature.calls[0].shape), fan_in)
+    return outputs * fan_in
+
+
+def _sizes(layer: LayerMap, curvature: Curvature) -> tuple[int, int]:
+    groups, neurons, fan_in = layer.canonical(curvature.weight).shape
+    return fan_in, groups * neurons
+
+
+def exact(curvature: Curvature, level: str, weighted: bool, chunk: int, backend: str) -> Iterator[Tensor]:
+    """Summands of Tr(A Lambda), each of z's shape (of the weight's for several calls), in chunks of products.
+
+    `weighted`: A = K kron G as in kappa; else K kron 1, for the trace of H.
+    """
+    layer = curvature.layer
+    weight = layer.canonical(curvature.weight).to(curvature.dtype)
+    groups, neurons, fan_in = weight.shape
+    outputs = groups * neurons
+    gram = weight @ weight.transpose(1, 2) if weighted else None
+
+    def mixed(z: Tensor) -> Tensor:
+        return z if gram is None else layer.mix(gram, z)
+
+    if level == "rows":
+        shape = curvature.calls[0].shape
+        norms = layer.spread(layer.norms(curvature.features, backend), outputs)
+        for begin in range(0, outputs, chunk):
+            basis = _one_hot(curvature, shape, layer.class_dim, range(begin, min(begin + chunk, outputs)))
+            products = curvature.apply(basis)
+            for unit, product in zip(basis, products, strict=True):
+                yield norms * mixed(unit) * product
+        return
+    if level == "samples" and layer.linear and layer.positions(curvature.calls[0].shape) < fan_in:
+        yield from _by_position(curvature, gram, chunk)
+        return
+    for begin in range(0, outputs * fan_in, chunk):
+        index = torch.arange(begin, min(begin + chunk, outputs * fan_in), device=curvature.device)
+        basis = torch.zeros(len(index), outputs * fan_in, device=curvature.device, dtype=curvature.dtype)
+        basis[torch.arange(len(index)), index] = 1
+        units = basis.reshape(-1, groups, neurons, fan_in)
+        directions = torch.stack([curvature.direction(unit) for unit in units])
+        products = curvature.apply(directions)
+        for unit, product in zip(units, products, strict=True):
+            yield curvature.direction(unit if gram is None else gram @ unit) * product
+
+
+def _one_hot(curvature: Curvature, shape: tuple[int, ...], dim: int, entries: range) -> Tensor:
+    basis = torch.zeros(len(entries), *shape, device=curvature.device, dtype=curvature.dtype)
+    for k, entry in enumerate(entries):
+        basis[k].select(dim, entry).fill_(1)
+    return basis
+
+
+def _by_position(curvature: Curvature, gram: Tensor | None, chunk: int) -> Iterator[Tensor]:
+    """Samples of few positions of a linear layer: e_(q, s) for all samples at once, weighted by <phi_q, phi_q'>."""
+    call = curvature.calls[0]
+    samples, outputs = curvature.layer.samples(call.shape), call.shape[-1]
+    phi = curvature.features.reshape(samples, -1, curvature.features.shape[-1])
+    kernel = phi @ phi.transpose(1, 2)  # (B, Q, Q)
+    positions = kernel.shape[1]
+    pairs = [(q, s) for q in range(positions) for s in range(outputs)]
+    for begin in range(0, len(pairs), chunk):
+        some = pairs[begin : begin + chunk]
+        basis = torch.zeros(
+            len(some), samples, positions, outputs, device=curvature.device, dtype=curvature.dtype
+        )
+        for k, (q, s) in enumerate(some):
+            basis[k, :, q, s] = 1
+        products = curvature.apply(basis.reshape(len(some), *call.shape))
+        for (q, s), product in zip(some, products, strict=True):
+            column = torch.eye(outputs, device=curvature.device)[s] if gram is None else gram[0, :, s]
+            yield (kernel[:, :, q].unsqueeze(-1) * column).reshape(call.shape) * product
+
+
+def hutchinson(
+    curvature: Curvature, level: str, weighted: bool, probes: int, generator: torch.Generator, backend: str
+) -> list[Tensor]:
+    """Summands of the estimates of Tr(A Lambda), one tensor of z's shape (or the weight's) for each probe."""
+    layer = curvature.layer
+    weight = layer.canonical(curvature.weight).to(curvature.dtype)
+    groups, neurons, fan_in = weight.shape
+    eye = torch.eye(neurons, device=curvature.device, dtype=curvature.dtype).expand(groups, -1, -1)
+    root = gram_root(weight) if weighted else eye
+    rank = root.shape[2]
+    if level == "rows":
+        shape = list(curvature.calls[0].shape)
+        shape[layer.class_dim] = groups * rank
+        noise = rademacher((probes, *shape), curvature, generator)
+        directions = torch.stack([layer.mix(root, e) for e in noise])
+        norms = layer.spread(layer.norms(curvature.features, backend), groups * neurons)
+        return [norms * d * p for d, p in zip(directions, curvature.apply(directions), strict=True)]
+    if level == "samples":
+        samples = layer.samples(curvature.calls[0].shape)
+        noise = rademacher((probes, samples, groups, rank, fan_in), curvature, generator)
+        directions = torch.stack([_apply_each(curvature, root, e) for e in noise])
+    else:
+        noise = rademacher((probes, groups, rank, fan_in), curvature, generator)
+        directions = torch.stack([curvature.direction(root @ e) for e in noise])
+    return list(directions * curvature.apply(directions))
+
+
+def _apply_each(curvature: Curvature, root: Tensor, noise: Tensor) -> Tensor:
+    shape = curvature.weight.shape
+    weights = torch.stack([curvature.layer.to_module(root @ e, shape) for e in noise])
+    features = curvature.features
+    return curvature.layer.apply_each(features, weights.to(features.dtype))
