@@ -1,4 +1,4 @@
-"""Relative-flatness-aware training: the FAM regularizer in closed form, with compiled kernels."""
+"""Relative-flatness-aware training: the FAM regularizer, exact and differentiable, with compiled kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from fam_ext.backends import info
 from fam_ext.errors import UnsupportedError
 from fam_ext.functional import relative_flatness
 from fam_ext.loss import FAMLoss, RelativeFlatness
+from fam_ext.measurement import measure
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "__version__",
     "functional",
     "info",
+    "measure",
     "relative_flatness",
     "schedules",
 ]

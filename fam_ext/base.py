@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from fam_ext import _checks, criteria, graph
-from fam_ext.capture import Capture, Captures, LayerHook, check_tensor
-from fam_ext.curvature import LayerCall
+from fam_ext.capture import Capture, Captures, LayerHook, check_tensor, layer_weight
+from fam_ext.curvature import Curvature, LayerCall
 from fam_ext.engine import Estimate
 from fam_ext.errors import NotAHead, UnsupportedError
 from fam_ext.general import CLOSED_FORM, General, Plan
@@ -42,6 +42,9 @@ class Part:
         self.captures = Captures()
         self.handle: Any = None
         self.not_a_head: NotAHead | None = None  # why the closed form did not serve the latest loss
+        self.scale: Tensor | None = (
+            None  # by input channel: take the term for features divided by it (fam_ext.measure)
+        )
 
     def attach(self, owner: Any, index: int) -> None:
         """Put the hook on the layer; without effect while it is there."""
@@ -59,6 +62,19 @@ class Part:
             self.handle.remove()
             self.handle = None
         self.captures.reset()
+
+    def rescaled(self, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Features over `scale` and the weight times it; as they are without one."""
+        if self.scale is None:
+            return features, weight
+        layer = self.layer
+        return layer.divide_features(features, self.scale), layer.multiply_weight(weight, self.scale)
+
+    def weight(self) -> Tensor:
+        """The layer's weight now, rescaled, in canonical layout (fam_ext.layers)."""
+        weight = layer_weight(self.module).detach()
+        scaled = weight if self.scale is None else self.layer.multiply_weight(weight, self.scale)
+        return self.layer.canonical(scaled)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"options": self.options, "module": self.module, "attached": self.handle is not None}
@@ -161,7 +177,7 @@ class LayerCriterion(nn.Module):
         except NotAHead as error:
             if self.options.method == "closed_form":
                 raise
-            part.not_a_head = error
+            part.not_a_head = error.with_traceback(None)  # its frames would keep the batch alive
             return None
 
     def _take_head(self, part: Part, outputs: Any, bound: criteria.Bound | None) -> Taken:
@@ -187,6 +203,7 @@ class LayerCriterion(nn.Module):
             first = by_row.reshape(-1, layer.outputs)[0]
             layer.check_unusual(caller, features, weight, first, capture.dtype)
         part.general.note(CLOSED_FORM)
+        features, weight = part.rescaled(features, weight)
         return Taken(capture, features, weight, class_dim, rows, bound)
 
     def _closed(self, part: Part, outputs: Tensor, taken: Taken, per_sample: bool = False) -> Tensor:
@@ -200,6 +217,11 @@ class LayerCriterion(nn.Module):
         self, part: Part, loss: Tensor, outputs: Any, bound: criteria.Bound | None, per_sample: bool = False
     ) -> Estimate:
         """The term of a layer that is no head, from the graph of the loss."""
+        weight, calls, between = self._calls(part, loss)
+        return part.general.flatness(loss, weight, calls, between, outputs, bound, per_sample)
+
+    def _calls(self, part: Part, loss: Tensor) -> tuple[Tensor, list[LayerCall], list[Any]]:
+        """The layer's weight, its calls that `loss` depends on, and the autograd nodes in between."""
         caller = self.options.caller
         if loss.dim() != 0:
             raise UnsupportedError(
@@ -220,12 +242,23 @@ class LayerCriterion(nn.Module):
             capture.used[0] = True
             weight = capture.weight
             part.layer.check_call(caller, features, weight, capture.shape)  # type: ignore[arg-type]
+            features, weight = part.rescaled(features, weight)  # type: ignore[arg-type]
             calls.append(
                 LayerCall(GradientEdge(call.node, call.number), features, capture.shape, capture.dtype)
             )
         part.captures.done()
         assert weight is not None
-        return part.general.flatness(loss, weight, calls, between, outputs, bound, per_sample)
+        return weight, calls, between
+
+    def weight_product(self, loss: Tensor, direction: Tensor) -> Tensor:
+        """H D of one loss for the first layer, D and the result in canonical layout (fam_ext.layers), without graph."""
+        part = self.parts[0]
+        weight, calls, between = self._calls(part, loss)
+        curvature = Curvature(
+            loss, part.layer, weight, calls, graph.check(self.options.caller, between), hold=True
+        )
+        with torch.autocast(weight.device.type, enabled=False), curvature.products():
+            return curvature.weight_product(direction).detach()
 
     def _terms(
         self,

@@ -5,6 +5,7 @@ It is differentiable with the eigenvector held.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,19 +41,31 @@ def largest(curvature: Curvature, neuron: int | None = None) -> Tensor:
         pulled = curvature.weight_product(embed(vector)).detach()
         return pulled.flatten() if neuron is None else pulled.reshape(groups * neurons, fan_in)[neuron]
 
-    vector = _dense(product, size, curvature) if size <= _DENSE else _lanczos(product, size, curvature)
+    vector = largest_eigenvector(product, size, curvature.dtype, curvature.device)
     direction = curvature.direction(embed(vector)).unsqueeze(0)
     return (direction * curvature.apply(direction)).sum()
 
 
-def _dense(product: Any, size: int, curvature: Curvature) -> Tensor:
-    basis = torch.eye(size, dtype=curvature.dtype, device=curvature.device)
+def largest_eigenvector(
+    product: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Unit eigenvector of the largest eigenvalue of a symmetric matrix, (size,), from its products with vectors."""
+    solve = _dense if size <= _DENSE else _lanczos
+    return solve(product, size, dtype, device)
+
+
+def _dense(
+    product: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    basis = torch.eye(size, dtype=dtype, device=device)
     matrix = torch.stack([product(row) for row in basis])
     vector: Tensor = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors[:, -1]
     return vector.detach()
 
 
-def _lanczos(product: Any, size: int, curvature: Curvature) -> Tensor:
+def _lanczos(
+    product: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     try:
         import numpy as np
         from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
@@ -62,7 +75,7 @@ def _lanczos(product: Any, size: int, curvature: Curvature) -> Tensor:
         ) from None
 
     def matvec(x: Any) -> Any:
-        vector = torch.as_tensor(x.ravel(), dtype=curvature.dtype, device=curvature.device)
+        vector = torch.as_tensor(x.ravel(), dtype=dtype, device=device)
         return product(vector).to("cpu", torch.float64).numpy()
 
     operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
@@ -73,4 +86,4 @@ def _lanczos(product: Any, size: int, curvature: Curvature) -> Tensor:
         raise UnsupportedError(
             f"the largest eigenvalue of the layer's Hessian did not converge: {error}"
         ) from None
-    return torch.as_tensor(vectors[:, 0], dtype=curvature.dtype, device=curvature.device)
+    return torch.as_tensor(vectors[:, 0], dtype=dtype, device=device)

@@ -61,6 +61,18 @@ class LayerMap:
             return direction.reshape(self.groups, neurons, inputs, -1).transpose(1, 2).reshape(shape)
         return direction.reshape(shape)
 
+    def divide_features(self, features: Tensor, scale: Tensor) -> Tensor:
+        """Features over `scale`, one number for each input channel."""
+        return features / scale.reshape(-1, *(1,) * self.spatial)
+
+    def multiply_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The weight that gives the same output for features divided by `scale`."""
+        if self.transposed:
+            return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
+        by_group = weight.reshape(self.groups, -1, *weight.shape[1:])
+        factor = scale.reshape(self.groups, 1, weight.shape[1], *(1,) * self.spatial)
+        return (by_group * factor).reshape(weight.shape)
+
     def apply(self, features: Tensor, weight: Tensor) -> Tensor:
         """z without bias for a weight in the module's layout."""
         if self.linear:
