@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from fam_ext import _checks, criteria, graph
 from fam_ext.capture import Capture, Captures, LayerHook, check_tensor, layer_weight
-from fam_ext.curvature import Curvature, LayerCall
+from fam_ext.curvature import LayerCall
 from fam_ext.engine import Estimate
 from fam_ext.errors import NotAHead, UnsupportedError
 from fam_ext.general import CLOSED_FORM, General, Plan
@@ -254,9 +254,7 @@ class LayerCriterion(nn.Module):
         """H D of one loss for the first layer, D and the result in canonical layout (fam_ext.layers), without graph."""
         part = self.parts[0]
         weight, calls, between = self._calls(part, loss)
-        curvature = Curvature(
-            loss, part.layer, weight, calls, graph.check(self.options.caller, between), hold=True
-        )
+        curvature = part.general.curvature(loss, weight, calls, between, hold=True)
         with torch.autocast(weight.device.type, enabled=False), curvature.products():
             return curvature.weight_product(direction).detach()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_ext import corrections
+from fam_ext.errors import UnsupportedError
 from fam_ext.layers import LayerMap
 
 
@@ -33,7 +34,8 @@ class Curvature:
     """Products with the Hessian of `loss` with respect to `weight`, by way of the layer's calls.
 
     Use inside `with curvature.products():`, which puts right the derivatives of the nodes listed in `correct`.
-    `hold` takes the Hessian as a constant: its products carry no graph.
+    `hold` takes the Hessian as a constant: its products carry no graph. `doubtful` names the nodes after the layer that have
+    never been verified: only then the first gradient is searched for operations that forbid a second derivative.
     """
 
     def __init__(
@@ -44,11 +46,14 @@ class Curvature:
         calls: Sequence[LayerCall],
         correct: Sequence[Any],
         hold: bool = False,
+        doubtful: Sequence[str] = (),
     ) -> None:
+        self.doubtful = doubtful
         self.loss, self.layer, self.weight, self.calls = loss, layer, weight, calls
         self.correct = correct
         self.hold = hold or not torch.is_grad_enabled()
         self.gradient: Tensor | None = None
+        self.batchable = True  # whether torch can take several products at once
 
     @property
     def on_weight(self) -> bool:
@@ -75,8 +80,29 @@ class Curvature:
 
     def _first_gradient(self) -> Tensor | None:
         inputs: Any = self.weight if self.on_weight else self.calls[0].edge
+        gradient: Tensor | None
         (gradient,) = torch.autograd.grad(self.loss, inputs, create_graph=True, allow_unused=True)
-        return gradient if gradient is not None and gradient.requires_grad else None
+        if gradient is None or not gradient.requires_grad:
+            return None
+        if self.doubtful:
+            self._refuse_dead_ends(gradient)
+        return gradient
+
+    def _refuse_dead_ends(self, gradient: Tensor) -> None:
+        """An operation that forbids a second derivative leaves an error node that leads nowhere: products would miss its part."""
+        seen: set[Any] = set()
+        stack = [gradient.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name() == "torch::autograd::Error":
+                raise UnsupportedError(
+                    "an operation between the layer and the loss can be differentiated once only (one of "
+                    f"{', '.join(self.doubtful)}); use method='finite_difference', or write it with differentiable operations"
+                )
+            stack.extend(following for following, _ in node.next_functions)
 
     def direction(self, weight: Tensor) -> Tensor:
         """The product's argument for a weight direction in canonical layout."""
@@ -98,22 +124,27 @@ class Curvature:
         gradient = self.gradient
         if gradient is None:
             return torch.zeros_like(directions)
-        inputs: Any = self.weight if self.on_weight else self.calls[0].edge
-        batched = len(directions) > 1
         given = directions.to(gradient.dtype)
+        if len(given) > 1 and self.batchable:
+            try:
+                return self._product(gradient, given, batched=True).to(directions.dtype)
+            except RuntimeError:
+                # vmap lacks a rule for something after the layer; an error of another kind comes again below
+                self.batchable = False
+        products = [self._product(gradient, one, batched=False) for one in given]
+        return torch.stack(products).to(directions.dtype)
+
+    def _product(self, gradient: Tensor, direction: Tensor, batched: bool) -> Tensor:
         (result,) = torch.autograd.grad(
             gradient,
-            inputs,
-            given if batched else given[0],
+            self.weight if self.on_weight else self.calls[0].edge,
+            direction,
             create_graph=not self.hold,
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=batched,
         )
-        if result is None:
-            return torch.zeros_like(directions)
-        products: Tensor = result if batched else result.unsqueeze(0)
-        return products.to(directions.dtype)
+        return torch.zeros_like(direction) if result is None else result
 
     def weight_product(self, weight: Tensor) -> Tensor:
         """H A for a weight direction A, both in canonical layout."""

@@ -179,7 +179,7 @@ def hutchinson(
         noise = rademacher((probes, *shape), curvature, generator)
         directions = torch.stack([layer.mix(root, e) for e in noise])
         norms = layer.spread(layer.norms(curvature.features, backend), groups * neurons)
-        return [norms * d * p for d, p in zip(directions, curvature.apply(directions), strict=True)]
+        return list(norms * _quadratic(curvature, directions))
     if level == "samples":
         samples = layer.samples(curvature.calls[0].shape)
         noise = rademacher((probes, samples, groups, rank, fan_in), curvature, generator)
@@ -187,7 +187,13 @@ def hutchinson(
     else:
         noise = rademacher((probes, groups, rank, fan_in), curvature, generator)
         directions = torch.stack([curvature.direction(root @ e) for e in noise])
-    return list(directions * curvature.apply(directions))
+    return list(_quadratic(curvature, directions))
+
+
+def _quadratic(curvature: Curvature, directions: Tensor) -> Tensor:
+    """d * Lambda d. With Lambda held, both factors d still move: the gradient is twice that of the first."""
+    summands = directions * curvature.apply(directions)
+    return 2 * summands - summands.detach() if curvature.hold else summands
 
 
 def _apply_each(curvature: Curvature, root: Tensor, noise: Tensor) -> Tensor:

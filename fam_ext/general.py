@@ -18,6 +18,7 @@ from fam_ext.errors import UnsupportedError
 from fam_ext.heads import EIGENVALUE_MEASURES
 from fam_ext.layers import LayerMap
 from fam_ext.terms import Options
+from fam_ext.verified import VERIFIED
 
 log = logging.getLogger("fam_ext")
 
@@ -79,8 +80,7 @@ class General:
             return self._positive(weight, calls, between, outputs, bound, per_sample)
         if len(calls) > 1:
             self._check_weight_is_leaf(weight)
-        correct = graph.check(options.caller, between)
-        curvature = Curvature(loss, self.layer, weight, calls, correct, hold=not options.curvature_grad)
+        curvature = self.curvature(loss, weight, calls, between, hold=not options.curvature_grad)
         wanted = torch.is_grad_enabled()
         device_type = weight.device.type
         with torch.autocast(device_type, enabled=False), curvature.products():
@@ -90,6 +90,14 @@ class General:
         self.note(plan)
         value = self._finish(estimate.value, weight)
         return Estimate(value if wanted else value.detach(), estimate.standard_error)
+
+    def curvature(
+        self, loss: Tensor, weight: Tensor, calls: Sequence[LayerCall], between: list[Any], hold: bool
+    ) -> Curvature:
+        """Products with the Hessian, after a check of the operations they go through."""
+        correct = graph.check(self.options.caller, between)
+        names = {graph.bare(node.name()) for node in between if node not in correct}
+        return Curvature(loss, self.layer, weight, calls, correct, hold, sorted(names - VERIFIED))
 
     def by_differences(self, closure: Any, per_sample: bool) -> Estimate:
         """method="finite_difference": the loss is evaluated by `closure`, under weights to both sides."""

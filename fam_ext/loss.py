@@ -73,9 +73,9 @@ class FAMLoss(LayerCriterion):
             |W|_F^norm_power lambda_max(H), or "neuronwise_eigenvalue" sum_s |w_s|^2 lambda_max(H_ss).
         curvature: "hessian"; "ggn", the generalized Gauss-Newton matrix, never negative; "fisher", the same with `probes` draws
             of labels. On a head all three are the Hessian.
-        method: "auto", "closed_form", "exact", "hutchinson", or "finite_difference" of a closure (see forward) for models that cannot
-            be differentiated twice. "auto" takes the closed form on a head, else "exact" for up to 32 Hessian products, else
-            "hutchinson"; `plan` tells which and why.
+        method: "auto", "closed_form", "exact", "hutchinson", or "finite_difference" of a closure (see forward) for models that
+            cannot be differentiated twice. "auto" takes the closed form on a head, else "exact" for up to 32 Hessian products,
+            else "hutchinson"; `plan` tells which and why.
         probes, generator: draws per step and where they come from (default: a generator of its own).
         per_sample_probes: None finds out with a product whether samples interact after the layer; True draws for every sample,
             which is biased where they do; False shares one draw.
