@@ -38,8 +38,8 @@ class Part:
         self.options = options
         self.module = module
         self.layer = Layer(options.caller, module)
-        self.general = General(options, self.layer)
-        self.captures = Captures()
+        self.general = General(options, self.layer, module)
+        self.captures = Captures(self.layer.class_dim if self.layer.unusual else None)
         self.handle: Any = None
         self.not_a_head: NotAHead | None = None  # why the closed form did not serve the latest loss
         self.scale: Tensor | None = (
@@ -198,10 +198,8 @@ class LayerCriterion(nn.Module):
         bound.check(caller, outputs)
         if features.device != outputs.device:
             _checks.bad_value(caller, "outputs", f"on the layer's device ({features.device})", outputs)
-        if layer.unusual and rows is None and outputs.numel():
-            by_row = outputs.unsqueeze(-1) if class_dim is None else outputs.movedim(class_dim, -1)
-            first = by_row.reshape(-1, layer.outputs)[0]
-            layer.check_unusual(caller, features, weight, first, capture.dtype)
+        if capture.first is not None:
+            layer.check_unusual(caller, features, weight, capture.first, capture.dtype)
         part.general.note(CLOSED_FORM)
         features, weight = part.rescaled(features, weight)
         return Taken(capture, features, weight, class_dim, rows, bound)
@@ -242,6 +240,8 @@ class LayerCriterion(nn.Module):
             capture.used[0] = True
             weight = capture.weight
             part.layer.check_call(caller, features, weight, capture.shape)  # type: ignore[arg-type]
+            if capture.first is not None:
+                part.layer.check_unusual(caller, features, weight, capture.first, capture.dtype)  # type: ignore[arg-type]
             features, weight = part.rescaled(features, weight)  # type: ignore[arg-type]
             calls.append(
                 LayerCall(GradientEdge(call.node, call.number), features, capture.shape, capture.dtype)

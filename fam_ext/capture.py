@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from fam_ext import _checks, layout
+from fam_ext import _checks, adapters, layout
 from fam_ext.errors import NotAHead, UnsupportedError
 
 _ATTRIBUTE = "_fam_ext_capture"  # on z itself where z has no autograd node
@@ -24,13 +24,17 @@ class Capture:
     """One forward call of the layer: its input, its weight at that moment, the shape and version of its output."""
 
     __slots__ = (
-        "__weakref__", "dtype", "features", "features_ref", "output_ref", "output_version", "shape", "used", "version", "weight",
+        "__weakref__", "dtype", "features", "features_ref", "first", "output_ref", "output_version", "shape", "used", "version",
+        "weight",
     )  # fmt: skip
 
     def __init__(self, features: Tensor | None, weight: Tensor | None, output: Tensor | None) -> None:
         self.features = features
         self.features_ref: TensorWeakRef | None = None
         self.weight = weight
+        self.first: Tensor | None = (
+            None  # first row of the output, kept where the layer's map must be checked
+        )
         self.used = [False]  # shared by all criteria that captured this call: one of them has taken its loss
         if features is not None and output is not None:
             self.version = -1 if features.is_inference() else features._version
@@ -102,6 +106,8 @@ def _outside_graph(
 
 def layer_weight(layer: nn.Module) -> Tensor:
     """The weight that the forward pass just used: parametrizations are evaluated without updating their state."""
+    if adapters.is_adapter(layer):
+        return adapters.effective_weight(layer)
     parametrizations = getattr(layer, "parametrizations", None)
     if parametrizations is None or "weight" not in parametrizations:
         weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -119,7 +125,10 @@ def layer_weight(layer: nn.Module) -> Tensor:
 class Captures:
     """The forward calls of one criterion's layer that no loss has used yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, check_dim: int | None = None) -> None:
+        self.check_dim = (
+            check_dim  # dimension of the output's neurons where its first row is to be kept for a check
+        )
         self.pending: list[weakref.ref[Capture]] = []
         self.called_without_grad = False
 
@@ -130,6 +139,9 @@ class Captures:
         if not isinstance(features, Tensor) or not isinstance(output, Tensor):
             return
         capture = Capture(features, layer_weight(layer), output)
+        if self.check_dim is not None and output.numel():
+            neurons_last = output.detach().movedim(self.check_dim, -1)
+            capture.first = neurons_last.reshape(-1, neurons_last.shape[-1])[0].clone()
         if self.pending:
             self.pending = [ref for ref in self.pending if ref() is not None]
         node = output.grad_fn

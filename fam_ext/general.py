@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fam_ext import corrections, eigen, engine, factors, finite_difference, graph
 from fam_ext.criteria import SUPPORTED, Bound
@@ -46,9 +46,10 @@ CLOSED_FORM = Plan("closed_form", None, 0, "the layer is a head of the criterion
 class General:
     """Computes one layer's term through its output; remembers what it found out about the network."""
 
-    def __init__(self, options: Options, layer: LayerMap) -> None:
+    def __init__(self, options: Options, layer: LayerMap, module: nn.Module) -> None:
         self.options = options
         self.layer = layer
+        self.module = module  # the layer, or the adapter around it
         self.plan: Plan | None = None
         self._levels: dict[Any, str] = {}
         self._generator: torch.Generator | None = options.generator
@@ -106,12 +107,17 @@ class General:
             raise UnsupportedError(
                 f"{options.caller}: method='finite_difference' has no shares by sample; use per_sample=False"
             )
+        if self.layer.module is not self.module:
+            raise UnsupportedError(
+                f"{options.caller}: method='finite_difference' does not serve adapters; merge them first"
+            )
         if not callable(closure):
             raise UnsupportedError(
                 f"{options.caller}: method='finite_difference' evaluates the loss again under other weights: call "
                 "criterion(outputs, targets, closure=lambda: loss_function(model(inputs), targets))"
             )
-        generator = self.generator(self.layer.module.weight.device)
+        weight: Tensor = self.layer.module.weight
+        generator = self.generator(weight.device)
         weighted = options.measure == "neuronwise"
         estimate, rounding = finite_difference.hutchinson(
             options.caller, closure, self.layer, weighted, options.probes, generator
@@ -119,7 +125,7 @@ class General:
         reason = f"asked for; rounding error about {rounding:.0e} of the value"
         if self.plan is None or self.plan.method != "finite_difference":
             self.note(Plan("finite_difference", "batch", 2 * options.probes + 1, reason))
-        return Estimate(self._finish(estimate.value, self.layer.module.weight), estimate.standard_error)
+        return Estimate(self._finish(estimate.value, weight), estimate.standard_error)
 
     def _level(self, curvature: Curvature, between: list[Any]) -> str:
         if curvature.on_weight or self.options.per_sample_probes is False:

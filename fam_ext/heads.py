@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from fam_ext import _checks
+from fam_ext import _checks, adapters
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import LAYERS, LayerMap
 from fam_ext.ops.softmax_trace import softmax_trace
@@ -33,7 +33,7 @@ class Layer(LayerMap):
         if not isinstance(module, nn.Module):
             _checks.bad_type(caller, "layer", "a module (for its name use for_model)", module)
         self.kind = kind = type(module).__name__
-        super().__init__(caller, module)
+        super().__init__(caller, adapters.base_layer(module))
         if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
             raise UnsupportedError(
                 f"{caller}: layer is a {kind} whose weight has no shape yet; run one batch through the model first"
@@ -47,6 +47,9 @@ class Layer(LayerMap):
         else:
             self.shape = (self.outputs, self.inputs // self.groups, *self.module.kernel_size)
         self.fan_in = self.inputs // self.groups * (1 if self.linear else prod(self.module.kernel_size))
+        if adapters.is_adapter(module):
+            self.unusual = True
+            return
         base = next(c for c in LAYERS if isinstance(module, c))
         # another forward may do more than multiply by the weight: it is compared on a sample at every call
         self.unusual = (
@@ -110,7 +113,7 @@ class Layer(LayerMap):
         if bool(got.isfinite().all()) and bool((error > 8 * torch.finfo(dtype).eps * scale + 1e-30).any()):
             raise UnsupportedError(
                 f"{caller}: the output of layer ({self.kind}) is not its input times its weight plus its bias: its forward does "
-                "something else; pass a plain Linear or Conv layer"
+                "something else (an adapter's dropout must be 0); pass a plain Linear or Conv layer"
             )
 
 

@@ -8,7 +8,7 @@ the layer's input, outputs its pre-activation z without bias. Linear: (*rows, I)
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class LayerMap:
             raise UnsupportedError(
                 f"{caller}: layer must be nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, got {type(module).__name__}"
             )
-        self.module: Any = module
+        self.module: Any = cast(Any, module)
         self.linear = isinstance(module, LINEAR)
         self.transposed = isinstance(module, TRANSPOSED)
         described: Any = module

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fam_ext import _checks
+from fam_ext import _checks, adapters
 from fam_ext.layers import LAYERS
 
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel
@@ -31,7 +31,12 @@ def find_layers(
     if not isinstance(model, nn.Module):
         _checks.bad_type(caller, "model", "a module", model)
     modules: dict[str, nn.Module] = dict(model.named_modules())
-    candidates: dict[str, nn.Module] = {name: m for name, m in modules.items() if isinstance(m, LAYERS)}
+    wrapped = {id(part) for m in modules.values() if adapters.is_adapter(m) for part in list(m.modules())[1:]}
+    candidates: dict[str, nn.Module] = {
+        name: m
+        for name, m in modules.items()
+        if (isinstance(m, LAYERS) or adapters.is_adapter(m)) and id(m) not in wrapped
+    }
     if layer is None:
         if not candidates:
             _checks.bad_value(caller, "model", "one with a Linear or Conv layer", type(model).__name__)

@@ -1,0 +1,40 @@
+"""Low-rank adapters (LoRA, as PEFT wraps layers): the effective weight W + sum scaling * B A is what relative flatness is of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fam_ext.errors import UnsupportedError
+
+
+def is_adapter(module: object) -> bool:
+    """Whether `module` wraps a base layer with low-rank matrices, by PEFT's attribute names."""
+    return isinstance(module, nn.Module) and all(
+        hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B")
+    )
+
+
+def base_layer(module: Any) -> Any:
+    """The layer itself, or the one that an adapter wraps."""
+    return module.base_layer if is_adapter(module) else module
+
+
+def effective_weight(module: Any) -> Tensor:
+    """The weight that the adapter's forward pass multiplies with, differentiable in its low-rank matrices.
+
+    Raises UnsupportedError for kinds of adapters whose forward pass is something else.
+    """
+    weight: Tensor = module.base_layer.weight
+    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+        return weight
+    if not isinstance(module.base_layer, nn.Linear) or getattr(module, "fan_in_fan_out", False):
+        raise UnsupportedError(
+            f"an adapter is supported on nn.Linear only, got one on {type(module.base_layer).__name__}; merge it first"
+        )
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        weight = weight + module.scaling[name] * (module.lora_B[name].weight @ module.lora_A[name].weight)
+    return weight
