@@ -116,7 +116,7 @@ class General:
                 f"{options.caller}: method='finite_difference' evaluates the loss again under other weights: call "
                 "criterion(outputs, targets, closure=lambda: loss_function(model(inputs), targets))"
             )
-        weight: Tensor = self.layer.module.weight
+        weight: Any = self.layer.module.weight
         generator = self.generator(weight.device)
         weighted = options.measure == "neuronwise"
         estimate, rounding = finite_difference.hutchinson(
