@@ -127,8 +127,7 @@ class Run:
             optimizer = SAM(model.parameters(), torch.optim.SGD, rho=setting.rho, **sgd)
         else:
             optimizer = torch.optim.SGD(model.parameters(), **sgd)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return cls(model, criterion, optimizer, scheduler)
+        return cls(model, criterion, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps))
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One timed update of the weights."""
@@ -257,12 +256,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare SGD, SAM and FAM on handwritten digits.")
     parser.add_argument("--quick", action="store_true", help="a first look, with 2 seeds")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds per setting, at least 2 (default: 10)")
-    parser.add_argument("--first-seed", type=int, metavar="N", default=0, help="count from here (default: 0)")
-    parser.add_argument("--strength", type=float, metavar="X", help="of both FAM variants")
-    parser.add_argument("--rho", type=float, metavar="X", help="of SAM")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default="out", help="of CSV and plot (default: out)"
-    )
+    parser.add_argument("--first-seed", type=int, metavar="N", default=0, help="the first one (default: 0)")
+    parser.add_argument("--strength", type=float, metavar="X", help="strength of FAM, both variants")
+    parser.add_argument("--rho", type=float, metavar="X", help="radius of SAM")
+    parser.add_argument("--out", type=Path, metavar="DIR", default="out", help="output folder (default: out)")
     arguments = parser.parse_args()
     arguments.seeds = arguments.seeds or (2 if arguments.quick else 10)
     if arguments.seeds < 2:
