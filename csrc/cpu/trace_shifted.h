@@ -5,6 +5,10 @@
 
 namespace fam_ext {
 
+// Most rows of a block: the gradient of the weight is a sum over blocks of sums over rows, whose rounding errors grow with the
+// length of the parts.
+constexpr int64_t kShiftedRows = 8192;
+
 // The rows of one block after U = p~ W is known.
 template <typename T>
 struct ShiftedRow {
@@ -66,7 +70,8 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
   constexpr int64_t L = lanes_of<T>();
   at::Tensor class_norms = class_squares(weight);
   const at::Tensor w = center_if_offset(weight, class_norms);
-  const int64_t classes = w.size(0), fan_in = w.size(1), rows = logits.layout.rows, step = block_rows(rows, classes);
+  const int64_t classes = w.size(0), fan_in = w.size(1), rows = logits.layout.rows;
+  const int64_t step = std::min(block_rows(rows, classes), kShiftedRows);
   const T *w_data = w.template const_data_ptr<T>(), *squares = class_norms.template const_data_ptr<T>();
   const bool grads = grad_logits != nullptr || grad_weight;
   const bool products = grad_logits != nullptr && policy.through_curvature();
@@ -77,7 +82,6 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
   if (!shifts.defined()) own_shifts = at::empty({step, fan_in}, w.options());
   if (grads) means = at::empty({step, fan_in}, w.options());
   if (grad_logits != nullptr) dots = at::empty_like(block.p);
-  if (grad_weight) t = at::zeros({classes, fan_in}, w.options());
   std::vector<T> weighted(block.stats.size() * L), sums(grad_weight ? classes : 0, T(0));
   std::vector<ShiftedRow<T>> row_values(block.stats.size() * L);
   std::vector<int64_t> y;
@@ -150,17 +154,20 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
                          for (int64_t i = 0; i < fan_in; ++i) mean_data[n * fan_in + i] *= g[n];
                        }
                      });
-    t.addmm_(block.view(), mean_rows);
-    scatter_rows(u_data, y, g, fan_in, t.template mutable_data_ptr<T>());
+    at::Tensor share = at::mm(block.view(), mean_rows);
+    scatter_rows(u_data, y, g, fan_in, share.template mutable_data_ptr<T>());
+    t = t.defined() ? t.add_(share) : share;
     at::parallel_for(0, classes, std::max<int64_t>(1, 32768 / block.rows), [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
-        T sum = 0;
+        double sum = 0;
         for (int64_t n = 0; n < block.rows; ++n) sum += g[n] * p_data[s * ld + n];
-        sums[s] += sum;
+        sums[s] += static_cast<T>(sum);
       }
     });
   }
-  if (grad_weight) finish_weight_grad(sums, w, t);
+  if (!grad_weight) return {};
+  if (!t.defined()) t = at::zeros({classes, fan_in}, w.options());  // no rows
+  finish_weight_grad(sums, w, t);
   return t;
 }
 
