@@ -79,15 +79,6 @@ struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
   }
 };
 
-std::tuple<Tensor, Tensor> differentiable(const Tensor& logits, const Tensor& features, const Tensor& weight,
-                                          const Tensor& target, const std::optional<Tensor>& class_weight,
-                                          int64_t ignore_index, double label_smoothing, bool mean, double strength,
-                                          bool curvature_grad, bool pairwise) {
-  const variable_list result = HeadCrossEntropy::apply(logits, features, weight, target, class_weight, ignore_index,
-                                                       label_smoothing, mean, strength, curvature_grad, pairwise);
-  return {result[0], result[1]};
-}
-
 std::tuple<Tensor, Tensor> values_only(const Tensor& logits, const Tensor& features, const Tensor& weight,
                                        const Tensor& target, const std::optional<Tensor>& class_weight,
                                        int64_t ignore_index, double label_smoothing, bool mean, double strength,
@@ -95,6 +86,20 @@ std::tuple<Tensor, Tensor> values_only(const Tensor& logits, const Tensor& featu
   auto result = call_forward(logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean,
                              strength, curvature_grad, pairwise, false, false, false);
   return {std::get<0>(result), std::get<1>(result)};
+}
+
+std::tuple<Tensor, Tensor> differentiable(const Tensor& logits, const Tensor& features, const Tensor& weight,
+                                          const Tensor& target, const std::optional<Tensor>& class_weight,
+                                          int64_t ignore_index, double label_smoothing, bool mean, double strength,
+                                          bool curvature_grad, bool pairwise) {
+  if (!at::GradMode::is_enabled()) {  // inside the function above it always is off
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return values_only(logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean, strength,
+                       curvature_grad, pairwise);
+  }
+  const variable_list result = HeadCrossEntropy::apply(logits, features, weight, target, class_weight, ignore_index,
+                                                       label_smoothing, mean, strength, curvature_grad, pairwise);
+  return {result[0], result[1]};
 }
 
 }  // namespace

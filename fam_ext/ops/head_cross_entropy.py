@@ -146,8 +146,9 @@ def _register() -> None:
         *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         scalar = logits.new_empty((), dtype=accumulation_dtype(logits, features, weight))
-        inputs = zip((logits, features, weight), options[-3:], strict=True)
-        dz, dphi, dw = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in inputs)
+        inputs = zip((logits, features), options[-3:-1], strict=True)
+        dz, dphi = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in inputs)
+        dw = weight.new_empty(weight.shape if options[-1] else 0)  # contiguous
         return scalar, torch.empty_like(scalar), dz, dphi, dw
 
 
