@@ -28,7 +28,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call_forward(
 
 // The upstream gradient of a training loss is 1 almost always: then the gradients are handed out as they are.
 bool is_one(const Tensor& grad) {
-  return grad.device().is_cpu() && !at::isTensorSubclassLike(grad) && grad.item<double>() == 1.0;
+  if (!grad.device().is_cpu() || at::isTensorSubclassLike(grad)) return false;
+  return grad.scalar_type() == at::kFloat ? *grad.const_data_ptr<float>() == 1.0f : grad.item<double>() == 1.0;
 }
 
 struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {

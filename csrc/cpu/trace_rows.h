@@ -154,10 +154,11 @@ at::Tensor pairwise_tiles(const Rows<T>& logits, const at::Tensor& distances, Po
         }
       });
   if (!grad_weight) return {};
-  at::Tensor result = at::zeros({classes, classes}, distances.options());
+  at::Tensor result = at::empty({classes, classes}, distances.options());
   T* out = result.mutable_data_ptr<T>();
   int64_t pair = 0;
   for (int64_t s = 0; s < classes; ++s) {
+    out[s * classes + s] = 0;
     for (int64_t t = s + 1; t < classes; ++t, ++pair) {
       Vec<T> sum(0);
       for (int64_t level = 0; level < 2 * shares; ++level)
