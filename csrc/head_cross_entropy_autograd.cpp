@@ -28,7 +28,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call_forward(
 
 // The upstream gradient of a training loss is 1 almost always: then the gradients are handed out as they are.
 bool is_one(const Tensor& grad) {
-  return grad.device().is_cpu() && !at::isTensorSubclassLike(grad) && grad.item<double>() == 1.0;
+  if (!grad.device().is_cpu() || at::isTensorSubclassLike(grad)) return false;
+  return grad.scalar_type() == at::kFloat ? *grad.const_data_ptr<float>() == 1.0f : grad.item<double>() == 1.0;
 }
 
 struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
@@ -79,15 +80,6 @@ struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
   }
 };
 
-std::tuple<Tensor, Tensor> differentiable(const Tensor& logits, const Tensor& features, const Tensor& weight,
-                                          const Tensor& target, const std::optional<Tensor>& class_weight,
-                                          int64_t ignore_index, double label_smoothing, bool mean, double strength,
-                                          bool curvature_grad, bool pairwise) {
-  const variable_list result = HeadCrossEntropy::apply(logits, features, weight, target, class_weight, ignore_index,
-                                                       label_smoothing, mean, strength, curvature_grad, pairwise);
-  return {result[0], result[1]};
-}
-
 std::tuple<Tensor, Tensor> values_only(const Tensor& logits, const Tensor& features, const Tensor& weight,
                                        const Tensor& target, const std::optional<Tensor>& class_weight,
                                        int64_t ignore_index, double label_smoothing, bool mean, double strength,
@@ -95,6 +87,20 @@ std::tuple<Tensor, Tensor> values_only(const Tensor& logits, const Tensor& featu
   auto result = call_forward(logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean,
                              strength, curvature_grad, pairwise, false, false, false);
   return {std::get<0>(result), std::get<1>(result)};
+}
+
+std::tuple<Tensor, Tensor> differentiable(const Tensor& logits, const Tensor& features, const Tensor& weight,
+                                          const Tensor& target, const std::optional<Tensor>& class_weight,
+                                          int64_t ignore_index, double label_smoothing, bool mean, double strength,
+                                          bool curvature_grad, bool pairwise) {
+  if (!at::GradMode::is_enabled()) {  // inside the function above it always is off
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return values_only(logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean, strength,
+                       curvature_grad, pairwise);
+  }
+  const variable_list result = HeadCrossEntropy::apply(logits, features, weight, target, class_weight, ignore_index,
+                                                       label_smoothing, mean, strength, curvature_grad, pairwise);
+  return {result[0], result[1]};
 }
 
 }  // namespace

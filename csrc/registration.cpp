@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include "head_cross_entropy_python.h"
+
 TORCH_LIBRARY(fam_ext, m) {
   m.def("softmax_trace(Tensor logits, Tensor weight, bool pairwise) -> (Tensor, Tensor)");
   m.def(
@@ -43,4 +45,5 @@ PYBIND11_MODULE(_C, m) {
         return facts;
       },
       "What this library was compiled with: torch, python, compiler, simd, cuda (or None), arch_list.");
+  fam_ext::bind_head_cross_entropy(m);
 }

@@ -105,6 +105,11 @@ def native_reason() -> str | None:
     return _reason
 
 
+def native_function(name: str) -> Any:
+    """A function of the compiled library's module, None when the library is not loaded."""
+    return getattr(importlib.import_module("fam_ext._C"), name) if _reason is None else None
+
+
 def choose(op: str, backend: str, *tensors: Tensor) -> str:
     """The backend that serves `op` on these tensors: "native" or "reference".
 

@@ -39,7 +39,7 @@ class Capture:
         if features is not None and output is not None:
             self.version = -1 if features.is_inference() else features._version
             self.output_version = -1 if output.is_inference() else output._version
-            self.shape = tuple(output.shape)
+            self.shape: tuple[int, ...] = output.shape
             self.dtype = output.dtype
             self.output_ref = TensorWeakRef(output if output._base is None else output._base)
 
@@ -108,10 +108,11 @@ def layer_weight(layer: nn.Module) -> Tensor:
     """The weight that the forward pass just used: parametrizations are evaluated without updating their state."""
     if adapters.is_adapter(layer):
         return adapters.effective_weight(layer)
-    parametrizations = getattr(layer, "parametrizations", None)
+    # getattr would form an error message at each call
+    parametrizations: Any = layer._modules.get("parametrizations")
     if parametrizations is None or "weight" not in parametrizations:
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        return weight
+        weight = layer._parameters.get("weight")
+        return layer.weight if weight is None else weight  # type: ignore[return-value]
     training = [m for m in parametrizations["weight"].modules() if m.training]
     try:
         for m in training:
@@ -191,11 +192,15 @@ class Captures:
                     capture, steps = hit
             except layout.NotLayout as error:
                 blocked = str(error)
-        alive = [c for c in (ref() for ref in self.pending) if c is not None and c.waits()]
-        # a call without grad leaves another call's pending loss alone (RelativeFlatness beside a training step)
-        apart = capture is not None and capture.features is not None and capture not in alive
-        if capture is None or (not apart and (len(alive) > 1 or (alive and alive[0] is not capture))):
-            raise self._explain(caller, outputs, capture, alive, blocked)
+        pending = self.pending
+        if capture is not None and len(pending) == 1 and pending[0]() is capture and capture.waits():
+            apart = False  # one call, one loss: the training step
+        else:
+            alive = [c for c in (ref() for ref in pending) if c is not None and c.waits()]
+            # a call without grad leaves another call's pending loss alone (RelativeFlatness beside a training step)
+            apart = capture is not None and capture.features is not None and capture not in alive
+            if capture is None or (not apart and (len(alive) > 1 or (alive and alive[0] is not capture))):
+                raise self._explain(caller, outputs, capture, alive, blocked)
         if not outputs.is_inference() and outputs._version not in (0, capture.output_version):
             raise NotAHead(
                 f"{caller}: outputs were modified in place after the layer returned them; the layer is no head of this criterion "

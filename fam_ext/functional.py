@@ -12,6 +12,7 @@ from fam_ext.heads import element_traces, row_traces, weight_factor
 from fam_ext.ops.head_cross_entropy import head_cross_entropy
 from fam_ext.ops.patch_sqnorm import patch_sqnorm
 from fam_ext.ops.softmax_trace import softmax_trace
+from fam_ext.reference.coefficients import clear_rows
 from fam_ext.terms import Options
 
 __all__ = ["head_cross_entropy", "patch_sqnorm", "relative_flatness", "softmax_trace"]
@@ -87,10 +88,7 @@ def relative_flatness(
     with torch.autocast(device_type=logits.device.type, enabled=False):
         held = not curvature_grad
         z = logits.detach() if held else logits
-        norms = patch_sqnorm(
-            (features.detach() if held else features).reshape(-1, fan_in), (), backend=backend
-        )
-        z2 = z.reshape(-1, outputs)
+        phi, z2 = (features.detach() if held else features).reshape(-1, fan_in), z.reshape(-1, outputs)
         if loss == "cross_entropy":
             soft = target is not None and target.is_floating_point()
             if target is not None and target.shape != (logits.shape if soft else rows):
@@ -101,9 +99,12 @@ def relative_flatness(
             c = criteria.CrossEntropy(
                 flat, reduction, class_weight, ignore_index, label_smoothing
             ).coefficients(z2)
-            traces = row_traces(z2, weight, norms, measure, options.backend)
-            terms = torch.where(c == 0, 0.0, c * traces).reshape(rows)
+            if flat is not None and not soft:
+                phi, z2 = clear_rows(phi, c, 1), clear_rows(z2, c, 1)
+            norms = patch_sqnorm(phi, (), backend=backend)
+            terms = (c * row_traces(z2, weight, norms, measure, options.backend)).reshape(rows)
         else:
+            norms = patch_sqnorm(phi, (), backend=backend)
             bound = _elementwise(loss, target, reduction, pos_weight, element_weight, variance, eps)
             bound.check(_NAME, logits)
             h = bound.diagonal(z)

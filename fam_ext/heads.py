@@ -68,7 +68,7 @@ class Layer(LayerMap):
 
     def check_call(self, caller: str, features: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
         """Refuse a forward whose output is not the layer's linear map of its features."""
-        if tuple(weight.shape) != self.shape:
+        if weight.shape != self.shape:
             raise UnsupportedError(
                 f"{caller}: the weight of layer has shape {tuple(weight.shape)} instead of {self.shape} (sharded or packed?); "
                 "gather it before the loss"

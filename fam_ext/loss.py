@@ -198,6 +198,12 @@ class FAMLoss(LayerCriterion):
             return compiled
         return self._train(outputs, targets, kwargs, closure)
 
+    def _finish(self, last: Last) -> None:
+        """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
+        state = self.__dict__
+        state["last"] = last
+        state["step"] += 1
+
     def _train(self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> Tensor:
         strength: Any = 0.0
         if self.step % self.every == 0:
@@ -211,8 +217,7 @@ class FAMLoss(LayerCriterion):
         if isinstance(strength, float) and strength == 0:
             self.reset()
             loss: Tensor = self.criterion(outputs, *targets, **kwargs)
-            self.last = Last(loss.detach(), None, None, 0.0)
-            self.step += 1
+            self._finish(Last(loss.detach(), None, None, 0.0))
             return loss
         self._check_ready()
         bound = self._bound(targets, kwargs)
@@ -224,15 +229,14 @@ class FAMLoss(LayerCriterion):
             and self._fusible(outputs, bound, strength)
         ):
             total, kappa = self._fused(outputs, first, bound, strength)
-            self.last = Last(None, total.detach(), kappa, strength)
+            self._finish(Last(None, total.detach(), kappa, strength))
         else:
             loss = self.criterion(outputs, *targets, **kwargs)
             term, error = self._terms(taken, loss, outputs, bound, closure)
             if isinstance(strength, TargetRatio):
                 strength = strength.update(loss, term)
             total = loss + strength * term
-            self.last = Last(loss.detach(), None, term.detach(), strength, error)
-        self.step += 1
+            self._finish(Last(loss.detach(), None, term.detach(), strength, error))
         return total
 
     def _fusible(self, outputs: Tensor, bound: criteria.CrossEntropy, strength: object) -> bool:
@@ -243,10 +247,8 @@ class FAMLoss(LayerCriterion):
             return False
         if target.dtype != torch.int64 and target.dtype != outputs.dtype:
             return False
-        criterion = self.criterion
-        return not (
-            isinstance(criterion, nn.Module) and (criterion._forward_hooks or criterion._forward_pre_hooks)
-        )
+        criterion = self._modules.get("criterion")  # None: a function
+        return criterion is None or not (criterion._forward_hooks or criterion._forward_pre_hooks)
 
     def _fused(
         self,

@@ -14,6 +14,7 @@ from fam_ext.backends import BACKENDS
 from fam_ext.criteria import Bound, CrossEntropy
 from fam_ext.errors import NotAHead
 from fam_ext.heads import EIGENVALUE_MEASURES, MEASURES, Layer, element_traces, row_traces, weight_factor
+from fam_ext.reference.coefficients import clear_rows
 
 _CURVATURES = ("hessian", "ggn", "fisher")
 _METHODS = ("auto", "closed_form", "exact", "hutchinson", "finite_difference")
@@ -176,6 +177,11 @@ def _terms(
     options: Options, bound: Bound, outputs: Tensor, class_dim: int | None, norms: Tensor, weight: Tensor
 ) -> Tensor:
     if isinstance(bound, CrossEntropy):
+        c = bound.coefficients(outputs)
+        if not options.curvature_grad:
+            c = c.detach()
+        if bound.target is not None and not bound.target.is_floating_point():
+            outputs, norms = clear_rows(outputs, c, class_dim or 0), clear_rows(norms, c, -1)
         logits = outputs if outputs.dim() > 1 else outputs.unsqueeze(0)
         by_row = row_traces(
             logits,
@@ -184,11 +190,7 @@ def _terms(
             options.measure,
             options.backend,
         )
-        c = bound.coefficients(outputs)
-        if not options.curvature_grad:
-            c = c.detach()
-        # an ignored row takes no part even where its numbers are not finite
-        return torch.where(c == 0, 0.0, c * by_row.reshape(c.shape))
+        return c * by_row.reshape(c.shape)
     h = bound.diagonal(outputs)
     if not options.curvature_grad:
         h = h.detach()

@@ -8,14 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inputs import BACKENDS, DTYPES, LAYOUTS, make_input, needs_native
+from tolerance import assert_accurate
 from torch import nn
 
-from fam_ext import backends
 from fam_ext.ops.patch_sqnorm import patch_sqnorm
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-LAYOUTS = ["contiguous", "channels_last", "transposed", "strided", "sliced", "expanded"]
-needs_native = pytest.mark.skipif(not backends.native_loaded(), reason="the compiled library is not loaded")
 
 # shape, kernel_size, stride, padding, dilation, groups
 CASES = {
@@ -43,29 +40,9 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["reference", pytest.param("native", marks=needs_native)])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
-
-
-def make_input(shape, dtype=torch.float32, layout="contiguous", seed=0):
-    """A tensor of random numbers whose strides are those of `layout`."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def rand(*sizes):
-        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
-
-    if layout == "channels_last":
-        return rand(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    if layout == "transposed":
-        return rand(*reversed(shape)).permute(*reversed(range(len(shape))))
-    if layout == "strided":
-        return rand(*shape[:-1], 2 * shape[-1])[..., ::2]
-    if layout == "sliced":
-        return rand(*(size + 1 for size in shape))[tuple(slice(1, None) for _ in shape)]
-    if layout == "expanded":
-        return rand(shape[0], *(1 for _ in shape[1:-1]), shape[-1]).expand(shape)
-    return rand(*shape)
 
 
 def oracle(x, kernel_size, stride, padding, dilation, groups, upstream=None):
@@ -98,17 +75,6 @@ def run(x, case, backend, upstream=None, **kwargs):
     return out.detach(), x.grad
 
 
-def assert_accurate(actual, baseline, exact, terms, eps):
-    """No further from float64 than the reference in the same dtype, but for rounding: c eps sqrt(terms)."""
-    assert actual.shape == exact.shape
-    if exact.numel() == 0:
-        return
-    scale = exact.abs() + torch.finfo(actual.dtype).tiny / eps
-    error = ((actual.double() - exact).abs() / scale).max()
-    allowed = ((baseline.double() - exact).abs() / scale).max() + 2 * eps * math.sqrt(terms)
-    assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
-
-
 def check(x, case, backend):
     """Value and gradient of one case."""
     kernel_size, groups = case[0], case[-1]
@@ -122,8 +88,8 @@ def check(x, case, backend):
     base, base_grad = run(x, case, "reference", upstream)
     assert (out.dtype, grad.dtype) == (acc, x.dtype)
     volume = math.prod(kernel_size)
-    assert_accurate(out, base, values, volume * max(1, x.shape[1] // groups), torch.finfo(acc).eps)
-    assert_accurate(grad, base_grad, gradient, volume, torch.finfo(x.dtype).eps)
+    assert_accurate(out, base, values, volume * max(1, x.shape[1] // groups), elementwise=True)
+    assert_accurate(grad, base_grad, gradient, volume, elementwise=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -288,19 +254,6 @@ def test_memory_is_bounded(layout, groups, stride, dtype):
     assert backward <= x.numel() * x.element_size() + 2 * size
     unfolded = peak_memory(lambda: F.unfold(x.detach().float(), 5, padding=2, stride=stride).square().sum(1))
     assert unfolded > 2.5 * size  # the measure sees what it should
-
-
-@needs_native
-def test_opcheck():
-    op = torch.ops.fam_ext.patch_sqnorm.default
-    samples = ("1d-stride-dilation", "2d-all", "2d-pointwise-groups", "3d", "rows-groups", "no-samples")
-    for name, layout in zip(samples, itertools.cycle(("contiguous", "channels_last"))):
-        shape, *case = CASES[name]
-        x = make_input(shape, torch.float64, layout).requires_grad_()
-        torch.library.opcheck(op, (x, *map(list, case[:4]), case[4]))
-        upstream = torch.rand_like(oracle(x, *case)[0])
-        backward = torch.ops.fam_ext.patch_sqnorm_backward.default
-        torch.library.opcheck(backward, (upstream, x.detach(), *map(list, case[:4]), case[4]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -182,14 +182,14 @@ at::Tensor laplacian_product(at::Tensor& m, const at::Tensor& weight, const at::
     double spread = 0;  // sum_st D_st = 2 O sum_s |w_s - mean|^2
     const scalar_t* d = distances.const_data_ptr<scalar_t>();
     for (int64_t s = 0; s < classes; ++s) {
-      scalar_t degree = 0, row_spread = 0;
+      double degree = 0, row_spread = 0;
       coefficients[s * classes + s] = 0;
       for (int64_t t = 0; t < classes; ++t) {
         degree += coefficients[s * classes + t];
         row_spread += d[s * classes + t];
         coefficients[s * classes + t] *= -2;
       }
-      coefficients[s * classes + s] = 2 * degree;
+      coefficients[s * classes + s] = static_cast<scalar_t>(2 * degree);
       spread += row_spread;
     }
     const double squares = total_squares<scalar_t>(class_squares(weight));

@@ -47,6 +47,7 @@ class CrossEntropyRows {
       scale_ = options.mean ? static_cast<T>(1.0 / static_cast<double>(rows)) : T(1);
       std::fill(coefficient_.begin(), coefficient_.end(), T(1));  // the sum of the targets, known at before_exp
     } else {
+      indices_ = options.target.template const_data_ptr<int64_t>();
       read_indices();
     }
   }
@@ -131,7 +132,7 @@ class CrossEntropyRows {
   double flatness() const { return sum(curvature_); }
 
  private:
-  int64_t index(int64_t n) const { return options_.target.template const_data_ptr<int64_t>()[n]; }
+  int64_t index(int64_t n) const { return indices_[n]; }
 
   static double sum(const std::vector<T>& values) {
     double result = 0;
@@ -193,6 +194,7 @@ class CrossEntropyRows {
   const Rows<T>& features_;
   const Rows<T>* grad_features_;
   const T* omega_;
+  const int64_t* indices_ = nullptr;
   T share_;      // label_smoothing / O
   T scale_ = 1;  // of the reduction
   bool empty_mean_ = false;

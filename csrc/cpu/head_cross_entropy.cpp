@@ -1,7 +1,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/empty_native.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -14,6 +14,14 @@ namespace fam_ext {
 namespace {
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Without the dispatcher: a number would pay it twice, to allocate and to fill.
+template <typename T>
+at::Tensor number(double value) {
+  at::Tensor result = at::native::empty_cpu({}, c10::CppTypeToScalarType<T>::value);
+  *result.mutable_data_ptr<T>() = static_cast<T>(value);
+  return result;
+}
 
 at::Tensor like_if(const at::Tensor& tensor, bool wanted) {
   return wanted ? at::empty_like(tensor) : at::empty({0}, tensor.options().memory_format(std::nullopt));
@@ -28,7 +36,7 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto is_double = [](const at::Tensor& t) { return t.scalar_type() == at::kDouble; };
   const at::ScalarType acc = is_double(logits) || is_double(features) || is_double(weight) ? at::kDouble : at::kFloat;
-  const at::Tensor w = weight.to(acc).contiguous();
+  const at::Tensor w = (weight.scalar_type() == acc ? weight : weight.to(acc)).contiguous();
   const CrossEntropyOptions options{target.is_floating_point() ? target : target.contiguous(),
                                     class_weight ? class_weight->to(acc).contiguous() : at::Tensor(),
                                     ignore_index,
@@ -36,12 +44,11 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
                                     mean,
                                     strength,
                                     curvature_grad};
-  const at::Tensor dz = like_if(logits, grad_logits), dw_none = like_if(weight, false);
+  const at::Tensor dz = like_if(logits, grad_logits);
   // held constant, the Hessian sends nothing to the features
   const at::Tensor dphi =
       grad_features && !curvature_grad ? at::zeros_like(features) : like_if(features, grad_features);
-  at::Tensor dw = dw_none;
-  double loss = 0, flatness = 0;
+  at::Tensor loss, flatness, dw;
   AT_DISPATCH_FLOATING_TYPES(acc, "head_cross_entropy", [&] {
     const Rows<scalar_t> rows(logits, 1), phi(features, features.dim() - 1);
     const Rows<scalar_t> dz_rows(dz, grad_logits ? 1 : 0), dphi_rows(dphi, dphi.dim() - 1);
@@ -56,12 +63,12 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
     } else {
       result = shifted_blocks(rows, w, at::Tensor(), false, policy, dz_target, grad_weight);
     }
-    if (grad_weight) dw = result.to(weight.scalar_type());
-    loss = policy.loss();
-    flatness = policy.flatness();
+    dw = !grad_weight ? like_if(weight, false) : weight.scalar_type() == acc ? result : result.to(weight.scalar_type());
+    const double kappa = policy.flatness();
+    loss = number<scalar_t>(policy.loss() + strength * kappa);
+    flatness = number<scalar_t>(kappa);
   });
-  return {at::scalar_tensor(loss + strength * flatness, w.options()), at::scalar_tensor(flatness, w.options()), dz,
-          dphi, dw};
+  return {loss, flatness, dz, dphi, dw};
 }
 
 }  // namespace

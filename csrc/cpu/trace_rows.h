@@ -29,6 +29,7 @@ namespace fam_ext {
 // past it, the products go to the vendor's library, a block of rows at a time.
 constexpr int64_t kTileClasses = 32;
 constexpr int64_t kBlockEntries = int64_t{1} << 22;  // logits per block
+constexpr int64_t kSumTerms = 128;                   // terms of a sum over rows before it is added to the total
 
 template <typename T>
 constexpr int64_t lanes_of() {
@@ -113,6 +114,15 @@ void add_outer(const T* p_tilde, int64_t ld, int64_t classes, const RowStats<T>&
   }
 }
 
+// outer += inner, inner = 0: the rounding error of a long sum grows with the length of its parts only
+template <typename T>
+void flush(T* inner, T* outer, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) {
+    outer[k] += inner[k];
+    inner[k] = 0;
+  }
+}
+
 // The whole pass for few classes. Returns M = sum_i g_i p_i p_i^T with a zero diagonal if wanted.
 template <typename T, typename Policy>
 at::Tensor pairwise_tiles(const Rows<T>& logits, const at::Tensor& distances, Policy& policy,
@@ -121,33 +131,38 @@ at::Tensor pairwise_tiles(const Rows<T>& logits, const at::Tensor& distances, Po
   const int64_t classes = logits.layout.width, rows = logits.layout.rows;
   const int64_t pairs = classes * (classes - 1) / 2;
   const T* d = distances.const_data_ptr<T>();
-  // one share of M per thread, added in order: the same sum for the same number of threads
-  const int64_t shares = grad_weight ? at::get_num_threads() : 0;
-  std::vector<T> m(shares * pairs * L, T(0));
+  // one share of M per thread, added in order: the same sum for the same number of threads; a share is a sum in two levels
+  const int64_t shares = grad_weight ? at::get_num_threads() : 0, entries = pairs * L;
+  std::vector<T> m(shares * 2 * entries, T(0));
   const int64_t tiles = (rows + L - 1) / L;
   at::parallel_for(
       0, tiles, tile_grain(classes * (12 + classes) + policy.row_cost(), L), [&](int64_t begin, int64_t end) {
         std::vector<Vec<T>> scratch(2 * classes);
         T* p = reinterpret_cast<T*>(scratch.data());
         T* q = p + classes * L;
-        T* m_share = m.data() + at::get_thread_num() * pairs * L;
+        T* m_inner = m.data() + at::get_thread_num() * 2 * entries;
+        int64_t terms = 0;
         for (int64_t k = begin; k < end; ++k) {
           const int64_t first = k * L, lanes = std::min(L, rows - first);
           RowStats<T> stats;
           load_tile_softmax(logits, policy, first, lanes, p, L, stats);
           const Vec<T> v = tile_pairwise(p, L, classes, stats, d, q);
           const Vec<T> g = pairwise_finish(policy, first, lanes, classes, p, L, stats, v, q, L, grad_logits);
-          if (grad_weight) add_outer(p, L, classes, stats, g, m_share);
+          if (!grad_weight) continue;
+          add_outer(p, L, classes, stats, g, m_inner);
+          if (++terms % kSumTerms == 0) flush(m_inner, m_inner + entries, entries);
         }
       });
   if (!grad_weight) return {};
-  at::Tensor result = at::zeros({classes, classes}, distances.options());
+  at::Tensor result = at::empty({classes, classes}, distances.options());
   T* out = result.mutable_data_ptr<T>();
   int64_t pair = 0;
   for (int64_t s = 0; s < classes; ++s) {
+    out[s * classes + s] = 0;
     for (int64_t t = s + 1; t < classes; ++t, ++pair) {
       Vec<T> sum(0);
-      for (int64_t share = 0; share < shares; ++share) sum = sum + Vec<T>::loadu(m.data() + (share * pairs + pair) * L);
+      for (int64_t level = 0; level < 2 * shares; ++level)
+        sum = sum + Vec<T>::loadu(m.data() + (level * pairs + pair) * L);
       out[s * classes + t] = out[t * classes + s] = detail::horizontal_sum(sum);
     }
   }

@@ -5,23 +5,30 @@
 
 namespace fam_ext {
 
+// Most rows of a block: the gradient of the weight is a sum over blocks of sums over rows, whose rounding errors grow with the
+// length of the parts.
+constexpr int64_t kShiftedRows = 8192;
+
 // The rows of one block after U = p~ W is known.
 template <typename T>
 struct ShiftedRow {
   T v, squared_shift, squared_mean;  // v, |U|^2, |u|^2
 };
 
-// v = sum_s p~_s |w_s|^2 - 2 <w_y, U> - |U|^2 for one row; writes u = w_y + U.
+// v = sum_s p~_s |w_s|^2 - 2 <w_y, U> - |U|^2 for one row, where U = shift - r w_y; writes U and u = w_y + U where wanted.
 template <typename T>
-ShiftedRow<T> shifted_row(const T* shift, const T* wy, T weighted_squares, int64_t fan_in, T* mean) {
+ShiftedRow<T> shifted_row(const T* shift, const T* wy, T r, T weighted_squares, int64_t fan_in, T* whole_shift,
+                          T* mean) {
   constexpr int64_t L = lanes_of<T>();
   Vec<T> dot(0), squared(0), squared_mean(0);
   for (int64_t i = 0; i < fan_in; i += L) {
     const int64_t count = std::min(L, fan_in - i);
-    const Vec<T> a = detail::load_as<T, T>(shift + i, 1, count), b = detail::load_as<T, T>(wy + i, 1, count), u = a + b;
+    const Vec<T> b = detail::load_as<T, T>(wy + i, 1, count);
+    const Vec<T> a = at::vec::fmadd(Vec<T>(-r), b, detail::load_as<T, T>(shift + i, 1, count)), u = a + b;
     dot = at::vec::fmadd(a, b, dot);
     squared = at::vec::fmadd(a, a, squared);
     squared_mean = at::vec::fmadd(u, u, squared_mean);
+    if (whole_shift != nullptr) a.store(whole_shift + i, static_cast<int>(count));
     if (mean != nullptr) u.store(mean + i, static_cast<int>(count));
   }
   const T d = detail::horizontal_sum(dot), uu = detail::horizontal_sum(squared);
@@ -66,7 +73,8 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
   constexpr int64_t L = lanes_of<T>();
   at::Tensor class_norms = class_squares(weight);
   const at::Tensor w = center_if_offset(weight, class_norms);
-  const int64_t classes = w.size(0), fan_in = w.size(1), rows = logits.layout.rows, step = block_rows(rows, classes);
+  const int64_t classes = w.size(0), fan_in = w.size(1), rows = logits.layout.rows;
+  const int64_t step = std::min(block_rows(rows, classes), kShiftedRows);
   const T *w_data = w.template const_data_ptr<T>(), *squares = class_norms.template const_data_ptr<T>();
   const bool grads = grad_logits != nullptr || grad_weight;
   const bool products = grad_logits != nullptr && policy.through_curvature();
@@ -77,16 +85,16 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
   if (!shifts.defined()) own_shifts = at::empty({step, fan_in}, w.options());
   if (grads) means = at::empty({step, fan_in}, w.options());
   if (grad_logits != nullptr) dots = at::empty_like(block.p);
-  if (grad_weight) t = at::zeros({classes, fan_in}, w.options());
   std::vector<T> weighted(block.stats.size() * L), sums(grad_weight ? classes : 0, T(0));
   std::vector<ShiftedRow<T>> row_values(block.stats.size() * L);
   std::vector<int64_t> y;
-  std::vector<T> g;
+  std::vector<T> g, r;
 
   for (block.first = 0; block.first < rows; block.first += step) {
     block.rows = std::min(step, rows - block.first);
     T* p_data = block.data();
     y.resize(block.rows);
+    r.resize(block.rows);
     g.assign(block.rows, T(0));
     block.for_each_tile(8 * classes, [&](int64_t first, int64_t lanes, int64_t column, RowStats<T>& stats) {
       T* p = p_data + column;
@@ -94,18 +102,26 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
       LongSum<T> sum;
       for (int64_t s = 0; s < classes; ++s) sum.add_product(Vec<T>::loadu(p + s * ld), Vec<T>(squares[s]));
       sum.total().store(weighted.data() + column);
-      const LaneArray<T> best(stats.y);
-      for (int64_t lane = 0; lane < lanes; ++lane) y[column + lane] = static_cast<int64_t>(best[lane]);
+      const LaneArray<T> best(stats.y), rest(stats.r);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        y[column + lane] = static_cast<int64_t>(best[lane]);
+        r[column + lane] = have_shifts ? T(0) : rest[lane];
+        // in the product, -r w_y would round every later term of the sum to its own digits
+        if (!have_shifts) p[y[column + lane] * ld + lane] = T(0);
+      }
     });
     at::Tensor u = shifts.defined() ? shifts.narrow(0, block.first, block.rows) : own_shifts.narrow(0, 0, block.rows);
     if (!have_shifts) at::mm_out(u, block.view().t(), w);
     const T* u_data = u.template const_data_ptr<T>();
+    T* whole = have_shifts ? nullptr : u.template mutable_data_ptr<T>();
     T* mean_data = grads ? means.template mutable_data_ptr<T>() : nullptr;
     at::parallel_for(
         0, block.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(fan_in, 1)), [&](int64_t begin, int64_t end) {
           for (int64_t n = begin; n < end; ++n) {
-            T* mean = grads ? mean_data + n * fan_in : nullptr;
-            row_values[n] = shifted_row(u_data + n * fan_in, w_data + y[n] * fan_in, weighted[n], fan_in, mean);
+            row_values[n] =
+                shifted_row(u_data + n * fan_in, w_data + y[n] * fan_in, r[n], weighted[n], fan_in,
+                            have_shifts ? nullptr : whole + n * fan_in, grads ? mean_data + n * fan_in : nullptr);
+            if (!have_shifts) p_data[y[n] * ld + n] = -r[n];
           }
         });
     at::Tensor mean_rows = grads ? means.narrow(0, 0, block.rows) : at::Tensor();
@@ -150,17 +166,20 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
                          for (int64_t i = 0; i < fan_in; ++i) mean_data[n * fan_in + i] *= g[n];
                        }
                      });
-    t.addmm_(block.view(), mean_rows);
-    scatter_rows(u_data, y, g, fan_in, t.template mutable_data_ptr<T>());
+    at::Tensor share = at::mm(block.view(), mean_rows);
+    scatter_rows(u_data, y, g, fan_in, share.template mutable_data_ptr<T>());
+    t = t.defined() ? t.add_(share) : share;
     at::parallel_for(0, classes, std::max<int64_t>(1, 32768 / block.rows), [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
-        T sum = 0;
+        double sum = 0;
         for (int64_t n = 0; n < block.rows; ++n) sum += g[n] * p_data[s * ld + n];
-        sums[s] += sum;
+        sums[s] += static_cast<T>(sum);
       }
     });
   }
-  if (grad_weight) finish_weight_grad(sums, w, t);
+  if (!grad_weight) return {};
+  if (!t.defined()) t = at::zeros({classes, fan_in}, w.options());  // no rows
+  finish_weight_grad(sums, w, t);
   return t;
 }
 

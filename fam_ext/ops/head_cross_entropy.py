@@ -16,6 +16,8 @@ from fam_ext.reference import head_cross_entropy as reference
 from fam_ext.reference.softmax_trace import accumulation_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
+# the operation for an ordinary call, None otherwise: see csrc/head_cross_entropy_python.cpp
+_ordinary: Any = backends.native_function("head_cross_entropy")
 
 
 def head_cross_entropy(
@@ -64,6 +66,19 @@ def head_cross_entropy(
         IndexError: a class index is outside 0..O-1 and is not ignore_index.
         RuntimeError: a backend asked for by name is not available.
     """
+    if _ordinary is not None and backend in ("auto", "native") and not torch.compiler.is_compiling():
+        try:
+            classes, fan_in = weight.shape
+            pairwise = choose_form(logits.numel() // classes, fan_in, classes) == "pairwise"
+            mean = {"mean": True, "sum": False}[reduction]
+            found: tuple[Tensor, Tensor] | None = _ordinary(
+                logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean, strength, curvature_grad,
+                pairwise,
+            )  # fmt: skip
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+            found = None  # reduction="none", or what the checks name
+        if found is not None:
+            return found
     name = "head_cross_entropy"
     _check(name, logits, features, weight, target, class_weight)
     _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
@@ -146,8 +161,9 @@ def _register() -> None:
         *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         scalar = logits.new_empty((), dtype=accumulation_dtype(logits, features, weight))
-        inputs = zip((logits, features, weight), options[-3:], strict=True)
-        dz, dphi, dw = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in inputs)
+        inputs = zip((logits, features), options[-3:-1], strict=True)
+        dz, dphi = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in inputs)
+        dw = weight.new_empty(weight.shape if options[-1] else 0)  # contiguous
         return scalar, torch.empty_like(scalar), dz, dphi, dw
 
 

@@ -92,14 +92,9 @@ def _register() -> None:
         grad_logits: bool,
         grad_weight: bool,
     ) -> tuple[Tensor, Tensor]:
-        return (
-            torch.empty_like(logits, memory_format=torch.contiguous_format)
-            if grad_logits
-            else logits.new_empty(0),
-            torch.empty_like(weight, memory_format=torch.contiguous_format)
-            if grad_weight
-            else weight.new_empty(0),
-        )
+        dz = torch.empty_like(logits) if grad_logits else logits.new_empty(0)
+        dw = weight.new_empty(weight.shape) if grad_weight else weight.new_empty(0)  # contiguous
+        return dz, dw
 
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
         logits, weight, ctx.pairwise = inputs

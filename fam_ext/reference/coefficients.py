@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 
+def clear_rows(rows: Tensor, coefficients: Tensor, class_dim: int) -> Tensor:
+    """`rows` with zeros where the coefficient is 0: whatever an ignored row holds, it must not reach a sum over rows as 0 * nan,
+    in a gradient either.
+    """
+    return torch.where((coefficients == 0).unsqueeze(class_dim), 0.0, rows)
+
+
 def cross_entropy_coefficients(
     logits: Tensor,
     target: Tensor,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fam_ext.reference.coefficients import cross_entropy_coefficients
+from fam_ext.reference.coefficients import clear_rows, cross_entropy_coefficients
 from fam_ext.reference.softmax_trace import accumulation_dtype
 
 
@@ -34,6 +34,9 @@ def head_cross_entropy(
         z = logits.to(acc)
         soft = target.is_floating_point()
         omega = None if class_weight is None else class_weight.to(acc)
+        c = cross_entropy_coefficients(z, target, omega, ignore_index, label_smoothing, reduction)
+        if not soft:
+            z, features = clear_rows(z, c, 1), clear_rows(features, c, -1)
         loss = F.cross_entropy(
             z,
             target.to(acc) if soft else target,
@@ -42,13 +45,10 @@ def head_cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-        c = cross_entropy_coefficients(z, target, omega, ignore_index, label_smoothing, reduction)
         if not curvature_grad:
             z, features = z.detach(), features.detach()
         squares = features.to(acc).square().sum(-1)  # (N,) or (B, *pos)
         kappa = c * squares * trace(z, weight)
-        # an ignored row takes no part even where its numbers are not finite
-        kappa = torch.where(c == 0, 0.0, kappa)
         if reduction != "none":
             kappa = kappa.sum()
         return loss + strength * kappa, kappa.detach()

@@ -34,8 +34,11 @@ def shifted(z: Tensor, w: Tensor) -> Tensor:
         return z.sum(1) + 0 * w.sum()
     w = w - w.detach().mean(0)  # v does not change; a common offset would only cost digits
     y = z.detach().argmax(1, keepdim=True)  # (N, 1)
-    e = torch.exp(z - z.gather(1, y)).scatter(1, y, 0.0)  # (N, O), zero at y
-    rest = e.sum(1, keepdim=True)
+    top = z.gather(1, y)
+    e = torch.exp(z - top).scatter(1, y, 0.0)  # (N, O), zero at y
+    rest = (
+        e.sum(1, keepdim=True) + (top - top).detach()
+    )  # nan where the largest logit is not finite, as softmax is
     p, r = e / (1 + rest), rest / (1 + rest)  # p without its y-th entry; r = 1 - p_y
     wy = w[y.squeeze(1)]  # (N, I)
     u = p @ w - r * wy

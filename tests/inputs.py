@@ -1,0 +1,48 @@
+"""Tensors of every dtype and memory layout, logits of a given confidence, and the backends there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from fam_ext import backends
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAYOUTS = ["contiguous", "channels_last", "transposed", "strided", "sliced", "expanded"]
+needs_native = pytest.mark.skipif(not backends.native_loaded(), reason="the compiled library is not loaded")
+BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+
+
+def make_input(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, layout: str = "contiguous", seed: int = 0
+) -> Tensor:
+    """A tensor of random numbers whose strides are those of `layout`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+    if layout == "channels_last":
+        return rand(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    if layout == "transposed":
+        return rand(*reversed(shape)).permute(*reversed(range(len(shape))))
+    if layout == "strided":
+        return rand(*shape[:-1], 2 * shape[-1])[..., ::2]
+    if layout == "sliced":
+        return rand(*(size + 1 for size in shape))[tuple(slice(1, None) for _ in shape)]
+    if layout == "expanded":
+        return rand(shape[0], *(1 for _ in shape[1:-1]), shape[-1]).expand(shape)
+    return rand(*shape)
+
+
+def confident_logits(rows: int, classes: int, doubt: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """float32 logits (N, O) with max p = 1 - doubt in every row, and each row's most likely class."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, classes, (rows,), generator=generator)
+    others = z.scatter(1, y[:, None], -torch.inf).logsumexp(1, keepdim=True)
+    return z.scatter(1, y[:, None], others + math.log((1 - doubt) / doubt)).float(), y

@@ -1,0 +1,140 @@
+"""torch.library.opcheck of every registered operation: schema, fake kernel, autograd registration, traced graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from inputs import make_input, needs_native
+from torch import Tensor
+
+pytestmark = needs_native
+D, F32 = torch.float64, torch.float32
+
+
+def trace(shape: tuple[int, ...], fan_in: int, layout: str, pairwise: bool, dtype: torch.dtype = D) -> Any:
+    weight = make_input((shape[1], fan_in), dtype, layout if layout != "expanded" else "contiguous", seed=1)
+    return make_input(shape, dtype, layout).requires_grad_(), weight.requires_grad_(), pairwise
+
+
+def trace_backward(
+    shape: tuple[int, ...],
+    fan_in: int,
+    layout: str,
+    pairwise: bool,
+    needs: tuple[bool, bool] = (True, True),
+    dtype: torch.dtype = D,
+) -> Any:
+    logits, weight = (t.detach() for t in trace(shape, fan_in, layout, pairwise, dtype)[:2])
+    values, saved = torch.ops.fam_ext.softmax_trace(logits, weight, pairwise)
+    return torch.rand_like(values), logits, weight, saved, pairwise, *needs
+
+
+def head(
+    shape: tuple[int, ...],
+    fan_in: int,
+    layout: str,
+    pairwise: bool,
+    target: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    mean: bool = True,
+    curvature_grad: bool = True,
+    requires_grad: tuple[bool, bool, bool] = (True, True, True),
+    dtype: torch.dtype = D,
+) -> Any:
+    logits, weight, _ = trace(shape, fan_in, layout, pairwise, dtype)
+    features = make_input((shape[0], *shape[2:], fan_in), dtype, layout, seed=2)
+    if target is None:
+        target = torch.arange(features[..., 0].numel()).reshape(features.shape[:-1]) % shape[1]
+    inputs = [
+        t.detach().requires_grad_(r) for t, r in zip((logits, features, weight), requires_grad, strict=True)
+    ]
+    return *inputs, target, class_weight, 1, 0.1, mean, 0.5, curvature_grad, pairwise
+
+
+def head_forward(*args: Any, needs: tuple[bool, bool, bool] = (True, True, True), **kwargs: Any) -> Any:
+    values = head(*args, requires_grad=(False, False, False), **kwargs)
+    return *values, *needs
+
+
+def patches(shape: tuple[int, ...], layout: str, *arguments: Any) -> Any:
+    return make_input(shape, D, layout).requires_grad_(), *arguments
+
+
+def patches_backward(shape: tuple[int, ...], layout: str, *arguments: Any) -> Any:
+    x = make_input(shape, D, layout)
+    return torch.rand_like(torch.ops.fam_ext.patch_sqnorm(x, *arguments)), x, *arguments
+
+
+SOFT = torch.rand(4, 3, 5, dtype=D)
+PATCHES = [
+    ((2, 6, 23), "contiguous", [3], [2], [4], [3], 2),
+    ((2, 6, 9, 11), "channels_last", [3, 2], [2, 3], [2, 0], [2, 3], 3),
+    ((3, 36, 5, 4), "contiguous", [1, 1], [1, 1], [0, 0], [1, 1], 4),
+    ((2, 4, 4, 5, 6), "channels_last", [3, 2, 3], [1, 1, 1], [1, 0, 1], [1, 1, 1], 1),
+    ((5, 12), "contiguous", [], [], [], [], 3),
+    ((0, 4, 6, 6), "channels_last", [3, 3], [1, 1], [1, 1], [1, 1], 2),
+]
+SAMPLES: dict[str, list[Any]] = {
+    "softmax_trace": [
+        lambda: trace((7, 5), 3, "contiguous", True),
+        lambda: trace((7, 40), 3, "transposed", True),
+        lambda: trace((2, 4, 3, 5), 6, "channels_last", False),
+        lambda: trace((4, 3, 2), 5, "expanded", True),
+        lambda: trace((0, 3), 2, "contiguous", False),
+        lambda: trace((6, 3), 2, "strided", False, F32),
+    ],
+    "softmax_trace_backward": [
+        lambda: trace_backward((7, 5), 3, "contiguous", True),
+        lambda: trace_backward((7, 40), 3, "transposed", True),
+        lambda: trace_backward((2, 4, 3, 5), 6, "channels_last", False),
+        lambda: trace_backward((4, 3, 2), 5, "expanded", False, (True, False)),
+        lambda: trace_backward((4, 3, 2), 5, "sliced", True, (False, True)),
+        lambda: trace_backward((6, 3), 2, "strided", False, dtype=F32),
+    ],
+    "head_cross_entropy": [
+        lambda: head((7, 5), 3, "contiguous", True),
+        lambda: head((7, 40), 3, "transposed", False, class_weight=torch.rand(40, dtype=D)),
+        lambda: head((2, 4, 3, 5), 6, "channels_last", False, mean=False),
+        lambda: head((4, 3, 5), 6, "strided", True, target=SOFT, requires_grad=(False, False, True)),
+        lambda: head((4, 3, 5), 6, "sliced", True, curvature_grad=False, requires_grad=(True, True, False)),
+        lambda: head((6, 3), 2, "contiguous", True, dtype=F32),
+        lambda: head((0, 3), 2, "contiguous", True, mean=False),  # the mean is nan
+    ],
+    "head_cross_entropy_forward": [
+        lambda: head_forward((7, 5), 3, "contiguous", True),
+        lambda: head_forward((7, 40), 3, "transposed", False, class_weight=torch.rand(40, dtype=D)),
+        lambda: head_forward((2, 4, 3, 5), 6, "channels_last", False, needs=(True, False, False)),
+        lambda: head_forward((4, 3, 5), 6, "strided", True, target=SOFT, needs=(False, True, True)),
+        lambda: head_forward((4, 3, 5), 6, "expanded", True, curvature_grad=False),
+        lambda: head_forward((0, 3), 2, "contiguous", False, mean=False),
+    ],
+    "patch_sqnorm": [lambda case=case: patches(*case) for case in PATCHES],
+    "patch_sqnorm_backward": [lambda case=case: patches_backward(*case) for case in PATCHES],
+}
+
+
+@pytest.mark.parametrize(("op", "k"), [(op, k) for op in SAMPLES for k in range(len(SAMPLES[op]))])
+def test_opcheck(op: str, k: int) -> None:
+    torch.library.opcheck(getattr(torch.ops.fam_ext, op).default, SAMPLES[op][k]())
+
+
+@pytest.mark.parametrize("op", SAMPLES)
+def test_fake_outputs_have_the_strides_of_real_ones(op: str) -> None:
+    """opcheck compares strides of a fresh trace only; compiled code relies on them for every output."""
+    operator = getattr(torch.ops.fam_ext, op).default
+    for sample in SAMPLES[op]:
+        arguments = sample()
+        with torch.no_grad():
+            real = operator(*arguments)
+            with torch._subclasses.FakeTensorMode() as mode:
+                fake = operator(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+        for a, b in [(real, fake)] if isinstance(real, Tensor) else zip(real, fake, strict=True):
+            assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+            assert a.numel() == 0 or a.stride() == b.stride()
+
+
+def test_every_schema_has_samples() -> None:
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fam_ext::")}
+    assert names == {f"fam_ext::{op}" for op in SAMPLES}
