@@ -2,16 +2,20 @@
 
 torch differentiates batch_norm (training), layer_norm and instance_norm correctly twice. Their double-backward formulas treat the
 saved mean and variance as constants, so a third derivative, which the gradient of kappa is, comes out wrong without a word.
-While kappa is formed, a hook on each such autograd node replaces the gradients it returns by the same ones written with means and
-variances of its input: every further derivative follows from elementary operations. Forward pass, running statistics and the
-backward pass of the plain loss stay torch's own.
+group_norm is right, but where several products are taken at once (vmap) it raises, or is silently wrong where dimensions happen
+to be equal. hardsigmoid and flash attention have no second derivative at all.
+
+While kappa is formed, a hook on each such autograd node replaces the gradients it returns by the same ones written with
+elementary operations, from which every further derivative follows. Forward pass, running statistics and the backward pass of
+the plain loss stay torch's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,64 +41,95 @@ def _normalization_gradients(
     common = upstream.mean(dims, keepdim=True)
     along = (upstream * xhat).mean(dims, keepdim=True)
     dx = inverse_std * (upstream - common - xhat * along)
-    if weight is None:
-        return dx, None, None
-    return dx, (grad * xhat).sum(rows) if rows else grad * xhat, grad.sum(rows) if rows else grad
+    if rows:
+        return dx, (grad * xhat).sum(rows), grad.sum(rows)
+    return dx, grad * xhat, grad
 
 
-def batch_norm(node: Any, grad: Tensor) -> Gradients:
+def batch_norm(saved: Any, grad: Tensor) -> Gradients:
     """batch_norm in training mode; instance_norm is one, on reshaped input."""
-    x, weight = node._saved_input, node._saved_weight
+    x, weight = saved.input, saved.weight
     by_channel = [-1 if d == 1 else 1 for d in range(x.dim())]
     rows = [d for d in range(x.dim()) if d != 1]
-    rstd = node._saved_result2.view(by_channel)
+    rstd = saved.result2.view(by_channel)
     return _normalization_gradients(
         x, None if weight is None else weight.view(by_channel), grad, rstd, rows, rows
     )
 
 
-def layer_norm(node: Any, grad: Tensor) -> Gradients:
-    x, leading = node._saved_input, node._saved_input.dim() - len(node._saved_normalized_shape)
+def layer_norm(saved: Any, grad: Tensor) -> Gradients:
+    x, leading = saved.input, saved.input.dim() - len(saved.normalized_shape)
     dims, rows = list(range(leading, x.dim())), list(range(leading))
-    return _normalization_gradients(x, node._saved_weight, grad, node._saved_result2, dims, rows)
+    return _normalization_gradients(x, saved.weight, grad, saved.result2, dims, rows)
 
 
-def scaled_dot_product_attention(node: Any, grad: Tensor) -> Gradients:
-    """The flash kernel of the CPU without dropout, which torch cannot differentiate twice."""
-    q, k, v, mask = (
-        node._saved_query,
-        node._saved_key,
-        node._saved_value,
-        getattr(node, "_saved_attn_mask", None),
+def group_norm(saved: Any, grad: Tensor) -> Gradients:
+    x, weight = saved.input, saved.weight
+    grouped = (x.shape[0], saved.group, x.shape[1] // saved.group, -1)
+    dx, dweight, dbias = _normalization_gradients(
+        x.reshape(grouped),
+        None if weight is None else weight.view(1, grouped[1], grouped[2], 1),
+        grad.reshape(grouped),
+        saved.result2.view(*grouped[:2], 1, 1),
+        [2, 3],
+        [0, 3],
     )
-    scale = q.shape[-1] ** -0.5 if node._saved_scale is None else node._saved_scale
-    if k.shape[1] != q.shape[1]:  # grouped-query attention: heads of k and v serve several of q
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    else:
-        groups = 1
+    assert dx is not None and dweight is not None and dbias is not None
+    return dx.reshape(x.shape), dweight.flatten(), dbias.flatten()
+
+
+def hardsigmoid(saved: Any, grad: Tensor) -> Gradients:
+    x = saved.self
+    return (grad * ((x > -3) & (x < 3)) / 6,)
+
+
+def scaled_dot_product_attention(saved: Any, grad: Tensor) -> Gradients:
+    """The flash kernel of the CPU without dropout, (B, heads, tokens, width)."""
+    acc = torch.promote_types(grad.dtype, torch.float32)
+    q, k, v, grad = saved.query.to(acc), saved.key.to(acc), saved.value.to(acc), grad.to(acc)
+    scale = q.shape[-1] ** -0.5 if saved.scale is None else saved.scale
+    of_keys = k.shape
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:  # grouped-query attention: heads of k and v serve several of q
+        k, v = (
+            t.unsqueeze(2).expand(-1, -1, groups, -1, -1).reshape(q.shape[:2] + t.shape[2:]) for t in (k, v)
+        )
     scores = (q @ k.transpose(-2, -1)) * scale
-    if mask is not None:
-        scores = scores + mask
-    if node._saved_is_causal:
+    if saved.attn_mask is not None:
+        scores = scores + saved.attn_mask.to(acc)
+    if saved.is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
-    p = torch.softmax(scores, -1)
+    empty = scores.detach().amax(-1, keepdim=True) == -torch.inf  # a query without keys: its output is 0
+    p = torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
     dv = p.transpose(-2, -1) @ grad
     dp = grad @ v.transpose(-2, -1)
     ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
     dq, dk = ds @ k, ds.transpose(-2, -1) @ q
     if groups > 1:
-        dk, dv = (d.unflatten(1, (-1, groups)).sum(2) for d in (dk, dv))
+        by_head = (*of_keys[:2], groups, *of_keys[2:])
+        dk, dv = dk.reshape(by_head).sum(2), dv.reshape(by_head).sum(2)
     return dq, dk, dv
 
 
-CORRECTED: dict[str, Callable[[Any, Tensor], Gradients]] = {
-    "NativeBatchNormBackward0": batch_norm,
-    "CudnnBatchNormBackward0": batch_norm,
-    "MiopenBatchNormBackward0": batch_norm,
-    "NativeLayerNormBackward0": layer_norm,
-    "ScaledDotProductFlashAttentionForCpuBackward0": scaled_dot_product_attention,
+class Correction(NamedTuple):
+    """A formula for the gradients of a node's inputs, and the names of what it needs of what the node saved."""
+
+    formula: Callable[[Any, Tensor], Gradients]
+    saved: tuple[str, ...]
+
+
+_BATCH_NORM = Correction(batch_norm, ("input", "weight", "result2"))
+CORRECTED: dict[str, Correction] = {
+    "NativeBatchNormBackward0": _BATCH_NORM,
+    "CudnnBatchNormBackward0": _BATCH_NORM,
+    "MiopenBatchNormBackward0": _BATCH_NORM,
+    "NativeLayerNormBackward0": Correction(layer_norm, ("input", "weight", "normalized_shape", "result2")),
+    "NativeGroupNormBackward0": Correction(group_norm, ("input", "weight", "group", "result2")),
+    "HardsigmoidBackward0": Correction(hardsigmoid, ("self",)),
+    "ScaledDotProductFlashAttentionForCpuBackward0": Correction(
+        scaled_dot_product_attention, ("query", "key", "value", "attn_mask", "scale", "is_causal")
+    ),
 }
 
 
@@ -105,7 +140,7 @@ def needs_correction(node: Any) -> bool:
         return False
     if "BatchNorm" in name:
         return bool(getattr(node, "_saved_training", True))
-    return name.startswith("NativeLayerNorm") or node._saved_dropout_p == 0
+    return not (name.startswith("ScaledDotProduct") and node._saved_dropout_p > 0)
 
 
 @contextmanager
@@ -113,15 +148,17 @@ def corrected(nodes: Iterable[Any]) -> Iterator[None]:
     """Within the block, gradients through these autograd nodes can be differentiated to any order and are right."""
     handles = []
     for node in nodes:
-        formula = CORRECTED[node.name()]
+        correction = CORRECTED[node.name()]
+        # Unpacked here and not in the hook: a checkpointed tensor can be unpacked only once in a backward pass.
+        saved = SimpleNamespace(**{name: getattr(node, f"_saved_{name}") for name in correction.saved})
 
         def replace(
-            inputs: Gradients, grads: Gradients, node: Any = node, formula: Any = formula
+            inputs: Gradients, grads: Gradients, saved: Any = saved, formula: Any = correction.formula
         ) -> Gradients:
             upstream = grads[0]
             if upstream is None:
                 return inputs
-            ours = formula(node, upstream)
+            ours = formula(saved, upstream)
             ours += (None,) * (len(inputs) - len(ours))
             return tuple(
                 None if theirs is None or mine is None else mine.to(theirs.dtype)
