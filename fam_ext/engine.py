@@ -8,12 +8,13 @@ How far rows of z interact after the layer decides what is cheapest; `interactio
 - "batch": anything may interact (batch_norm in training, contrastive losses, several calls): one probe for all.
 
 No root of a matrix is differentiated: exact sums use the basis, sum_k <A e_k, Lambda e_k>, and probes use G = R R^T with R = W,
-or with Cholesky's factor where that is smaller.
+or with Cholesky's factor where that is cheaper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -67,13 +68,15 @@ def rademacher(shape: tuple[int, ...], like: Curvature, generator: torch.Generat
     return (2 * bits - 1).to(like.dtype)
 
 
-def gram_root(weight: Tensor) -> Tensor:
-    """R with R R^T = W W^T for every group, (groups, n, r): W itself, or where I > n Cholesky's factor of the Gram matrix.
+def gram_root(weight: Tensor, columns: int) -> Tensor:
+    """R with R R^T = W W^T for every group, (groups, n, r), to be multiplied with `columns` columns.
 
-    Cholesky needs W to have full row rank with room to spare; otherwise W serves, which is always right.
+    W itself, or the Gram matrix's Cholesky factor where that makes fewer operations. Cholesky needs W to have full row rank with
+    room to spare; otherwise W serves, which is always right.
     """
     _, neurons, fan_in = weight.shape
-    if fan_in <= neurons:
+    # products of the columns with W; or the Gram matrix, its factor with the factor's derivative, and products with that
+    if columns * fan_in <= neurons * fan_in + 4 * neurons**2 + columns * neurons:
         return weight
     gram = weight @ weight.transpose(1, 2)
     factor, info = torch.linalg.cholesky_ex(gram)
@@ -170,8 +173,11 @@ def hutchinson(
     layer = curvature.layer
     weight = layer.canonical(curvature.weight).to(curvature.dtype)
     groups, neurons, fan_in = weight.shape
-    eye = torch.eye(neurons, device=curvature.device, dtype=curvature.dtype).expand(groups, -1, -1)
-    root = gram_root(weight) if weighted else eye
+    if weighted:
+        rows = prod(curvature.calls[0].shape) // (groups * neurons) if level == "rows" else fan_in
+        root = gram_root(weight, probes * rows)
+    else:
+        root = torch.eye(neurons, device=curvature.device, dtype=curvature.dtype).expand(groups, -1, -1)
     rank = root.shape[2]
     if level == "rows":
         shape = list(curvature.calls[0].shape)

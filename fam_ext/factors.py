@@ -108,15 +108,37 @@ def squares(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if s is None:
         return torch.zeros(samples, dtype=dtype, device=weight.device)
-    features = call.features.detach() if hold else call.features
-    gamma = _by_sample(layer, features.to(dtype), s.to(dtype), samples, weight.shape)
+    features = (call.features.detach() if hold else call.features).to(dtype)
+    s = s.detach().to(dtype) if hold else s.to(dtype)
+    w = layer.canonical(weight).to(dtype)
+    _, neurons, fan_in = w.shape
+    positions = layer.positions(call.shape)
+    gram_form = positions**2 * (fan_in + neurons) + positions * neurons * min(neurons, fan_in)
+    if layer.linear and gram_form <= positions * neurons * fan_in + neurons * fan_in * min(neurons, fan_in):
+        return _by_positions(w[0], features, s, samples, weighted)
+    gamma = _by_sample(layer, features, s, samples, weight.shape)
     if hold:
         gamma = gamma.detach()
     by_group = torch.stack([layer.canonical(g) for g in gamma.unbind(0)])  # (B, groups, O/groups, I)
     if not weighted:
         return by_group.square().flatten(1).sum(1)
-    w = layer.canonical(weight).to(dtype)
+    if neurons < fan_in:
+        return (by_group * (w @ w.transpose(1, 2) @ by_group)).flatten(1).sum(1)
     return (w.transpose(1, 2) @ by_group).square().flatten(1).sum(1)
+
+
+def _by_positions(w: Tensor, features: Tensor, s: Tensor, samples: int, weighted: bool) -> Tensor:
+    """The Gram form for a linear layer: sum_{q,q'} <phi_q, phi_q'> s_q^T G s_q', Gamma never formed."""
+    phi = features.reshape(samples, -1, w.shape[1])
+    rows = s.reshape(samples, -1, w.shape[0])
+    if not weighted:
+        pairs = rows @ rows.transpose(1, 2)
+    elif w.shape[1] <= w.shape[0]:
+        back = rows @ w
+        pairs = back @ back.transpose(1, 2)
+    else:
+        pairs = rows @ (w @ w.T) @ rows.transpose(1, 2)
+    return ((phi @ phi.transpose(1, 2)) * pairs).flatten(1).sum(1)
 
 
 def _by_sample(layer: LayerMap, features: Tensor, s: Tensor, samples: int, shape: torch.Size) -> Tensor:

@@ -77,7 +77,11 @@ def hutchinson(
     weight: Tensor = module.weight
     canonical = layer.canonical(weight)
     groups, neurons, fan_in = canonical.shape
-    root = gram_root(canonical) if weighted else torch.eye(neurons).to(canonical).expand(groups, -1, -1)
+    root = (
+        gram_root(canonical, probes * fan_in)
+        if weighted
+        else torch.eye(neurons).to(canonical).expand(groups, -1, -1)
+    )
     devices = [weight.device] if weight.device.type != "cpu" else []
     middle = _evaluate(caller, closure, devices)
     eps = torch.finfo(torch.promote_types(middle.dtype, torch.float32)).eps
