@@ -13,6 +13,7 @@ from fam_ext.ops.head_cross_entropy import head_cross_entropy
 from fam_ext.ops.patch_sqnorm import patch_sqnorm
 from fam_ext.ops.softmax_trace import softmax_trace
 from fam_ext.reference.coefficients import clear_rows
+from fam_ext.reference.softmax_trace import accumulation_dtype
 from fam_ext.terms import Options
 
 __all__ = ["head_cross_entropy", "patch_sqnorm", "relative_flatness", "softmax_trace"]
@@ -86,6 +87,8 @@ def relative_flatness(
     _checks.check_choice(_NAME, "reduction", reduction, ("mean", "sum", "none"))
     _check_options(loss, target, class_weight, label_smoothing, pos_weight, element_weight, variance)
     with torch.autocast(device_type=logits.device.type, enabled=False):
+        if accumulation_dtype(features, weight, logits) == torch.float64:  # no part may be formed in float32
+            features, weight, logits = features.double(), weight.double(), logits.double()
         held = not curvature_grad
         z = logits.detach() if held else logits
         phi, z2 = (features.detach() if held else features).reshape(-1, fan_in), z.reshape(-1, outputs)

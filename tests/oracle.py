@@ -36,3 +36,11 @@ def kappa(
     if measure == "layerwise":
         return w.norm() ** norm_power * traces.diagonal().sum()
     return traces.diagonal().sum()
+
+
+def softmax_trace(logits: Tensor, weight: Tensor) -> Tensor:
+    """1/2 sum_st p_s p_t |w_s - w_t|^2, or for many classes sum_s p_s |w_s - u|^2: float64 has digits to spare."""
+    p, w = logits.movedim(1, -1).softmax(-1), weight - weight.detach().mean(0)
+    if len(w) <= 100:
+        return 0.5 * ((p @ (w[:, None] - w).square().sum(-1)) * p).sum(-1)
+    return (p * (w - (p @ w).unsqueeze(-2)).square().sum(-1)).sum(-1)

@@ -84,7 +84,7 @@ def head_cross_entropy(
     _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
     if not 0.0 <= label_smoothing <= 1.0:
         _checks.bad_value(name, "label_smoothing", "between 0 and 1", label_smoothing)
-    if not math.isfinite(strength):
+    if not -math.inf < strength < math.inf:  # unlike math.isfinite, this can be traced
         _checks.bad_value(name, "strength", "a finite number", strength)
     classes, fan_in = weight.shape
     form = choose_form(logits.numel() // classes, fan_in, classes)
