@@ -128,6 +128,8 @@ class Curvature:
         if len(given) > 1 and self.batchable:
             try:
                 return self._product(gradient, given, batched=True).to(directions.dtype)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:
                 # vmap lacks a rule for something after the layer; an error of another kind comes again below
                 self.batchable = False

@@ -21,6 +21,7 @@ import verified_cases_models
 import verified_cases_norms
 import verified_cases_refused
 import verified_cases_spatial
+import verified_cases_tensors
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from verified_cases_base import Case, Refused, smooth
@@ -35,6 +36,7 @@ CASES: list[Case] = [
     *verified_cases_activations.CASES,
     *verified_cases_spatial.CASES,
     *verified_cases_functions.CASES,
+    *verified_cases_tensors.CASES,
     *verified_cases_models.CASES,
     *verified_cases_losses.CASES,
 ]

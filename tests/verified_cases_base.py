@@ -71,3 +71,22 @@ def smooth(out: Tensor) -> Tensor:
     """A loss with derivatives of every order that treats no two entries alike."""
     phase = torch.linspace(0.3, 2.1, out.numel(), dtype=out.dtype).reshape(out.shape)
     return (out + phase).sin().sum()
+
+
+def of(op: str, function: Function, shape: tuple[int, ...] = (4, 4), variant: str = "") -> Case:
+    return Case(op, lambda: function, shape, variant)
+
+
+def with_other(
+    op: str,
+    function: Callable[[Tensor, Any], Tensor],
+    other: Callable[[], Any],
+    shape: tuple[int, ...] = (4, 4),
+    variant: str = "",
+) -> Case:
+    """A function of z and of something else, a parameter unless it is a constant."""
+    return Case(op, lambda: Tail(lambda m, z: function(z, m.other), other=other()), shape, variant)
+
+
+def parameter(*shape: int) -> Callable[[], nn.Parameter]:
+    return lambda: param(*shape)

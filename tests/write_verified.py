@@ -74,40 +74,35 @@ def module(table: Nodes) -> str:
 
 
 def document(table: Nodes) -> str:
-    """The table by operation; nodes of the loss around it and of the layer are left out where others remain."""
-    (_, common, _), *_ = collect([Case("identity", lambda: lambda z: z)])
-    operations: dict[str, tuple[list[str], set[str], set[str]]] = {}
+    """The table by operation; nodes of the loss around it are left out where others remain."""
+    ((_, common, _),) = collect([Case("identity", lambda: lambda z: z)])
+    operations: dict[tuple[str, str], tuple[list[str], set[str], set[str]]] = {}
     for case, torchs, corrected in table:
-        settings, all_torchs, all_corrected = operations.setdefault(case.op, ([], set(), set()))
+        settings, all_torchs, all_corrected = operations.setdefault((case.op, "verified"), ([], set(), set()))
         settings.append(case.variant)
-        all_torchs |= (torchs - (set() if case.is_loss else common)) or torchs
+        all_torchs |= torchs - common or (torchs if not corrected else set())
         all_corrected |= corrected
+    for refused in verified_cases.REFUSED:
+        settings, nodes, _ = operations.setdefault((refused.case.op, "refused"), ([], set(), set()))
+        settings.append(refused.case.variant)
+        nodes.add(refused.node)
     lines = [_HEAD]
     lines += [f"| {what} | {torchs} | {node} |\n" for node, (what, torchs) in CORRECTIONS.items()]
     lines.append("\n## Refused\n\n| autograd node | why | way out |\n|---|---|---|\n")
-    lines += [
-        f"| {node} | {why} | {_escaped(way_out)} |\n"
-        for node, (why, way_out) in sorted(graph.REFUSED.items())
-    ]
-    lines.append(
-        "\n## Verified and corrected, by operation\n\n| operation | with | autograd nodes | status |\n|---|---|---|---|\n"
-    )
-    for op, (settings, torchs, corrected) in sorted(operations.items(), key=lambda item: item[0].lower()):
-        names = ", ".join(_short(n) for n in sorted(torchs - common or torchs)) if torchs else ""
-        right = ", ".join(f"**{_short(n)}**" for n in sorted(corrected))
-        status = "corrected" if corrected else "verified"
-        lines.append(
-            f"| {op} | {'; '.join(s for s in settings if s)} | {', '.join(filter(None, (right, names)))} | {status} |\n"
-        )
+    lines += [f"| {node} | {why} | {way_out} |\n" for node, (why, way_out) in sorted(graph.REFUSED.items())]
+    lines.append("\n## By operation\n\nCorrected nodes in bold.\n\n")
+    lines.append("| operation | with | autograd nodes | status |\n|---|---|---|---|\n")
+    for (op, status), (settings, torchs, corrected) in sorted(
+        operations.items(), key=lambda item: item[0][0].lower()
+    ):
+        names = [f"**{_short(n)}**" for n in sorted(corrected)] + [_short(n) for n in sorted(torchs)]
+        variants = "; ".join(s for s in settings if s)
+        lines.append(f"| {op} | {variants} | {', '.join(names)} | {'corrected' if corrected else status} |\n")
     return "".join(lines)
 
 
 def _short(name: str) -> str:
     return name.removesuffix("Backward")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def main() -> None:
