@@ -290,6 +290,6 @@ class LayerCriterion(nn.Module):
         if part.captures.called_without_grad:
             return "the layer was called under torch.no_grad or inference_mode; call the model with gradients enabled"
         return (
-            "the loss does not depend on a call of the layer in training mode; check that `layer` is the very module the model "
-            "uses, and that it or something before it requires grad"
+            f"the loss does not depend on a call of {part.module} in training mode; check that `layer` is the very module the "
+            "model uses, and that it or something before it requires grad"
         )

@@ -64,8 +64,8 @@ def _random_like(curvature: Curvature, shape: tuple[int, ...], generator: torch.
 
 def rademacher(shape: tuple[int, ...], like: Curvature, generator: torch.Generator) -> Tensor:
     """+1 and -1 with equal probability."""
-    bits = torch.randint(0, 2, shape, generator=generator, device=like.device)
-    return (2 * bits - 1).to(like.dtype)
+    bits = torch.randint(0, 2, shape, generator=generator, device=like.device, dtype=torch.int8)
+    return bits.to(like.dtype).mul_(2).sub_(1)
 
 
 def gram_root(weight: Tensor, columns: int) -> Tensor:

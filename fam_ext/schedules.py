@@ -91,20 +91,24 @@ def _of_step(function: str, strength: object) -> float | Schedule:
 
 
 class TargetRatio:
-    """Strength such that strength * kappa is about `ratio` times the loss.
+    """Strength such that strength * |kappa| is about `ratio` times the loss, and at most `maximum`.
 
-    strength = ratio * mean(loss) / mean(kappa) with exponential moving averages of the detached values, both started at the
+    strength = ratio * mean(loss) / |mean(kappa)| with exponential moving averages of the detached values, both started at the
     first value; 0 while the average of kappa is 0. The averages stay on the loss's device, nothing is copied to the host,
-    and steps where either value is not finite leave them as they are. Give each criterion a TargetRatio of its own.
+    and steps where either value is not finite leave them as they are. As kappa falls the strength rises: where training can drive
+    kappa towards 0 (layers inside a network), give a `maximum`. Give each criterion a TargetRatio of its own.
     """
 
-    def __init__(self, ratio: float, momentum: float = 0.9) -> None:
+    def __init__(self, ratio: float, momentum: float = 0.9, maximum: float = math.inf) -> None:
         checked = check_strength("TargetRatio", "ratio", ratio)
         if callable(checked):
             _checks.bad_type("TargetRatio", "ratio", "a number", ratio)
         if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real) or not 0 <= momentum < 1:
             _checks.bad_value("TargetRatio", "momentum", "a number in [0, 1)", momentum)
+        if isinstance(maximum, bool) or not isinstance(maximum, numbers.Real) or not maximum > 0:
+            _checks.bad_value("TargetRatio", "maximum", "a positive number", maximum)
         self.ratio: float = checked
+        self.maximum: float = float(maximum)
         self.momentum: float = float(momentum)
         self.averages: Tensor | None = None  # (2,): loss, kappa; nan before their first finite values
 
@@ -117,7 +121,8 @@ class TargetRatio:
         self.averages = torch.where(new.isfinite().all(), fresh, old)
         mean_loss, mean_kappa = self.averages
         usable = self.averages.isfinite().all() & (mean_kappa != 0)
-        return torch.where(usable, self.ratio * mean_loss / mean_kappa, torch.zeros_like(mean_loss))
+        strength = (self.ratio * mean_loss / mean_kappa.abs()).clamp(-self.maximum, self.maximum)
+        return torch.where(usable, strength, torch.zeros_like(mean_loss))
 
     def state_dict(self) -> dict[str, Any]:
         return {"averages": self.averages}

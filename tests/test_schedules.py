@@ -46,3 +46,12 @@ def test_target_ratio_averages_finite_steps_only() -> None:
 def test_bad_arguments(make: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         make()
+
+
+def test_target_ratio_is_bounded_and_keeps_its_sign() -> None:
+    ratio = TargetRatio(0.5, momentum=0.0, maximum=2.0)
+    assert ratio.update(torch.tensor(1.0), torch.tensor(10.0)) == 0.05
+    assert ratio.update(torch.tensor(1.0), torch.tensor(-10.0)) == 0.05
+    assert ratio.update(torch.tensor(1.0), torch.tensor(1e-6)) == 2.0
+    with pytest.raises(ValueError, match="maximum"):
+        TargetRatio(0.5, maximum=0.0)
