@@ -1,0 +1,106 @@
+"""The price of FAM on a linear head: (linear + CE + FAM) / (linear + CE), forward and backward.
+
+A step makes the loss and the gradients of the layer's input, weight and bias. Ours is measured as the functional
+(`head_cross_entropy`) and as users call it (`FAMLoss`, with its hook and its Python), each against the same step without FAM.
+Beside them stands what one would write in plain PyTorch, eager and compiled (compile time is not counted): the textbook variance
+sum_s p_s |w_s|^2 - |sum_s p_s w_s|^2, which loses its digits on confident predictions, and the stable form of fam_ext.reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import Case, Variant, in_pytest
+from torch import Tensor, nn
+
+import fam_ext
+from fam_ext.functional import head_cross_entropy
+from fam_ext.ops.softmax_trace import choose_form
+from fam_ext.reference.softmax_trace import softmax_trace as stable_trace
+
+OP = "head_cross_entropy"
+STRENGTH = 0.1
+SHAPES = ((64, 64, 10), (128, 512, 10), (128, 512, 100), (256, 2048, 1000))  # rows N, fan-in I, classes O
+FUNCTIONS, MODULES = "linear + CE (functions)", "linear + CE (modules)"
+Shape = tuple[int, int, int]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def plain(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w, b), t)
+
+
+def functional(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    return head_cross_entropy(F.linear(x, w, b), x, w, t, strength=STRENGTH)[0]
+
+
+def textbook(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    p = z.softmax(1)
+    trace = p @ w.square().sum(1) - (p @ w).square().sum(1)
+    return F.cross_entropy(z, t) + STRENGTH * (x.square().sum(1) * trace).mean()
+
+
+def stable(form: str, x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    return F.cross_entropy(z, t) + STRENGTH * (x.square().sum(1) * stable_trace(z, w, form)).mean()
+
+
+def step(loss: Loss, x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    value = loss(x, w, b, t)
+    return value, *torch.autograd.grad(value, (x, w, b))
+
+
+def called(criterion: nn.Module, layer: nn.Linear, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    value = criterion(layer(x), t)
+    return value, *torch.autograd.grad(value, (x, layer.weight, layer.bias))
+
+
+def case(shape: Shape, compiled: bool) -> Case:
+    rows, fan_in, classes = shape
+    torch.manual_seed(0)
+    layer, hooked = nn.Linear(fan_in, classes), nn.Linear(fan_in, classes)
+    w, b = hooked.weight, hooked.bias = layer.weight, layer.bias
+    x, t = torch.randn(rows, fan_in, requires_grad=True), torch.randint(classes, (rows,))
+    fam = fam_ext.FAMLoss(nn.CrossEntropyLoss(), layer=hooked, strength=STRENGTH)
+    reference = partial(stable, choose_form(*shape))
+    double = [a.detach().double().requires_grad_() for a in (x, w, b)]
+    without, total = step(plain, *double, t), step(partial(stable, "pairwise"), *double, t)
+
+    def of(loss: Loss) -> Callable[[], tuple[Tensor, ...]]:
+        return partial(step, loss, x, w, b, t)
+
+    # both PyTorch forms are right to a few digits here, where no prediction is confident
+    variants = [
+        Variant(FUNCTIONS, of(plain), without, FUNCTIONS),
+        Variant(MODULES, partial(called, nn.CrossEntropyLoss(), layer, x, t), without, MODULES),
+        Variant("head_cross_entropy", of(functional), total, FUNCTIONS),
+        Variant("FAMLoss", partial(called, fam, hooked, x, t), total, MODULES),
+        Variant("textbook, eager", of(textbook), total, FUNCTIONS, 1e-4),
+        Variant("stable, eager", of(reference), total, FUNCTIONS, 1e-5),
+    ]
+    if compiled:
+        variants += [
+            Variant("textbook, compiled", of(torch.compile(textbook, dynamic=False)), total, FUNCTIONS, 1e-4),
+            Variant("stable, compiled", of(torch.compile(reference, dynamic=False)), total, FUNCTIONS, 1e-5),
+        ]
+    # three products, forward and two backward, are what linear + CE itself costs
+    return Case(
+        f"N={rows} I={fan_in} O={classes}, forward + backward", variants, flops=6 * rows * fan_in * classes
+    )
+
+
+def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+    return [partial(case, shape) for shape in (SHAPES[:2] if quick else SHAPES)]
+
+
+@pytest.mark.parametrize(
+    "name", [FUNCTIONS, MODULES, "head_cross_entropy", "FAMLoss", "textbook, eager", "stable, eager"]
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_head_cross_entropy(benchmark, shape, name):
+    in_pytest(benchmark, OP, case(shape, compiled=False), name)

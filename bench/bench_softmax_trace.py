@@ -1,0 +1,90 @@
+"""softmax_trace in both of its forms beside the plain PyTorch of fam_ext.reference, forward and backward.
+
+The remark under each table says which form `auto` takes, from counted operations, and which was faster here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from common import Case, Result, Variant, in_pytest
+from torch import Tensor
+
+from fam_ext import backends
+from fam_ext.functional import softmax_trace
+from fam_ext.ops.softmax_trace import choose_form
+
+OP = "softmax_trace"
+SHAPES = ((128, 512, 10), (128, 512, 100), (1024, 128, 100), (256, 512, 1000))  # rows N, fan-in I, classes O
+FORMS = ("shifted", "pairwise")
+Shape = tuple[int, int, int]
+Trace = Callable[[Tensor, Tensor], Tensor]
+
+
+def step(trace: Trace, z: Tensor, w: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    value = trace(z, w)
+    return value, *torch.autograd.grad(value, (z, w), upstream)
+
+
+def case(shape: Shape, compiled: bool) -> Case:
+    rows, fan_in, classes = shape
+    torch.manual_seed(0)
+    z, w = (
+        torch.randn(rows, classes, requires_grad=True),
+        torch.rand(classes, fan_in).sub(0.5).div(fan_in**0.5),
+    )
+    w.requires_grad_()
+    upstream = torch.rand(rows) / rows
+    double = [a.detach().double().requires_grad_() for a in (z, w)]
+    exact = step(partial(softmax_trace, form="pairwise", backend="reference"), *double, upstream.double())
+    form = choose_form(*shape)
+    baseline = f"reference {form}, eager"
+
+    def variant(name: str, trace: Trace, tolerance: float) -> Variant:
+        return Variant(name, partial(step, trace, z, w, upstream), exact, baseline, tolerance)
+
+    def on(form: str, backend: str) -> Trace:
+        return partial(softmax_trace, form=form, backend=backend)
+
+    # at random weights the gradient of the logits, g p (q - 2v), is a difference of nearly equal numbers
+    native = [variant(f"native {f}", on(f, "native"), 1e-5) for f in FORMS if backends.native_loaded()]
+    variants = native + [variant(f"reference {f}, eager", on(f, "reference"), 1e-4) for f in FORMS]
+    if compiled:
+        compiled_trace = torch.compile(on(form, "reference"), dynamic=False)
+        variants.append(variant(f"reference {form}, compiled", compiled_trace, 1e-4))
+    shifted = 6 * rows * fan_in * classes  # three products
+    pairwise = 4 * classes * classes * (fan_in + rows)
+    return Case(
+        f"N={rows} I={fan_in} O={classes}, forward + backward", variants, flops=min(shifted, pairwise)
+    )
+
+
+def remark(rows: Sequence[Result]) -> str:
+    """Which native form `auto` takes and which is faster."""
+    rows = [r for r in rows if r.variant.startswith("native")]
+    if not rows:
+        return ""
+    taken = rows[0].baseline.split()[1].rstrip(",")
+    lines = []
+    for threads in sorted({r.threads for r in rows}):
+        times = {r.variant.split()[1]: r.median_us for r in rows if r.threads == threads}
+        fastest = min(times, key=times.__getitem__)
+        lines.append(
+            f"{threads} thread(s): auto takes {taken}, {fastest} is faster; auto/fastest {times[taken] / times[fastest]:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+    return [partial(case, shape) for shape in (SHAPES[:2] if quick else SHAPES)]
+
+
+@pytest.mark.parametrize("name", [f"native {f}" for f in FORMS] + [f"reference {f}, eager" for f in FORMS])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_softmax_trace(benchmark, shape, name):
+    if name.startswith("native") and not backends.native_loaded():
+        pytest.skip("the compiled library is not loaded")
+    in_pytest(benchmark, OP, case(shape, compiled=False), name)
