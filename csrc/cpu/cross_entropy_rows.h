@@ -61,7 +61,8 @@ class CrossEntropyRows {
 
   void before_exp(int64_t first, int64_t lanes, const T* z, int64_t ld, const RowStats<T>& stats) {
     const LaneArray<T> max(stats.max);
-    LongSum<T> gap, total;
+    LongSum<T> gap;
+    CompensatedSum<T> total;
     for_each_soft_target(first, lanes, [&](int64_t s, const Vec<T>& f) {
       gap.add_product(f, stats.max - Vec<T>::loadu(z + s * ld));
       total.add(f);
@@ -107,7 +108,7 @@ class CrossEntropyRows {
       const Vec<T> p_tilde = Vec<T>::blendv(Vec<T>::loadu(p + s * ld), minus_r, stats.y == Vec<T>(static_cast<T>(s)));
       at::vec::fmadd(c, p_tilde, Vec<T>::loadu(dz + s * dz_ld)).store(dz + s * dz_ld);
     }
-    LongSum<T> others;  // sum of the soft targets of all classes but y
+    CompensatedSum<T> others;  // sum of the soft targets of all classes but y
     for_each_soft_target(first, lanes, [&](int64_t s, const Vec<T>& f) {
       const Vec<T> rest = Vec<T>::blendv(f, zero, stats.y == Vec<T>(static_cast<T>(s)));
       others.add(rest);
