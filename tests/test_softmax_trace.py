@@ -20,6 +20,7 @@ from fam_ext.ops.softmax_trace import choose_form, softmax_trace
 from fam_ext.reference.hessian import relative_flatness
 
 FORMS = ["shifted", "pairwise"]
+ROUNDINGS = 8  # exp, division, products with the upstream gradient and the weights
 LOGITS = [  # shape, fan-in: one class, tiles up to 32 classes, blocks past them, odd sizes, empty ones
     ((5, 1), 7), ((9, 2), 16), ((33, 3), 1), ((17, 10), 37), ((20, 32), 33), ((16, 31), 64), ((20, 33), 5), ((7, 100), 48),
     ((40, 1000), 3), ((1, 5), 9), ((2, 3, 7), 5), ((3, 34, 2, 5), 18), ((2, 4, 3, 2, 3), 6), ((0, 3), 2), ((0, 40), 2),
@@ -55,9 +56,15 @@ def check(logits: Tensor, weight: Tensor, form: str, backend: str) -> None:
     base, *base_grads = run("reference")
     assert [t.dtype for t in (value, *grads)] == [acc, logits.dtype, weight.dtype]
     classes, rows, fan_in = logits.shape[1], value.numel(), weight.shape[1]
-    assert_accurate(value, base, truth[0], classes * fan_in, elementwise=form == "pairwise")
-    assert_accurate(grads[0], base_grads[0], truth[1], classes * fan_in)
-    assert_accurate(grads[1], base_grads[1], truth[2], classes * rows)
+    p, squares = logits.double().softmax(1).movedim(1, -1), (weight - weight.mean(0)).double().square().sum(1)
+    # shifted: sum of p_s |w_s|^2 and p_s |w_y|^2 over s != y, less than which v is where w_y lies far from the others
+    rest, far = p.scatter(-1, p.argmax(-1, keepdim=True), 0.0), squares[p.argmax(-1)]
+    parts = rest @ squares + rest.sum(-1) * far if form == "shifted" else None
+    assert_accurate(value, base, truth[0], classes * fan_in, form == "pairwise", parts, ROUNDINGS)
+    # dz = g p (|w_s - u|^2 - v) is 0 where all classes are alike
+    parts = ((upstream * truth[0]).unsqueeze(-1) * p).movedim(-1, 1)
+    assert_accurate(grads[0], base_grads[0], truth[1], classes * fan_in, False, parts, ROUNDINGS)
+    assert_accurate(grads[1], base_grads[1], truth[2], classes * rows, roundings=ROUNDINGS)
 
 
 def test_full_hessian(form: str, backend: str) -> None:
@@ -190,8 +197,9 @@ def test_gradcheck(form: str, backend: str) -> None:
     for shape in ((4, 1), (5, 4), (1, 34), (2, 3, 2)):
         logits = make_input(shape, torch.float64, "transposed").requires_grad_()
         weight = make_input((shape[1], 2), torch.float64, seed=1).requires_grad_()
-        run = lambda z, w: softmax_trace(z, w, form=form, backend=backend)  # noqa: E731
-        assert torch.autograd.gradcheck(run, (logits, weight))
+        assert torch.autograd.gradcheck(
+            lambda *t: softmax_trace(*t, form=form, backend=backend), (logits, weight)
+        )
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
@@ -259,8 +267,7 @@ def test_second_derivative_is_refused(form: str) -> None:
 
 def test_reference_has_second_derivatives(form: str) -> None:
     inputs = [make_input(s, torch.float64, seed=k).requires_grad_() for k, s in enumerate([(4, 3), (3, 2)])]
-    run = lambda z, w: softmax_trace(z, w, form=form, backend="reference")  # noqa: E731
-    assert torch.autograd.gradgradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: softmax_trace(*t, form=form, backend="reference"), inputs)
 
 
 Z, W = torch.zeros(6, 4), torch.zeros(4, 5)

@@ -7,12 +7,18 @@ import math
 import torch
 from torch import Tensor
 
+# float64 results are rounded themselves: what loses three digits there is no error of the code under test
+_OF_THE_TRUTH = 1000 * torch.finfo(torch.float64).eps
 
-def relative_error(actual: Tensor, exact: Tensor, elementwise: bool = False) -> float:
-    """|actual - exact| / |exact| as L2 norms; with `elementwise` the largest ratio of any entry. What the dtype of `actual`
-    cannot hold with all its digits counts as an error no larger than its share of tiny / eps.
 
-    Entries that are not finite must be the same in both, and count no further.
+def relative_error(
+    actual: Tensor, exact: Tensor, elementwise: bool = False, parts: Tensor | None = None
+) -> float:
+    """|actual - exact| / |exact| as L2 norms; with `elementwise` the largest ratio of any entry.
+
+    What the dtype of `actual` cannot hold with all its digits counts as an error no larger than its share of tiny / eps.
+    Entries that are not finite must be the same in both, and count no further. `parts`: numbers of the size of those whose
+    difference `exact` is, of the same shape, where they may cancel; the error then is relative to the larger of the two.
     """
     assert actual.shape == exact.shape
     floor = torch.finfo(actual.dtype).tiny / torch.finfo(actual.dtype).eps
@@ -22,13 +28,11 @@ def relative_error(actual: Tensor, exact: Tensor, elementwise: bool = False) -> 
     error, size = (actual - exact)[finite], exact[finite]
     if not error.numel():
         return 0.0
+    if parts is not None:
+        size = torch.maximum(size.abs(), parts.detach().double()[finite].abs())
     if not elementwise:
         error, size = error.norm(), size.norm()
     return float((error.abs() / (size.abs() + floor)).max())
-
-
-# float64 results are rounded themselves: what loses three digits there is no error of the code under test
-_OF_THE_TRUTH = 1000 * torch.finfo(torch.float64).eps
 
 
 def assert_accurate(
@@ -36,18 +40,17 @@ def assert_accurate(
     baseline: Tensor,
     exact: Tensor,
     terms: int,
-    eps: float | None = None,
     elementwise: bool = False,
+    parts: Tensor | None = None,
+    roundings: int = 4,
 ) -> None:
-    """The error of `actual` is at most that of `baseline` plus 2 eps sqrt(terms): a sum of `terms` rounded numbers, whose
-    errors have no common sign, is off by about eps sqrt(terms).
+    """The error of `actual` is at most that of `baseline` plus roundings eps / 2 sqrt(terms): each of the `terms` of a sum has
+    been rounded `roundings` times on its way, by eps / 2 at most, and errors of different terms have no common sign.
 
-    `eps` is that of the dtype of `actual`, or of the dtype it was made from where that is coarser. Entrywise errors suit
-    sums of one sign, the norm suits gradients, whose entries may cancel.
+    eps is that of the dtype of `actual`. Entrywise errors suit sums of one sign, the norm suits gradients, whose entries may
+    cancel.
     """
-    eps = torch.finfo(actual.dtype).eps if eps is None else eps
-    error = relative_error(actual, exact, elementwise)
-    allowed = (
-        relative_error(baseline, exact, elementwise) + 2 * eps * math.sqrt(max(terms, 1)) + _OF_THE_TRUTH
-    )
+    error, of_baseline = (relative_error(t, exact, elementwise, parts) for t in (actual, baseline))
+    rounding = roundings * torch.finfo(actual.dtype).eps / 2 * math.sqrt(max(terms, 1))
+    allowed = of_baseline + rounding + _OF_THE_TRUTH
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
