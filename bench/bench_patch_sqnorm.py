@@ -68,7 +68,6 @@ def case(problem: str, train: bool, compiled: bool) -> Case:
     ways |= {BASELINE: on("reference"), "unfold, eager": by_unfold, "convolution, eager": by_convolution}
     if compiled:
         ways["reference, compiled"] = torch.compile(on("reference"), dynamic=False)
-        ways["convolution, compiled"] = torch.compile(by_convolution, dynamic=False)
     variants = [
         Variant(name, partial(run, way, x, options, upstream), exact, BASELINE, 2e-6)
         for name, way in ways.items()

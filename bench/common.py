@@ -40,7 +40,7 @@ class Settings:
 
     rounds: int = 41
     least: int = 7
-    seconds: float = 3.0
+    seconds: float = 2.0
     threads: tuple[int, ...] = tuple(sorted({1, ALL_THREADS}))
     compiled: bool = True
 
@@ -205,20 +205,6 @@ def in_pytest(benchmark: object, op: str, case: Case, name: str) -> None:
     benchmark(variant.step)
 
 
-def peak_megabytes(step: Callable[[], object]) -> float:
-    """Most memory that torch's allocator holds during one call beyond what it held before (kernels' own scratch is not seen)."""
-    step()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 1e6
-
-
 @cache
 def machine_line() -> str:
     """What the numbers were measured on."""
@@ -279,17 +265,6 @@ def show(console: Console, rows: Sequence[Result]) -> None:
         baseline = of_name[0].baseline
         cells += ["" if baseline == name else baseline, f"{max(r.error for r in of_name):.0e}"]
         table.add_row(*cells)
-    console.print(table)
-
-
-def show_memory(console: Console, op: str, case: Case) -> None:
-    table = Table(
-        title=f"{op}, {case.label}: peak memory of a step", title_justify="left", title_style="bold"
-    )
-    for column in ("variant", "MB"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for v in case.variants:
-        table.add_row(v.name, f"{peak_megabytes(v.step):.2f}")
     console.print(table)
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import time
 import warnings
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch is imported: its profiler is talkative
 
 import bench_head_cross_entropy
 import bench_patch_sqnorm
 import bench_softmax_trace
 import common
+import memory
 from rich.console import Console
 
 BENCHMARKS = {b.OP: b for b in (bench_head_cross_entropy, bench_softmax_trace, bench_patch_sqnorm)}
@@ -44,15 +48,14 @@ def main() -> None:
     if options.no_compile:
         settings = dataclasses.replace(settings, compiled=False)
     terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=160)
+    console = terminal if terminal.is_terminal else Console(width=190)
     console.print(common.machine_line(), soft_wrap=True)
     start = time.perf_counter()
     for op in options.ops or BENCHMARKS:
         benchmark = BENCHMARKS[op]
         cases = benchmark.cases(options.quick)
         if options.memory:
-            for build in cases:
-                common.show_memory(console, op, build(settings.compiled))
+            memory.show(console, op, [build(settings.compiled) for build in cases])
         else:
             common.run(op, cases, settings, console, options.out, getattr(benchmark, "remark", None))
     console.print(
