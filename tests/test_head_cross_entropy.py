@@ -187,6 +187,14 @@ def test_layouts_and_dtypes(layout: str, dtypes: Any, form: str) -> None:
         check(make_problem(shape, 23, dtypes, layout), soft, {"label_smoothing": 0.1}, "native")
 
 
+@needs_native
+@pytest.mark.parametrize(("rows", "classes"), [(2 * 8192 + 3, 5), (127_000, 35)])
+def test_several_blocks_of_rows(rows: int, classes: int, form: str) -> None:
+    """Rows are taken in blocks: their targets, coefficients and features must be those of the block."""
+    shape = (rows, classes)
+    check(make_problem(shape, 3), indices(shape, -100), {"class_weight": omega(shape)}, "native")
+
+
 @st.composite
 def problems(draw: Any) -> Any:
     positions = draw(st.lists(st.integers(1, 5), max_size=2))
