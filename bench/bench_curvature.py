@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Settings, Variant, interleaved, machine_line, peak_megabytes, quantiles, thread_count
+from common import Settings, Variant, interleaved, machine_line, quantiles, thread_count
+from memory import peak_megabytes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

@@ -69,7 +69,7 @@ def case(problem: str, train: bool, compiled: bool) -> Case:
     if compiled:
         ways["reference, compiled"] = torch.compile(on("reference"), dynamic=False)
     variants = [
-        Variant(name, partial(run, way, x, options, upstream), exact, BASELINE, 2e-6)
+        Variant(name, partial(run, way, x, options, upstream), BASELINE, 2e-6, exact)
         for name, way in ways.items()
     ]
     moved = 4 * (x.numel() * (3 if train else 1) + upstream.numel() * (2 if train else 1))

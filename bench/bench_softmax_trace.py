@@ -44,7 +44,7 @@ def case(shape: Shape, compiled: bool) -> Case:
     baseline = f"reference {form}, eager"
 
     def variant(name: str, trace: Trace, tolerance: float) -> Variant:
-        return Variant(name, partial(step, trace, z, w, upstream), exact, baseline, tolerance)
+        return Variant(name, partial(step, trace, z, w, upstream), baseline, tolerance, exact)
 
     def on(form: str, backend: str) -> Trace:
         return partial(softmax_trace, form=form, backend=backend)

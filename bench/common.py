@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import math
 import os
 import platform
 import random
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,16 +38,18 @@ ALL_THREADS = torch.get_num_threads()
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure, and with which numbers of threads. A case ends after `seconds`, but not before `least` rounds."""
+    """How long to measure, with how many threads, where to write. A case ends after `seconds`, not before `least` rounds."""
 
+    quick: bool = False
     rounds: int = 41
     least: int = 7
     seconds: float = 2.0
     threads: tuple[int, ...] = tuple(sorted({1, ALL_THREADS}))
     compiled: bool = True
+    out: Path = Path("out/bench")
 
 
-QUICK = Settings(rounds=7, least=3, seconds=0.5, threads=(ALL_THREADS,), compiled=False)
+QUICK = Settings(True, rounds=7, least=3, seconds=0.5, threads=(ALL_THREADS,), compiled=False)
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,10 @@ class Variant:
     """
 
     name: str
-    step: Callable[[], Sequence[Tensor]]
-    exact: Sequence[Tensor]
+    step: Callable[[], Any]
     baseline: str
     tolerance: float = 2e-6
+    exact: Sequence[Tensor] = ()
 
     def check(self) -> float:
         """The relative error; a variant that computes something else is never timed."""
@@ -130,8 +134,10 @@ def seconds_per_call(step: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def interleaved(variants: Iterable[Variant], settings: Settings) -> dict[str, list[float]]:
-    """Seconds per call of every variant in every round."""
+def interleaved(
+    variants: Iterable[Variant], rounds: int, least: int = 1, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds per call of every variant in every round: `rounds`, or `least` and as many as begin within `seconds`."""
     steps = {v.name: v.step for v in variants}
     calls = {}
     for name, step in steps.items():  # warm-up: caches, allocator, compiled code
@@ -140,12 +146,12 @@ def interleaved(variants: Iterable[Variant], settings: Settings) -> dict[str, li
         calls[name] = max(1, round(SAMPLE_SECONDS / min(seconds_per_call(step, 1) for _ in range(3))))
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0)
-    end = time.perf_counter() + settings.seconds
+    end = time.perf_counter() + seconds
     gc.collect()
     gc.disable()  # a collection would fall on whichever variant happens to run
     try:
-        for done in range(settings.rounds):
-            if done >= settings.least and time.perf_counter() > end:
+        for done in range(rounds):
+            if done >= least and time.perf_counter() > end:
                 break
             shuffle.shuffle(order)
             for name in order:
@@ -158,7 +164,7 @@ def interleaved(variants: Iterable[Variant], settings: Settings) -> dict[str, li
 def measure(op: str, case: Case, settings: Settings) -> list[Result]:
     """Check every variant, time all in interleaved rounds, and relate each to its baseline."""
     errors = {v.name: v.check() for v in case.variants}
-    times = interleaved(case.variants, settings)
+    times = interleaved(case.variants, settings.rounds, settings.least, settings.seconds)
     bandwidth, peak = ceilings(torch.get_num_threads())
     results = []
     for v in case.variants:
@@ -179,10 +185,9 @@ def run(
     cases: Iterable[Callable[[bool], Case]],
     settings: Settings,
     console: Console,
-    out: Path,
     remark: Callable[[Sequence[Result]], str] | None = None,
 ) -> None:
-    """Measure every case with every number of threads; show a table of each and write all results to `out`."""
+    """Measure every case with every number of threads; show a table of each and write all results as CSV."""
     results: list[Result] = []
     for build in cases:
         rows: list[Result] = []
@@ -194,7 +199,7 @@ def run(
         if remark is not None:
             console.print(remark(rows))
         results += rows
-    write_csv(out / f"{op}.csv", results)
+    write_csv(settings.out / f"{op}.csv", results)
 
 
 def in_pytest(benchmark: object, op: str, case: Case, name: str) -> None:

@@ -1,11 +1,10 @@
-"""Peak memory of one step, beyond what is held before it: what torch's allocator hands out, kernels' own scratch not counted.
-
-A run of its own: the profiler that reports every allocation would distort times.
-"""
+"""Table of peak memory, a run of its own: the profiler that reports every allocation would distort times."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 
 import torch
 from common import Case
@@ -13,10 +12,24 @@ from rich.console import Console
 from rich.table import Table
 
 
+@contextmanager
+def silent_stderr():
+    """Nothing reaches the terminal's error stream inside, C++ included: the profiler reports its own starts and stops there."""
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+
+
 def peak_megabytes(step: Callable[[], object]) -> float:
+    """Peak memory of one call beyond what is held before it: what torch's allocator hands out, not kernels' own scratch."""
     step()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():

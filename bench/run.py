@@ -1,4 +1,4 @@
-"""Time the operations against their baselines: python bench/run.py [head_cross_entropy softmax_trace patch_sqnorm] [--quick]
+"""Time the operations against their baselines: python bench/run.py [op ...] [--quick]
 
 Tables go to the terminal and CSV files to out/bench. `pytest bench --benchmark-only` times the same steps without compiled
 baselines, one after the other instead of interleaved.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
 import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch is imported: its profiler is talkative
-
+import bench_curvature
 import bench_head_cross_entropy
 import bench_patch_sqnorm
 import bench_softmax_trace
@@ -24,11 +22,14 @@ import memory
 from rich.console import Console
 
 BENCHMARKS = {b.OP: b for b in (bench_head_cross_entropy, bench_softmax_trace, bench_patch_sqnorm)}
+CHOICES = (*BENCHMARKS, bench_curvature.OP)  # the last one only when asked for: it takes minutes of its own
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the operations of fam_ext against their baselines.")
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument(
+        "ops", nargs="*", metavar="op", help=f"{', '.join(CHOICES)} (default: all but the last)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="few rounds, fewer cases, nothing compiled: a minute at most"
     )
@@ -39,12 +40,12 @@ def main() -> None:
     )
     options = parser.parse_args()
     for op in options.ops:
-        if op not in BENCHMARKS:
-            parser.error(f"op must be one of {', '.join(BENCHMARKS)}, got {op!r}")
+        if op not in CHOICES:
+            parser.error(f"op must be one of {', '.join(CHOICES)}, got {op!r}")
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, while it compiles
     logging.getLogger("torch").setLevel(logging.ERROR)
-    settings = common.QUICK if options.quick else common.Settings()
+    settings = dataclasses.replace(common.QUICK if options.quick else common.Settings(), out=options.out)
     if options.no_compile:
         settings = dataclasses.replace(settings, compiled=False)
     terminal = Console()
@@ -52,12 +53,15 @@ def main() -> None:
     console.print(common.machine_line(), soft_wrap=True)
     start = time.perf_counter()
     for op in options.ops or BENCHMARKS:
+        if op == bench_curvature.OP:
+            bench_curvature.run(console, settings)  # reports memory, too
+            continue
         benchmark = BENCHMARKS[op]
         cases = benchmark.cases(options.quick)
         if options.memory:
             memory.show(console, op, [build(settings.compiled) for build in cases])
         else:
-            common.run(op, cases, settings, console, options.out, getattr(benchmark, "remark", None))
+            common.run(op, cases, settings, console, getattr(benchmark, "remark", None))
     console.print(
         f"{time.perf_counter() - start:.0f} s; ratios are medians over interleaved rounds, errors relative to float64"
     )
