@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from inputs import BACKENDS
 
 from fam_ext import backends
 
@@ -46,6 +48,13 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: Any) -> str:
+    """The reference, and the compiled library where it is loaded."""
+    backend: str = request.param
+    return backend
 
 
 @pytest.fixture(autouse=True)

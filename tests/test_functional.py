@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import BACKENDS, DTYPES, LAYOUTS, confident_logits, make_input, needs_native
+from inputs import DTYPES, LAYOUTS, confident_logits, make_input, needs_native
 from tolerance import assert_accurate, relative_error
 from torch import Tensor
 
@@ -23,11 +23,6 @@ D = torch.float64
 OMEGA = torch.tensor([0.5, 2.0, 1.5, 0.7], dtype=D)
 Y = torch.tensor([[0, 3, -100], [1, 1, 2]])
 REAL = torch.rand(2, 3, 4, dtype=D)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: Any) -> str:
-    return request.param
 
 
 def ce(z: Tensor, target: Tensor, **options: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import BACKENDS, DTYPES, LAYOUTS, confident_logits, make_input, needs_native
+from inputs import DTYPES, LAYOUTS, confident_logits, make_input, needs_native
 from tolerance import assert_accurate, relative_error
 from torch import Tensor
 
@@ -60,11 +60,6 @@ VARIANTS: dict[str, Variant] = {
     "constant": lambda s: (indices(s, -100), {"curvature_grad": False, "class_weight": omega(s)}),
     "constant none": lambda s: (indices(s), {"curvature_grad": False, "reduction": "none"}),
 }
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: Any) -> str:
-    return request.param
 
 
 @pytest.fixture(params=["shifted", "pairwise"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import BACKENDS, make_input, needs_native
+from inputs import make_input, needs_native
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,11 +16,6 @@ from fam_ext.ops import head_cross_entropy as module
 from fam_ext.ops.head_cross_entropy import head_cross_entropy
 
 Y = torch.tensor([0, 2, 1, 1, -100, 3, 0])
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: Any) -> str:
-    return request.param
 
 
 @pytest.fixture(params=["shifted", "pairwise"])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import BACKENDS, DTYPES, LAYOUTS, make_input, needs_native
+from inputs import DTYPES, LAYOUTS, make_input, needs_native
 from tolerance import assert_accurate
 from torch import nn
 
@@ -38,11 +38,6 @@ CASES = {
     "no-rows": ((0, 4), (), (), (), (), 1),
     "no-channels": ((2, 0, 5), (3,), (1,), (0,), (1,), 1),
 }
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
 
 
 def oracle(x, kernel_size, stride, padding, dilation, groups, upstream=None):
