@@ -15,8 +15,7 @@ from fam_ext.criteria import SUPPORTED, Bound
 from fam_ext.curvature import Curvature, LayerCall
 from fam_ext.engine import Estimate
 from fam_ext.errors import UnsupportedError
-from fam_ext.heads import EIGENVALUE_MEASURES
-from fam_ext.layers import LayerMap
+from fam_ext.heads import EIGENVALUE_MEASURES, Layer
 from fam_ext.terms import Options
 from fam_ext.verified import VERIFIED
 
@@ -46,7 +45,7 @@ CLOSED_FORM = Plan("closed_form", None, 0, "the layer is a head of the criterion
 class General:
     """Computes one layer's term through its output; remembers what it found out about the network."""
 
-    def __init__(self, options: Options, layer: LayerMap, module: nn.Module) -> None:
+    def __init__(self, options: Options, layer: Layer, module: nn.Module) -> None:
         self.options = options
         self.layer = layer
         self.module = module  # the layer, or the adapter around it
@@ -89,7 +88,7 @@ class General:
             plan = self._choose(curvature, level, len(between))
             estimate = self._estimate(curvature, plan, per_sample)
         self.note(plan)
-        value = self._finish(estimate.value, weight)
+        value = self.finish(estimate.value, weight)
         return Estimate(value if wanted else value.detach(), estimate.standard_error)
 
     def curvature(
@@ -125,14 +124,12 @@ class General:
         reason = f"asked for; rounding error about {rounding:.0e} of the value"
         if self.plan is None or self.plan.method != "finite_difference":
             self.note(Plan("finite_difference", "batch", 2 * options.probes + 1, reason))
-        return Estimate(self._finish(estimate.value, weight), estimate.standard_error)
+        return Estimate(self.finish(estimate.value, weight), estimate.standard_error)
 
     def _level(self, curvature: Curvature, between: list[Any]) -> str:
         if curvature.on_weight or self.options.per_sample_probes is False:
             return "batch"
         call = curvature.calls[0]
-        if self.options.per_sample_probes:
-            return "rows" if self.layer.positions(call.shape) == 1 else "samples"
         several = self.layer.samples(call.shape) > 1
         key = (several, call.shape[1:], *(_signature(node) for node in between))
         if key not in self._levels:
@@ -153,11 +150,17 @@ class General:
                     f"graph for its gradient, over max_bytes={options.max_bytes}; raise max_bytes or use method='hutchinson'"
                 )
             return Plan("exact", level, products, "asked for")
+        probes_level = level
+        if (
+            options.per_sample_probes and not curvature.on_weight
+        ):  # for estimates: the exact value stays what it is
+            independent = self.layer.positions(curvature.calls[0].shape) == 1
+            probes_level = "rows" if independent else "samples"
         if options.method == "hutchinson":
-            return Plan("hutchinson", level, options.probes, "asked for")
+            return Plan("hutchinson", probes_level, options.probes, "asked for")
         if products <= EXACT_PRODUCTS and total <= options.max_bytes:
             return Plan("exact", level, products, f"at most {EXACT_PRODUCTS} products")
-        return Plan("hutchinson", level, options.probes, f"the exact value takes {products} products")
+        return Plan("hutchinson", probes_level, options.probes, f"the exact value takes {products} products")
 
     def _estimate(self, curvature: Curvature, plan: Plan, per_sample: bool) -> Estimate:
         options, layer = self.options, self.layer
@@ -190,7 +193,7 @@ class General:
         return Estimate(stacked.mean(0), error)
 
     def _eigenvalue(self, curvature: Curvature) -> Estimate:
-        """lambda_max(H), or sum_s |w_s|^2 lambda_max(H_ss); "layerwise" is multiplied with the norm in _finish."""
+        """lambda_max(H), or sum_s |w_s|^2 lambda_max(H_ss); "layerwise" is multiplied with the norm in finish."""
         if self.options.measure == "layerwise_eigenvalue":
             return Estimate(eigen.largest(curvature), None)
         squares = self.layer.canonical(curvature.weight).to(curvature.dtype).square().sum(2).flatten()
@@ -236,7 +239,7 @@ class General:
         value = stacked.sum(0) if exact else stacked.mean(0)
         several = not exact and len(each) > 1
         error = stacked.detach().std(0) / len(each) ** 0.5 if several else None
-        return Estimate(self._finish(value, weight), error)
+        return Estimate(self.finish(value, weight), error)
 
     def _check_weight_is_leaf(self, weight: Tensor) -> None:
         if not weight.requires_grad or not weight.is_leaf:
@@ -245,13 +248,14 @@ class General:
                 "itself: the weight must be a parameter that requires grad (not a parametrization's result)"
             )
 
-    def _finish(self, value: Tensor, weight: Tensor) -> Tensor:
+    def finish(self, value: Tensor, weight: Tensor) -> Tensor:
+        """The measure from the curvature: times the norm of the weight (any layout), over the fan-in."""
         options = self.options
         if options.measure in ("layerwise", "layerwise_eigenvalue"):
             square = weight.to(value.dtype).square().sum()
             value = value * (square if options.norm_power == 2 else square.sqrt())
         if options.normalize is not None:
-            value = value / self.layer.canonical(weight).shape[2]
+            value = value / self.layer.fan_in
         return value
 
     def note(self, plan: Plan) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext import _checks, criteria
+from fam_ext.base import Part
 from fam_ext.eigen import largest_eigenvector
 from fam_ext.errors import UnsupportedError
 from fam_ext.heads import EIGENVALUE_MEASURES, MEASURES
@@ -125,7 +126,7 @@ def measure(
     try:
         with _mode(model, training):
             if normalize_features:
-                scale = _feature_scale(model, module, batches)
+                scale = _feature_scale(model, terms[names[0]].parts[0], batches)
                 for term in terms.values():
                     term.parts[0].scale = scale
             sums = _Sums()
@@ -240,10 +241,9 @@ def _eigenvalue(term: RelativeFlatness, model: nn.Module, batches: Iterable[Any]
         vector = largest_eigenvector(
             lambda v: product(v.reshape(shape)).flatten(), rows.numel(), dtype, weight.device
         )
-        largest = float(vector @ product(vector.reshape(shape)).flatten())
-        norm = float(squares.sum())
-        return largest * (norm if term.options.norm_power == 2 else norm**0.5)
-    result = 0.0
+        largest = vector @ product(vector.reshape(shape)).flatten()
+        return float(part.general.finish(largest, weight))
+    result = torch.zeros((), dtype=dtype, device=weight.device)
     for neuron in range(len(rows)):
 
         def block(vector: Tensor, neuron: int = neuron) -> Tensor:
@@ -252,8 +252,8 @@ def _eigenvalue(term: RelativeFlatness, model: nn.Module, batches: Iterable[Any]
             return product(full.reshape(shape)).reshape(rows.shape)[neuron]
 
         vector = largest_eigenvector(block, rows.shape[1], dtype, weight.device)
-        result += float(squares[neuron] * (vector @ block(vector)))
-    return result
+        result += squares[neuron] * (vector @ block(vector))
+    return float(part.general.finish(result, weight))
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -290,17 +290,18 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _feature_scale(model: nn.Module, module: nn.Module, batches: Iterable[Any]) -> Tensor:
+def _feature_scale(model: nn.Module, part: Part, batches: Iterable[Any]) -> Tensor:
     """Standard deviation of the layer's input by channel over the data set; 1 where it is constant."""
     moments: list[Tensor] = []
 
     def collect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = (args[0] if args else kwargs["input"]).detach().double()
-        channel = x.dim() - 1 if isinstance(module, nn.Linear) else x.dim() - 1 - len(module.kernel_size)  # type: ignore[arg-type]
-        rows = x.movedim(channel, -1).reshape(-1, x.shape[channel])
+        rows = x.movedim(part.layer.class_dim, -1).reshape(
+            -1, part.layer.inputs
+        )  # channels lie where neurons do
         moments.append(torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)]))
 
-    handle = module.register_forward_pre_hook(collect, with_kwargs=True)
+    handle = part.module.register_forward_pre_hook(collect, with_kwargs=True)
     try:
         with torch.no_grad():
             for inputs, _ in batches:
@@ -312,5 +313,4 @@ def _feature_scale(model: nn.Module, module: nn.Module, batches: Iterable[Any]) 
     count, total, squares = torch.stack(moments).sum(0)
     variance = (squares / count - (total / count).square()).clamp(min=0)
     scale = variance.sqrt()
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return torch.where(scale > 1e-12 * scale.max(), scale, 1.0).to(weight.dtype)
+    return torch.where(scale > 1e-12 * scale.max(), scale, 1.0).to(part.weight().dtype)

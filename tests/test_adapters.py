@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_ext import FAMLoss, RelativeFlatness, UnsupportedError
+from fam_ext import FAMLoss, RelativeFlatness, UnsupportedError, measure
 
 
 class LoraLinear(nn.Module):
@@ -55,6 +55,23 @@ def test_the_effective_weight_counts(index: int) -> None:
     inputs = [lora.lora_A["default"].weight, lora.lora_B["default"].weight]
     for g, e in zip(*(torch.autograd.grad(v, inputs) for v in (value, expected)), strict=True):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
+
+
+def test_measured_over_a_data_set_with_normalized_features() -> None:
+    net, x, y = network(), torch.randn(7, 5, dtype=torch.float64), torch.randint(0, 3, (7,))
+    report = measure(
+        net, [(x, y)], net[2], nn.CrossEntropyLoss(), ["neuronwise"], progress=False, normalize_features=True
+    )
+    features = net[:2](x)
+    scale = features.std(0, correction=0).detach()
+    lora = net[2]
+    plain = nn.Linear(6, 4).double()
+    low = 0.5 * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+    with torch.no_grad():
+        plain.weight.copy_((lora.base_layer.weight + low) * scale)
+        plain.bias.copy_(lora.base_layer.bias)
+    value = RelativeFlatness(nn.CrossEntropyLoss(), plain)(net[3:](plain(features / scale)), y)
+    assert report.values["neuronwise"] == pytest.approx(float(value.detach()), rel=1e-9)
 
 
 def test_what_is_not_its_weight_is_refused() -> None:

@@ -200,6 +200,19 @@ def test_hutchinson_converges(name: str, measure: str, per_sample_probes: bool |
     assert run(case, again) == value  # the same seed
 
 
+@pytest.mark.parametrize("method", ["exact", "auto"])
+def test_forced_probes_leave_the_exact_value_alone(method: str) -> None:
+    """Samples interact here: what holds for independent ones would be another number, and is for estimates only."""
+    case = mlp_batch_norm()
+    criterion = RelativeFlatness(nn.CrossEntropyLoss(), case.layer, method=method, per_sample_probes=True)
+    value = run(case, criterion)
+    torch.testing.assert_close(value, case.expected().detach(), rtol=1e-9, atol=1e-12)
+    assert criterion.plan.method == "exact" and criterion.plan.level == "batch"
+    forced = RelativeFlatness(nn.CrossEntropyLoss(), case.layer, method="hutchinson", per_sample_probes=True)
+    run(case, forced)
+    assert forced.plan.level == "rows"
+
+
 def test_per_sample_probes_spread_less() -> None:
     """With features that point the same way, a shared probe sees all samples at once: sqrt(B) times the spread."""
     x = 1 + 0.1 * torch.randn(64, 20)

@@ -107,6 +107,16 @@ def test_convolution_with_feature_normalization_and_estimates() -> None:
     assert exact.values["neuronwise"] == pytest.approx(float(value.detach()), rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_normalized_by_the_fan_in(name: str) -> None:
+    net, (x, y) = network().eval(), data()
+    report = fam_ext.measure(
+        net, batches(x, y), "0", nn.CrossEntropyLoss(), [name], progress=False, normalize="fan_in"
+    )
+    whole = RelativeFlatness(nn.CrossEntropyLoss(), net[0], measure=name, normalize="fan_in")(net(x), y)
+    assert report.values[name] == pytest.approx(float(whole.detach()), rel=1e-6)
+
+
 def test_bad_arguments() -> None:
     net, (x, y) = network(), data()
     ce = nn.CrossEntropyLoss()
