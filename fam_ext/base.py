@@ -17,7 +17,7 @@ from fam_ext.engine import Estimate
 from fam_ext.errors import NotAHead, UnsupportedError
 from fam_ext.general import CLOSED_FORM, General, Plan
 from fam_ext.heads import Layer
-from fam_ext.terms import Options, flatness, outer_class_dim
+from fam_ext.terms import Options, check_class_dim, flatness
 
 
 class Taken(NamedTuple):
@@ -87,7 +87,6 @@ class LayerCriterion(nn.Module):
     """The layers (no submodules of this one), their hooks and captures."""
 
     any_mode = False  # capture although the layer is in evaluation mode or grad is disabled
-    layers: tuple[nn.Module, ...]
 
     def __init__(self, criterion: Any, layer: nn.Module | Sequence[nn.Module], options: Options) -> None:
         super().__init__()
@@ -194,7 +193,7 @@ class LayerCriterion(nn.Module):
         else:
             class_dim, rows = found
         layer.check_call(caller, features, weight, capture.shape)
-        outer_class_dim(caller, bound, class_dim, outputs)
+        check_class_dim(caller, bound, class_dim, outputs)
         bound.check(caller, outputs)
         if features.device != outputs.device:
             _checks.bad_value(caller, "outputs", f"on the layer's device ({features.device})", outputs)

@@ -25,33 +25,35 @@ def largest(curvature: Curvature, neuron: int | None = None) -> Tensor:
 
     Raises UnsupportedError where SciPy is missing, and where Lanczos does not converge.
     """
-    layer = curvature.layer
-    shape = layer.canonical(curvature.weight).shape
-    groups, neurons, fan_in = shape
-    size = groups * neurons * fan_in if neuron is None else fan_in
+    weight = curvature.layer.canonical(curvature.weight).to(curvature.dtype)
+    eigenvector = largest_direction(lambda d: curvature.weight_product(d).detach(), weight, neuron)
+    direction = curvature.direction(eigenvector).unsqueeze(0)
+    return (direction * curvature.apply(direction)).sum()
+
+
+def largest_direction(
+    product: Callable[[Tensor], Tensor], weight: Tensor, neuron: int | None = None
+) -> Tensor:
+    """Unit eigenvector of the largest eigenvalue of H, or of one neuron's block H_ss, as a weight direction.
+
+    `product` gives H D; D, the products, the result and `weight` are in canonical layout (fam_ext.layers).
+    """
+    _, _, fan_in = shape = weight.shape
+    size = weight.numel() if neuron is None else fan_in
 
     def embed(vector: Tensor) -> Tensor:
         if neuron is None:
             return vector.reshape(shape)
-        full = torch.zeros(groups * neurons, fan_in, dtype=vector.dtype, device=vector.device)
+        full = vector.new_zeros(shape).reshape(-1, fan_in)
         full[neuron] = vector
         return full.reshape(shape)
 
-    def product(vector: Tensor) -> Tensor:
-        pulled = curvature.weight_product(embed(vector)).detach()
-        return pulled.flatten() if neuron is None else pulled.reshape(groups * neurons, fan_in)[neuron]
+    def on_vector(vector: Tensor) -> Tensor:
+        result = product(embed(vector))
+        return result.flatten() if neuron is None else result.reshape(-1, fan_in)[neuron]
 
-    vector = largest_eigenvector(product, size, curvature.dtype, curvature.device)
-    direction = curvature.direction(embed(vector)).unsqueeze(0)
-    return (direction * curvature.apply(direction)).sum()
-
-
-def largest_eigenvector(
-    product: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Unit eigenvector of the largest eigenvalue of a symmetric matrix, (size,), from its products with vectors."""
     solve = _dense if size <= _DENSE else _lanczos
-    return solve(product, size, dtype, device)
+    return embed(solve(on_vector, size, weight.dtype, weight.device))
 
 
 def _dense(

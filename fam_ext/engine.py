@@ -13,7 +13,7 @@ or with Cholesky's factor where that is cheaper.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -23,8 +23,6 @@ from torch import Tensor
 from fam_ext.curvature import Curvature
 from fam_ext.layers import LayerMap
 
-LEVELS = ("rows", "samples", "batch")
-
 
 class Estimate(NamedTuple):
     """kappa (0-d, or by sample), and the standard error of the estimate over probes (None: exact, or a single probe)."""
@@ -32,9 +30,15 @@ class Estimate(NamedTuple):
     value: Tensor
     standard_error: Tensor | None
 
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """The mean of independent estimates along the first dimension."""
+        several = len(values) > 1
+        return cls(values.mean(0), values.detach().std(0) / len(values) ** 0.5 if several else None)
+
 
 def interaction(curvature: Curvature, generator: torch.Generator) -> str:
-    """How far rows of z interact after the layer: one of LEVELS.
+    """How far rows of z interact after the layer: "rows", "samples" or "batch".
 
     A random direction on half of the rows (then: of the samples) must leave the products at the others at exactly zero.
     """
@@ -44,7 +48,7 @@ def interaction(curvature: Curvature, generator: torch.Generator) -> str:
     samples, positions = layer.samples(call.shape), layer.positions(call.shape)
     row_shape = list(call.shape)
     row_shape[layer.class_dim] = 1
-    direction = _random_like(curvature, call.shape, generator)
+    direction = torch.randn(call.shape, generator=generator, device=curvature.device, dtype=curvature.dtype)
     for level, count in (("rows", samples * positions), ("samples", samples)):
         if count == 1:
             return level
@@ -58,14 +62,17 @@ def interaction(curvature: Curvature, generator: torch.Generator) -> str:
     return "batch"
 
 
-def _random_like(curvature: Curvature, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device=curvature.device, dtype=curvature.dtype)
-
-
-def rademacher(shape: tuple[int, ...], like: Curvature, generator: torch.Generator) -> Tensor:
-    """+1 and -1 with equal probability."""
+def rademacher(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """+1 and -1 with equal probability, of the device and dtype of `like`."""
     bits = torch.randint(0, 2, shape, generator=generator, device=like.device, dtype=torch.int8)
     return bits.to(like.dtype).mul_(2).sub_(1)
+
+
+def probe_root(weight: Tensor, columns: int, weighted: bool) -> Tensor:
+    """What `columns` columns of signs are multiplied with: :func:`gram_root`, or for the trace the identity."""
+    if weighted:
+        return gram_root(weight, columns)
+    return torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype).expand(len(weight), -1, -1)
 
 
 def gram_root(weight: Tensor, columns: int) -> Tensor:
@@ -88,17 +95,13 @@ def gram_root(weight: Tensor, columns: int) -> Tensor:
 
 def exact_products(layer: LayerMap, curvature: Curvature, level: str) -> int:
     """How many products the exact value takes."""
-    fan_in, outputs = _sizes(layer, curvature)
+    groups, neurons, fan_in = layer.canonical(curvature.weight).shape
+    outputs = groups * neurons
     if level == "rows":
         return outputs
     if level == "samples" and layer.linear:
         return outputs * min(layer.positions(curvature.calls[0].shape), fan_in)
     return outputs * fan_in
-
-
-def _sizes(layer: LayerMap, curvature: Curvature) -> tuple[int, int]:
-    groups, neurons, fan_in = layer.canonical(curvature.weight).shape
-    return fan_in, groups * neurons
 
 
 def exact(curvature: Curvature, level: str, weighted: bool, chunk: int, backend: str) -> Iterator[Tensor]:
@@ -173,25 +176,22 @@ def hutchinson(
     layer = curvature.layer
     weight = layer.canonical(curvature.weight).to(curvature.dtype)
     groups, neurons, fan_in = weight.shape
-    if weighted:
-        rows = prod(curvature.calls[0].shape) // (groups * neurons) if level == "rows" else fan_in
-        root = gram_root(weight, probes * rows)
-    else:
-        root = torch.eye(neurons, device=curvature.device, dtype=curvature.dtype).expand(groups, -1, -1)
+    rows = prod(curvature.calls[0].shape) // (groups * neurons) if level == "rows" else fan_in
+    root = probe_root(weight, probes * rows, weighted)
     rank = root.shape[2]
     if level == "rows":
         shape = list(curvature.calls[0].shape)
         shape[layer.class_dim] = groups * rank
-        noise = rademacher((probes, *shape), curvature, generator)
+        noise = rademacher((probes, *shape), weight, generator)
         directions = torch.stack([layer.mix(root, e) for e in noise])
         norms = layer.spread(layer.norms(curvature.features, backend), groups * neurons)
         return list(norms * _quadratic(curvature, directions))
     if level == "samples":
         samples = layer.samples(curvature.calls[0].shape)
-        noise = rademacher((probes, samples, groups, rank, fan_in), curvature, generator)
+        noise = rademacher((probes, samples, groups, rank, fan_in), weight, generator)
         directions = torch.stack([_apply_each(curvature, root, e) for e in noise])
     else:
-        noise = rademacher((probes, groups, rank, fan_in), curvature, generator)
+        noise = rademacher((probes, groups, rank, fan_in), weight, generator)
         directions = torch.stack([curvature.direction(root @ e) for e in noise])
     return list(_quadratic(curvature, directions))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fam_ext.criteria import Bound, CrossEntropy
 from fam_ext.curvature import LayerCall
+from fam_ext.engine import rademacher
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import LayerMap
 
@@ -65,8 +66,7 @@ def sampled_factors(
     if not isinstance(bound, CrossEntropy):
         h = _root(bound.diagonal(outputs))
         for _ in range(probes):
-            sign = 2 * torch.randint(0, 2, h.shape, generator=generator, device=h.device) - 1
-            yield h * sign
+            yield h * rademacher(h.shape, h, generator)
         return
     dim = 0 if outputs.dim() == 1 else 1
     p = torch.softmax(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), dim)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext import _checks
-from fam_ext.engine import Estimate, gram_root
+from fam_ext.engine import Estimate, probe_root, rademacher
 from fam_ext.layers import LayerMap
 
 Closure = Callable[[], Tensor]
@@ -76,19 +76,15 @@ def hutchinson(
     module = layer.module
     weight: Tensor = module.weight
     canonical = layer.canonical(weight)
-    groups, neurons, fan_in = canonical.shape
-    root = (
-        gram_root(canonical, probes * fan_in)
-        if weighted
-        else torch.eye(neurons).to(canonical).expand(groups, -1, -1)
-    )
+    groups, _, fan_in = canonical.shape
+    root = probe_root(canonical, probes * fan_in, weighted)
     devices = [weight.device] if weight.device.type != "cpu" else []
     middle = _evaluate(caller, closure, devices)
     eps = torch.finfo(torch.promote_types(middle.dtype, torch.float32)).eps
     values, steps = [], []
     for _ in range(probes):
-        bits = torch.randint(0, 2, (groups, root.shape[2], fan_in), generator=generator, device=weight.device)
-        direction = layer.to_module(root @ (2 * bits - 1).to(root), weight.shape)
+        noise = rademacher((groups, root.shape[2], fan_in), root, generator)
+        direction = layer.to_module(root @ noise, weight.shape)
         h = eps**0.25 * weight.detach().norm() / direction.detach().norm().clamp(min=1e-30)
         sides = []
         for sign in (1, -1):
@@ -97,7 +93,6 @@ def hutchinson(
         values.append((sides[0] - middle + (sides[1] - middle)) / h**2)
         steps.append(h)
     stacked = torch.stack(values)
-    error = stacked.detach().std() / probes**0.5 if probes > 1 else None
     rounding = 4 * eps * middle.detach().abs() / torch.stack(steps).mean() ** 2
     relative = float(rounding / stacked.detach().abs().mean().clamp(min=1e-30))
-    return Estimate(stacked.mean(), error), relative
+    return Estimate.of(stacked), relative

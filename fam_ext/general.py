@@ -15,7 +15,7 @@ from fam_ext.criteria import SUPPORTED, Bound
 from fam_ext.curvature import Curvature, LayerCall
 from fam_ext.engine import Estimate
 from fam_ext.errors import UnsupportedError
-from fam_ext.heads import EIGENVALUE_MEASURES, Layer
+from fam_ext.heads import EIGENVALUE_MEASURES, Layer, weight_factor
 from fam_ext.terms import Options
 from fam_ext.verified import VERIFIED
 
@@ -51,6 +51,7 @@ class General:
         self.module = module  # the layer, or the adapter around it
         self.plan: Plan | None = None
         self._levels: dict[Any, str] = {}
+        self._apart: set[Any] = set()  # graphs found to keep samples apart
         self._generator: torch.Generator | None = options.generator
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -131,7 +132,7 @@ class General:
             return "batch"
         call = curvature.calls[0]
         several = self.layer.samples(call.shape) > 1
-        key = (several, call.shape[1:], *(_signature(node) for node in between))
+        key = (several, call.shape[1:], *map(_signature, between))
         if key not in self._levels:
             self._levels[key] = engine.interaction(curvature, self.generator(curvature.device))
         return self._levels[key]
@@ -188,9 +189,7 @@ class General:
             share(s)
             for s in engine.hutchinson(curvature, level, weighted, options.probes, generator, options.backend)
         ]
-        stacked = torch.stack(values)
-        error = stacked.detach().std(0) / len(values) ** 0.5 if len(values) > 1 else None
-        return Estimate(stacked.mean(0), error)
+        return Estimate.of(torch.stack(values))
 
     def _eigenvalue(self, curvature: Curvature) -> Estimate:
         """lambda_max(H), or sum_s |w_s|^2 lambda_max(H_ss); "layerwise" is multiplied with the norm in finish."""
@@ -223,7 +222,10 @@ class General:
                 f"{caller}: curvature={options.curvature!r} is for a layer called once; use curvature='hessian'"
             )
         call, hold = calls[0], not options.curvature_grad
-        factors.check_samples_apart(caller, layer, call, outputs)
+        key = (call.shape, outputs.shape, *map(_signature, between))
+        if key not in self._apart:
+            factors.check_samples_apart(caller, layer, call, outputs)
+            self._apart.add(key)
         weighted = options.measure == "neuronwise"
         # second derivatives: what torch has none of is corrected
         correct = [node for node in between if corrections.needs_correction(node)]
@@ -234,12 +236,9 @@ class General:
                 drawn = factors.sampled_factors(bound, outputs, options.probes, self.generator(weight.device))
             each = [factors.squares(layer, weight, call, outputs, u, weighted, hold) for u in drawn]
         stacked = torch.stack(each) if per_sample else torch.stack(each).sum(1)
-        exact = options.curvature == "ggn"
         self.note(Plan(options.curvature, "samples", len(each), "asked for"))
-        value = stacked.sum(0) if exact else stacked.mean(0)
-        several = not exact and len(each) > 1
-        error = stacked.detach().std(0) / len(each) ** 0.5 if several else None
-        return Estimate(self.finish(value, weight), error)
+        estimate = Estimate(stacked.sum(0), None) if options.curvature == "ggn" else Estimate.of(stacked)
+        return Estimate(self.finish(estimate.value, weight), estimate.standard_error)
 
     def _check_weight_is_leaf(self, weight: Tensor) -> None:
         if not weight.requires_grad or not weight.is_leaf:
@@ -251,15 +250,15 @@ class General:
     def finish(self, value: Tensor, weight: Tensor) -> Tensor:
         """The measure from the curvature: times the norm of the weight (any layout), over the fan-in."""
         options = self.options
-        if options.measure in ("layerwise", "layerwise_eigenvalue"):
-            square = weight.to(value.dtype).square().sum()
-            value = value * (square if options.norm_power == 2 else square.sqrt())
+        factor = weight_factor(weight, options.measure, options.norm_power)
+        if factor is not None:
+            value = value * factor.to(value.dtype)
         if options.normalize is not None:
             value = value / self.layer.fan_in
         return value
 
     def note(self, plan: Plan) -> None:
-        if plan != self.plan:
+        if plan is not self.plan and plan != self.plan:
             self.plan = plan
             log.info("%s on %s: %s", self.options.caller, type(self.layer.module).__name__, plan)
 

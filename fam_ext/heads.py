@@ -166,8 +166,8 @@ def element_traces(diagonal: Tensor, weight: Tensor, norms: Tensor, measure: str
 
 
 def weight_factor(weight: Tensor, measure: str, norm_power: int) -> Tensor | None:
-    """|W|_F^norm_power for "layerwise", which the curvature is multiplied with."""
-    if measure != "layerwise":
+    """|W|_F^norm_power for the layerwise measures, which the curvature is multiplied with."""
+    if not measure.startswith("layerwise"):
         return None
     square = weight.to(accumulation_dtype(weight)).square().sum()
     return square if norm_power == 2 else square.sqrt()

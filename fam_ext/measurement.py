@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks, criteria
 from fam_ext.base import Part
-from fam_ext.eigen import largest_eigenvector
+from fam_ext.eigen import largest_direction
 from fam_ext.errors import UnsupportedError
 from fam_ext.heads import EIGENVALUE_MEASURES, MEASURES
 from fam_ext.loss import RelativeFlatness
@@ -223,10 +223,10 @@ def _eigenvalue(term: RelativeFlatness, model: nn.Module, batches: Iterable[Any]
     """Of the mean Hessian, not the mean of eigenvalues: every product goes over the data set."""
     part = term.parts[0]
     weight = part.weight()
-    shape, dtype = weight.shape, torch.promote_types(weight.dtype, torch.float32)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def product(direction: Tensor) -> Tensor:
-        total, result = 0.0, torch.zeros(shape, dtype=dtype, device=weight.device)
+        total, result = 0.0, torch.zeros_like(weight)
         for inputs, targets in batches:
             outputs = _call(model, inputs)
             share, counted = _weight(criterion, outputs, targets)
@@ -235,25 +235,15 @@ def _eigenvalue(term: RelativeFlatness, model: nn.Module, batches: Iterable[Any]
                 result += share * term.weight_product(criterion(outputs, targets), direction)
         return result / total
 
-    rows = weight.flatten(0, 1).detach().to(dtype)
-    squares = rows.square().sum(1)
+    def largest(neuron: int | None = None) -> Tensor:
+        direction = largest_direction(product, weight, neuron)
+        return (direction * product(direction)).sum()
+
     if term.options.measure == "layerwise_eigenvalue":
-        vector = largest_eigenvector(
-            lambda v: product(v.reshape(shape)).flatten(), rows.numel(), dtype, weight.device
-        )
-        largest = vector @ product(vector.reshape(shape)).flatten()
-        return float(part.general.finish(largest, weight))
-    result = torch.zeros((), dtype=dtype, device=weight.device)
-    for neuron in range(len(rows)):
-
-        def block(vector: Tensor, neuron: int = neuron) -> Tensor:
-            full = torch.zeros_like(rows)
-            full[neuron] = vector
-            return product(full.reshape(shape)).reshape(rows.shape)[neuron]
-
-        vector = largest_eigenvector(block, rows.shape[1], dtype, weight.device)
-        result += squares[neuron] * (vector @ block(vector))
-    return float(part.general.finish(result, weight))
+        return float(part.general.finish(largest(), weight))
+    squares = weight.square().sum(2).flatten()
+    blocks = torch.stack([largest(neuron) for neuron in range(len(squares))])
+    return float(part.general.finish((squares * blocks).sum(), weight))
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

@@ -110,7 +110,7 @@ class Options:
             )
 
 
-def outer_class_dim(caller: str, bound: Bound, class_dim: int | None, outputs: Tensor) -> int | None:
+def check_class_dim(caller: str, bound: Bound, class_dim: int | None, outputs: Tensor) -> None:
     """Check that cross-entropy's class dimension is the one that holds the layer's neurons."""
     expected = 0 if outputs.dim() == 1 else 1
     if bound.softmax and class_dim != expected:
@@ -118,7 +118,6 @@ def outer_class_dim(caller: str, bound: Bound, class_dim: int | None, outputs: T
             f"{caller}: cross-entropy takes dimension {expected} of its input, of shape {tuple(outputs.shape)}, for the classes, "
             f"but the layer's outputs lie in dimension {class_dim}; flatten the rows to (N, O) or move the classes to dimension 1"
         )
-    return class_dim
 
 
 def flatness(
