@@ -1,15 +1,15 @@
-"""Tensors of every dtype and memory layout, logits of a given confidence, and the backends there are."""
+"""Tensors of every dtype and memory layout, logits of a given confidence, the backends there are, and expected refusals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from fam_ext import backends
+from fam_ext import UnsupportedError, backends
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last", "transposed", "strided", "sliced", "expanded"]
@@ -46,3 +46,12 @@ def confident_logits(rows: int, classes: int, doubt: float, seed: int = 0) -> tu
     y = torch.randint(0, classes, (rows,), generator=generator)
     others = z.scatter(1, y[:, None], -torch.inf).logsumexp(1, keepdim=True)
     return z.scatter(1, y[:, None], others + math.log((1 - doubt) / doubt)).float(), y
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 5), torch.randint(0, 4, (8,))
+
+
+def expect(message: str, action: Callable[[], Any]) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        action()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fam_ext.reference.hessian import from_traces
+
 
 def kappa(
     loss: Callable[[Tensor], Tensor],
@@ -29,13 +31,7 @@ def kappa(
                 unit = torch.zeros(rows, rows, dtype=weight.dtype)
                 unit[s] = 1
                 traces = traces + unit * row[:, t]
-    w = weight.flatten(1)
-    group = torch.arange(rows) // (rows // groups)
-    if measure == "neuronwise":
-        return ((w @ w.T) * (group[:, None] == group[None, :]) * traces).sum()
-    if measure == "layerwise":
-        return w.norm() ** norm_power * traces.diagonal().sum()
-    return traces.diagonal().sum()
+    return from_traces(traces, weight.flatten(1), measure, groups, norm_power)
 
 
 def softmax_trace(logits: Tensor, weight: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from example_runs import EXAMPLES, check_one_seed_is_refused, run
 
-DEMO = Path(__file__).parents[1] / "examples" / "digits.py"
+DEMO = "digits.py"
 PACKAGES = ("matplotlib", "pytorch_optimizer", "rich", "sklearn", "tqdm")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 METHODS = {"SGD", "SAM", "FAM", "FAM, held"}
@@ -20,14 +20,8 @@ METHODS = {"SGD", "SAM", "FAM", "FAM, held"}
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the demo needs {', '.join(MISSING)}")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(DEMO), *arguments]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
-
-
 def test_quick(tmp_path: Path) -> None:
-    done = run("--quick", "--out", str(tmp_path / "new" / "folder"))
+    done = run(DEMO, "--quick", "--out", str(tmp_path / "new" / "folder"))
     assert done.returncode == 0, done.stderr
     assert "…" not in done.stdout, "a table does not fit 80 columns"
     with (tmp_path / "new" / "folder" / "digits.csv").open(encoding="utf-8") as file:
@@ -48,17 +42,12 @@ def test_quick(tmp_path: Path) -> None:
 
 
 def test_one_seed_is_refused(tmp_path: Path) -> None:
-    done = run("--seeds", "1", "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert "standard error" in done.stderr
-    assert not list(tmp_path.iterdir())
+    check_one_seed_is_refused(DEMO, tmp_path)
 
 
 def test_missing_package(tmp_path: Path) -> None:
     """The message names the package and what to install."""
-    code = (
-        f"import runpy, sys; sys.modules['tqdm'] = None; runpy.run_path({str(DEMO)!r}, run_name='__main__')"
-    )
+    code = f"import runpy, sys; sys.modules['tqdm'] = None; runpy.run_path({str(EXAMPLES / DEMO)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=tmp_path)
     assert done.returncode == 1
     assert "tqdm" in done.stderr

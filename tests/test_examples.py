@@ -5,29 +5,21 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from example_runs import check_one_seed_is_refused, run
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "inner_layers.py"
+EXAMPLE = "inner_layers.py"
 PACKAGES = ("matplotlib", "rich", "sklearn", "tqdm")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the example needs {', '.join(MISSING)}")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(EXAMPLE), *arguments]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
-
-
 def test_quick(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    done = run("--quick", "--out", str(folder))
+    done = run(EXAMPLE, "--quick", "--out", str(folder))
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     assert "…" not in done.stdout, "a table does not fit 80 columns"
@@ -55,7 +47,4 @@ def test_quick(tmp_path: Path) -> None:
 
 
 def test_one_seed_is_refused(tmp_path: Path) -> None:
-    done = run("--seeds", "1", "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert "standard error" in done.stderr
-    assert not list(tmp_path.iterdir())
+    check_one_seed_is_refused(EXAMPLE, tmp_path)

@@ -29,8 +29,12 @@ def relative_flatness(
     convolution) only neurons of one group are paired.
     """
     hessian = layer_hessian(loss, weight)
-    w = weight.detach().double().flatten(1)
-    traces = torch.einsum("aibi->ab", hessian)  # Tr(H_{s,s'})
+    traces = torch.einsum("aibi->ab", hessian)
+    return from_traces(traces, weight.detach().double().flatten(1), measure, groups, norm_power)
+
+
+def from_traces(traces: Tensor, w: Tensor, measure: str, groups: int = 1, norm_power: int = 2) -> Tensor:
+    """A measure from Tr(H_{s,s'}), (O, O), and the weight's rows, (O, I); differentiable in both."""
     group = torch.arange(len(w)) // (len(w) // groups)
     gram = (w @ w.T) * (group[:, None] == group[None, :])
     trace: Tensor = traces.diagonal().sum()

@@ -1,0 +1,70 @@
+"""FAMLoss's arguments: layers by name, what is refused, and what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from inputs import batch, expect
+from torch import nn
+
+from fam_ext import FAMLoss, UnsupportedError
+
+
+def test_for_model() -> None:
+    net = nn.ModuleDict({"body": nn.Linear(2, 3), "fc": nn.Linear(3, 4), "act": nn.ReLU()})
+    ce = nn.CrossEntropyLoss()
+    assert FAMLoss.for_model(ce, net, strength=0.1).layer is net["fc"]
+    assert FAMLoss.for_model(ce, net, "body", strength=0.1).layer is net["body"]
+    assert FAMLoss.for_model(ce, net, "f*", strength=0.1).layer is net["fc"]
+    assert [p.module for p in FAMLoss.for_model(ce, net, "*", strength=0.1).parts] == [net["body"], net["fc"]]
+    expect("got ReLU", lambda: FAMLoss.for_model(ce, net, "act", strength=0.1))
+    with pytest.raises(ValueError, match=r"near: .*fc"):
+        FAMLoss.for_model(ce, net, "fcc", strength=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layer": "fc"}, TypeError, "layer must be a module"),
+        ({"layer": nn.LazyLinear(3)}, UnsupportedError, "no shape yet"),
+        ({"layer": nn.Bilinear(2, 3, 1)}, UnsupportedError, "got Bilinear"),
+        ({"layer": []}, ValueError, "sequence of different modules"),
+        ({"criterion": nn.NLLLoss(), "method": "closed_form"}, UnsupportedError, "NLLLoss"),
+        ({"criterion": lambda z, t: z.sum(), "curvature": "ggn"}, UnsupportedError, "no closed form"),
+        (
+            {"criterion": nn.PoissonNLLLoss(log_input=False), "method": "closed_form"},
+            UnsupportedError,
+            "log_input",
+        ),
+        ({"criterion": 3}, TypeError, "criterion"),
+        ({"strength": float("nan")}, ValueError, "finite"),
+        ({"strength": "1"}, TypeError, "strength"),
+        ({"measure": "sharpness"}, ValueError, "measure"),
+        ({"measure": "layerwise_eigenvalue", "method": "hutchinson"}, ValueError, "method"),
+        ({"curvature": "ggn", "method": "hutchinson"}, ValueError, "curvature"),
+        ({"method": "finite_difference", "curvature_grad": False}, ValueError, "curvature_grad"),
+        ({"max_bytes": 0}, ValueError, "max_bytes"),
+        ({"norm_power": 1}, ValueError, "norm_power"),
+        ({"measure": "trace", "curvature_grad": False}, ValueError, "curvature_grad"),
+        ({"every": 0}, ValueError, "every"),
+        ({"probes": 0}, ValueError, "probes"),
+        ({"normalize": "fan_out"}, ValueError, "normalize"),
+        ({"backend": "cuda"}, ValueError, "backend"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "criterion": nn.CrossEntropyLoss(),
+        "layer": nn.Linear(3, 4),
+        "strength": 0.1,
+    }
+    with pytest.raises(error, match=message):
+        FAMLoss(**{**arguments, **options})
+
+
+def test_fisher_is_accepted_where_it_is_the_hessian() -> None:
+    layer, x, y = nn.Linear(5, 4), *batch()
+    FAMLoss(nn.CrossEntropyLoss(), layer, 0.1, curvature="fisher")(layer(x), y)
+    smoothed = FAMLoss(nn.CrossEntropyLoss(label_smoothing=0.1), layer, 0.1, curvature="fisher")
+    expect("fisher", lambda: smoothed(layer(x), y))
