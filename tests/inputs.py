@@ -52,6 +52,6 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 5), torch.randint(0, 4, (8,))
 
 
-def expect(message: str, action: Callable[[], Any]) -> None:
+def expect(message: str, action: Callable[[], object]) -> None:
     with pytest.raises(UnsupportedError, match=message):
         action()
