@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 
 from fam_ext import _checks, criteria, graph
 from fam_ext.capture import Capture, Captures, LayerHook, check_tensor, layer_weight
-from fam_ext.curvature import LayerCall
+from fam_ext.curvature import Curvature, LayerCall, products
 from fam_ext.engine import Estimate
 from fam_ext.errors import NotAHead, UnsupportedError
 from fam_ext.general import CLOSED_FORM, General, Plan
@@ -29,6 +30,15 @@ class Taken(NamedTuple):
     class_dim: int | None
     rows: Tensor | None
     bound: criteria.Bound
+
+
+class Found(NamedTuple):
+    """A layer that is no head, its weight and calls, and the autograd nodes between the loss and them."""
+
+    part: Part
+    weight: Tensor
+    calls: list[LayerCall]
+    between: list[Any]
 
 
 class Part:
@@ -210,15 +220,8 @@ class LayerCriterion(nn.Module):
             self.options, part.layer, bound, outputs, class_dim, rows, features, weight, samples, per_sample
         )
 
-    def _through_graph(
-        self, part: Part, loss: Tensor, outputs: Any, bound: criteria.Bound | None, per_sample: bool = False
-    ) -> Estimate:
-        """The term of a layer that is no head, from the graph of the loss."""
-        weight, calls, between = self._calls(part, loss)
-        return part.general.flatness(loss, weight, calls, between, outputs, bound, per_sample)
-
-    def _calls(self, part: Part, loss: Tensor) -> tuple[Tensor, list[LayerCall], list[Any]]:
-        """The layer's weight, its calls that `loss` depends on, and the autograd nodes in between."""
+    def _found(self, parts: Sequence[Part], loss: Tensor) -> list[Found]:
+        """The calls of layers that `loss` depends on, by one walk of its graph; raises where a layer has none."""
         caller = self.options.caller
         if loss.dim() != 0:
             raise UnsupportedError(
@@ -227,9 +230,17 @@ class LayerCriterion(nn.Module):
             )
         if not torch.is_grad_enabled() or not loss.requires_grad:
             raise UnsupportedError(
-                f"{caller}: this layer is no head, its curvature needs gradients: {self._no_graph(part)}"
+                f"{caller}: this layer is no head, its curvature needs gradients: {self._no_graph(parts[0])}"
             )
-        found, between = graph.find(loss, part.captures)
+        walked = graph.find(loss, [part.captures for part in parts])
+        return [
+            Found(part, *self._calls(part, calls), between)
+            for part, (calls, between) in zip(parts, walked, strict=True)
+        ]
+
+    def _calls(self, part: Part, found: Sequence[graph.Call]) -> tuple[Tensor, list[LayerCall]]:
+        """The layer's weight and its calls, checked."""
+        caller = self.options.caller
         if not found:
             raise part.not_a_head or UnsupportedError(f"{caller}: {self._no_graph(part)}")
         calls, weight = [], None
@@ -247,14 +258,36 @@ class LayerCriterion(nn.Module):
             )
         part.captures.done()
         assert weight is not None
-        return weight, calls, between
+        return weight, calls
+
+    def _hessian_terms(self, loss: Tensor, found: Sequence[Found], per_sample: bool) -> list[Estimate]:
+        """The terms of layers that are no heads, from products that share the first gradient of the loss."""
+        curvatures = [f.part.general.curvature(f.weight, f.calls) for f in found]
+        wanted = torch.is_grad_enabled()
+        with self._products(loss, found, curvatures):
+            terms = [
+                f.part.general.flatness(curvature, f.between, per_sample)
+                for f, curvature in zip(found, curvatures, strict=True)
+            ]
+        return terms if wanted else [Estimate(term.value.detach(), term.standard_error) for term in terms]
+
+    @contextmanager
+    def _products(
+        self, loss: Tensor, found: Sequence[Found], curvatures: Sequence[Curvature]
+    ) -> Iterator[None]:
+        between = dict.fromkeys(node for f in found for node in f.between)  # a set with an order
+        correct, doubtful = graph.check(self.options.caller, between)
+        with (
+            torch.autocast(loss.device.type, enabled=False),
+            products(loss, curvatures, correct, doubtful),
+        ):
+            yield
 
     def weight_product(self, loss: Tensor, direction: Tensor) -> Tensor:
         """H D of one loss for the first layer, D and the result in canonical layout (fam_ext.layers), without graph."""
-        part = self.parts[0]
-        weight, calls, between = self._calls(part, loss)
-        curvature = part.general.curvature(loss, weight, calls, between, hold=True)
-        with torch.autocast(weight.device.type, enabled=False), curvature.products():
+        found = self._found(self.parts[:1], loss)
+        curvature = Curvature(found[0].part.layer, found[0].weight, found[0].calls, hold=True)
+        with self._products(loss, found, [curvature]):
             return curvature.weight_product(direction).detach()
 
     def _terms(
@@ -267,22 +300,27 @@ class LayerCriterion(nn.Module):
         per_sample: bool = False,
     ) -> Estimate:
         """The sum of the layers' terms. `loss` may be None where no term needs its graph."""
-        total: Any = 0
-        variance: Any = None
-        for part, head in zip(self.parts, taken, strict=True):
-            if head is not None:
-                total = total + self._closed(part, outputs, head, per_sample)
-                continue
-            if self.options.method == "finite_difference":
+        terms = [
+            Estimate(self._closed(part, outputs, head, per_sample), None)
+            for part, head in zip(self.parts, taken, strict=True)
+            if head is not None
+        ]
+        others = [part for part, head in zip(self.parts, taken, strict=True) if head is None]
+        if others and self.options.method == "finite_difference":
+            for part in others:
                 part.captures.done()
-                estimate = part.general.by_differences(closure, per_sample)
+                terms.append(part.general.by_differences(closure, per_sample))
+        elif others:
+            assert loss is not None
+            found = self._found(others, loss)
+            if self.options.curvature == "hessian":
+                terms += self._hessian_terms(loss, found, per_sample)
             else:
-                assert loss is not None
-                estimate = self._through_graph(part, loss, outputs, bound, per_sample)
-            total = total + estimate.value
-            if estimate.standard_error is not None:
-                variance = estimate.standard_error.square() + (0 if variance is None else variance)
-        return Estimate(total, None if variance is None else variance.sqrt())
+                terms += [
+                    f.part.general.positive(f.weight, f.calls, f.between, outputs, bound, per_sample)
+                    for f in found
+                ]
+        return Estimate.total(terms)
 
     @staticmethod
     def _no_graph(part: Part) -> str:

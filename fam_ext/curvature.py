@@ -4,6 +4,8 @@ For a layer called once, z = layer(phi; W) is linear in W, so for weight directi
 da = layer(phi; A), db = layer(phi; B) and Lambda = d^2 L / dz^2, of which only products are formed: Lambda db = grad(g, z, db)
 with g = grad(L, z, create_graph=True). Only the part of the network after the layer is differentiated twice. Where the layer is
 called several times, a later input depends on an earlier output, and products are taken on the weight itself.
+
+Several layers share the first gradient: one backward pass gives it for all of them.
 """
 
 from __future__ import annotations
@@ -31,26 +33,15 @@ class LayerCall(NamedTuple):
 
 
 class Curvature:
-    """Products with the Hessian of `loss` with respect to `weight`, by way of the layer's calls.
+    """Products with the Hessian of a loss with respect to `weight`, by way of the layer's calls; inside `with products(...)`.
 
-    Use inside `with curvature.products():`, which puts right the derivatives of the nodes listed in `correct`.
-    `hold` takes the Hessian as a constant: its products carry no graph. `doubtful` names the nodes after the layer that have
-    never been verified: only then the first gradient is searched for operations that forbid a second derivative.
+    `hold` takes the Hessian as a constant: its products carry no graph.
     """
 
     def __init__(
-        self,
-        loss: Tensor,
-        layer: LayerMap,
-        weight: Tensor,
-        calls: Sequence[LayerCall],
-        correct: Sequence[Any],
-        hold: bool = False,
-        doubtful: Sequence[str] = (),
+        self, layer: LayerMap, weight: Tensor, calls: Sequence[LayerCall], hold: bool = False
     ) -> None:
-        self.doubtful = doubtful
-        self.loss, self.layer, self.weight, self.calls = loss, layer, weight, calls
-        self.correct = correct
+        self.layer, self.weight, self.calls = layer, weight, calls
         self.hold = hold or not torch.is_grad_enabled()
         self.gradient: Tensor | None = None
         self.batchable = True  # whether torch can take several products at once
@@ -68,41 +59,10 @@ class Curvature:
     def dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    @contextmanager
-    def products(self) -> Iterator[None]:
-        """Forms the first gradient; products can be taken inside."""
-        with corrections.corrected(self.correct), torch.enable_grad():
-            self.gradient = self._first_gradient()
-            try:
-                yield
-            finally:
-                self.gradient = None
-
-    def _first_gradient(self) -> Tensor | None:
-        inputs: Any = self.weight if self.on_weight else self.calls[0].edge
-        gradient: Tensor | None
-        (gradient,) = torch.autograd.grad(self.loss, inputs, create_graph=True, allow_unused=True)
-        if gradient is None or not gradient.requires_grad:
-            return None
-        if self.doubtful:
-            self._refuse_dead_ends(gradient)
-        return gradient
-
-    def _refuse_dead_ends(self, gradient: Tensor) -> None:
-        """An operation that forbids a second derivative leaves an error node that leads nowhere: products would miss its part."""
-        seen: set[Any] = set()
-        stack = [gradient.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node.name() == "torch::autograd::Error":
-                raise UnsupportedError(
-                    "an operation between the layer and the loss can be differentiated once only (one of "
-                    f"{', '.join(self.doubtful)}); use method='finite_difference', or write it with differentiable operations"
-                )
-            stack.extend(following for following, _ in node.next_functions)
+    @property
+    def origin(self) -> Any:
+        """What the first gradient is taken by: the weight, or the edge where the only call's output entered the graph."""
+        return self.weight if self.on_weight else self.calls[0].edge
 
     def direction(self, weight: Tensor) -> Tensor:
         """The product's argument for a weight direction in canonical layout."""
@@ -157,3 +117,45 @@ class Curvature:
         z = self.layer.apply(self.features.to(product.dtype), origin)
         (pulled,) = torch.autograd.grad(z, origin, product, create_graph=not self.hold)
         return self.layer.canonical(pulled)
+
+
+@contextmanager
+def products(
+    loss: Tensor, curvatures: Sequence[Curvature], correct: Sequence[Any], doubtful: Sequence[str] = ()
+) -> Iterator[None]:
+    """Form the first gradients of `loss` for several layers in one backward pass; their products can be taken inside.
+
+    The derivatives of the autograd nodes in `correct` are put right meanwhile (fam_ext.corrections). `doubtful` names nodes after
+    the layers that have never been verified: only then the gradients are searched for operations that forbid a second derivative.
+    """
+    with corrections.corrected(correct), torch.enable_grad():
+        gradients = torch.autograd.grad(
+            loss, [c.origin for c in curvatures], create_graph=True, allow_unused=True
+        )
+        for curvature, gradient in zip(curvatures, gradients, strict=True):
+            if gradient is not None and gradient.requires_grad:
+                curvature.gradient = gradient
+        if doubtful:
+            _refuse_dead_ends([c.gradient for c in curvatures if c.gradient is not None], doubtful)
+        try:
+            yield
+        finally:
+            for curvature in curvatures:
+                curvature.gradient = None
+
+
+def _refuse_dead_ends(gradients: Sequence[Tensor], doubtful: Sequence[str]) -> None:
+    """An operation that forbids a second derivative leaves an error node that leads nowhere: products would miss its part."""
+    seen: set[Any] = set()
+    stack: list[Any] = [gradient.grad_fn for gradient in gradients]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise UnsupportedError(
+                "an operation between the layer and the loss can be differentiated once only (one of "
+                f"{', '.join(doubtful)}); use method='finite_difference', or write it with differentiable operations"
+            )
+        stack.extend(following for following, _ in node.next_functions)

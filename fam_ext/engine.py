@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,15 @@ class Estimate(NamedTuple):
         """The mean of independent estimates along the first dimension."""
         several = len(values) > 1
         return cls(values.mean(0), values.detach().std(0) / len(values) ** 0.5 if several else None)
+
+    @classmethod
+    def total(cls, terms: Sequence[Estimate]) -> Estimate:
+        """The sum of independent estimates."""
+        if len(terms) == 1:
+            return terms[0]
+        value: Any = sum(term.value for term in terms)
+        errors = [term.standard_error for term in terms if term.standard_error is not None]
+        return cls(value, torch.stack(errors).square().sum(0).sqrt() if errors else None)
 
 
 def interaction(curvature: Curvature, generator: torch.Generator) -> str:
@@ -105,7 +114,7 @@ def exact_products(layer: LayerMap, curvature: Curvature, level: str) -> int:
 
 
 def exact(curvature: Curvature, level: str, weighted: bool, chunk: int, backend: str) -> Iterator[Tensor]:
-    """Summands of Tr(A Lambda), each of z's shape (of the weight's for several calls), in chunks of products.
+    """Summands of Tr(A Lambda), each the sum over a chunk of products, of z's shape (of the weight's for several calls).
 
     `weighted`: A = K kron G as in kappa; else K kron 1, for the trace of H.
     """
@@ -115,17 +124,18 @@ def exact(curvature: Curvature, level: str, weighted: bool, chunk: int, backend:
     outputs = groups * neurons
     gram = weight @ weight.transpose(1, 2) if weighted else None
 
-    def mixed(z: Tensor) -> Tensor:
-        return z if gram is None else layer.mix(gram, z)
-
     if level == "rows":
         shape = curvature.calls[0].shape
         norms = layer.spread(layer.norms(curvature.features, backend), outputs)
+        columns = _columns(gram, outputs, weight)
         for begin in range(0, outputs, chunk):
-            basis = _one_hot(curvature, shape, layer.class_dim, range(begin, min(begin + chunk, outputs)))
-            products = curvature.apply(basis)
-            for unit, product in zip(basis, products, strict=True):
-                yield norms * mixed(unit) * product
+            entries = range(begin, min(begin + chunk, outputs))
+            products = curvature.apply(_one_hot(curvature, shape, layer.class_dim, entries))
+            column = columns[:, begin : begin + chunk].T  # (K, O)
+            column = column.reshape(
+                len(entries), *(1,) * (len(shape) - 1 - layer.spatial), -1, *(1,) * layer.spatial
+            )
+            yield norms * (column * products).sum(0)
         return
     if level == "samples" and layer.linear and layer.positions(curvature.calls[0].shape) < fan_in:
         yield from _by_position(curvature, gram, chunk)
@@ -137,8 +147,20 @@ def exact(curvature: Curvature, level: str, weighted: bool, chunk: int, backend:
         units = basis.reshape(-1, groups, neurons, fan_in)
         directions = torch.stack([curvature.direction(unit) for unit in units])
         products = curvature.apply(directions)
-        for unit, product in zip(units, products, strict=True):
-            yield curvature.direction(unit if gram is None else gram @ unit) * product
+        mixed = (
+            directions if gram is None else torch.stack([curvature.direction(gram @ unit) for unit in units])
+        )
+        yield (mixed * products).sum(0)
+
+
+def _columns(gram: Tensor | None, outputs: int, like: Tensor) -> Tensor:
+    """The groups' Gram matrices as one block-diagonal matrix, (O, O); the identity without."""
+    if gram is None:
+        return torch.eye(outputs, device=like.device, dtype=like.dtype)
+    if len(gram) == 1:
+        return gram[0]
+    blocks: Tensor = torch.block_diag(*gram)  # type: ignore[no-untyped-call]
+    return blocks
 
 
 def _one_hot(curvature: Curvature, shape: tuple[int, ...], dim: int, entries: range) -> Tensor:
@@ -155,18 +177,17 @@ def _by_position(curvature: Curvature, gram: Tensor | None, chunk: int) -> Itera
     phi = curvature.features.reshape(samples, -1, curvature.features.shape[-1])
     kernel = phi @ phi.transpose(1, 2)  # (B, Q, Q)
     positions = kernel.shape[1]
-    pairs = [(q, s) for q in range(positions) for s in range(outputs)]
-    for begin in range(0, len(pairs), chunk):
-        some = pairs[begin : begin + chunk]
+    columns = _columns(gram, outputs, phi)
+    for begin in range(0, positions * outputs, chunk):
+        index = torch.arange(begin, min(begin + chunk, positions * outputs), device=curvature.device)
+        q, s = index // outputs, index % outputs
         basis = torch.zeros(
-            len(some), samples, positions, outputs, device=curvature.device, dtype=curvature.dtype
+            len(index), samples, positions, outputs, device=curvature.device, dtype=curvature.dtype
         )
-        for k, (q, s) in enumerate(some):
-            basis[k, :, q, s] = 1
-        products = curvature.apply(basis.reshape(len(some), *call.shape))
-        for (q, s), product in zip(some, products, strict=True):
-            column = torch.eye(outputs, device=curvature.device)[s] if gram is None else gram[0, :, s]
-            yield (kernel[:, :, q].unsqueeze(-1) * column).reshape(call.shape) * product
+        basis[torch.arange(len(index)), :, q, s] = 1
+        products = curvature.apply(basis.reshape(len(index), *call.shape)).reshape(basis.shape)
+        along = kernel[:, :, q].permute(2, 0, 1).unsqueeze(-1)  # (K, B, Q, 1)
+        yield (along * columns[:, s].T[:, None, None] * products).sum(0).reshape(call.shape)
 
 
 def hutchinson(

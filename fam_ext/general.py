@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext import corrections, eigen, engine, factors, finite_difference, graph
+from fam_ext import corrections, eigen, engine, factors, finite_difference
 from fam_ext.criteria import SUPPORTED, Bound
 from fam_ext.curvature import Curvature, LayerCall
 from fam_ext.engine import Estimate
 from fam_ext.errors import UnsupportedError
 from fam_ext.heads import EIGENVALUE_MEASURES, Layer, weight_factor
 from fam_ext.terms import Options
-from fam_ext.verified import VERIFIED
 
 log = logging.getLogger("fam_ext")
 
 EXACT_PRODUCTS = 32  # "auto" takes the exact value up to this many products
 _SEED = 0x5EED
+# Exact products taken together. Where vmap has no rule for an operation it loops, and the loop's backward fills a tensor of all
+# products for each of them: 256 at once took 2 to 20 times as long as 16.
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -65,40 +67,19 @@ class General:
             self._generator = torch.Generator(device).manual_seed(_SEED)
         return self._generator
 
-    def flatness(
-        self,
-        loss: Tensor,
-        weight: Tensor,
-        calls: Sequence[LayerCall],
-        between: list[Any],
-        outputs: Any,
-        bound: Bound | None,
-        per_sample: bool = False,
-    ) -> Estimate:
-        """The term of these calls of the layer, `between` them and `loss` the autograd nodes of fam_ext.graph.find."""
-        options = self.options
-        if options.curvature != "hessian":
-            return self._positive(weight, calls, between, outputs, bound, per_sample)
+    def curvature(self, weight: Tensor, calls: Sequence[LayerCall]) -> Curvature:
+        """Products with the Hessian through these calls of the layer, inside fam_ext.curvature.products."""
         if len(calls) > 1:
             self._check_weight_is_leaf(weight)
-        curvature = self.curvature(loss, weight, calls, between, hold=not options.curvature_grad)
-        wanted = torch.is_grad_enabled()
-        device_type = weight.device.type
-        with torch.autocast(device_type, enabled=False), curvature.products():
-            level = self._level(curvature, between)
-            plan = self._choose(curvature, level, len(between))
-            estimate = self._estimate(curvature, plan, per_sample)
-        self.note(plan)
-        value = self.finish(estimate.value, weight)
-        return Estimate(value if wanted else value.detach(), estimate.standard_error)
+        return Curvature(self.layer, weight, calls, hold=not self.options.curvature_grad)
 
-    def curvature(
-        self, loss: Tensor, weight: Tensor, calls: Sequence[LayerCall], between: list[Any], hold: bool
-    ) -> Curvature:
-        """Products with the Hessian, after a check of the operations they go through."""
-        correct = graph.check(self.options.caller, between)
-        names = {graph.bare(node.name()) for node in between if node not in correct}
-        return Curvature(loss, self.layer, weight, calls, correct, hold, sorted(names - VERIFIED))
+    def flatness(self, curvature: Curvature, between: list[Any], per_sample: bool = False) -> Estimate:
+        """The term from Hessian products, `between` the nodes from the loss to the layer; inside fam_ext.curvature.products."""
+        level = self._level(curvature, between)
+        plan = self._choose(curvature, level, len(between))
+        estimate = self._estimate(curvature, plan, per_sample)
+        self.note(plan)
+        return Estimate(self.finish(estimate.value, curvature.weight), estimate.standard_error)
 
     def by_differences(self, closure: Any, per_sample: bool) -> Estimate:
         """method="finite_difference": the loss is evaluated by `closure`, under weights to both sides."""
@@ -179,7 +160,7 @@ class General:
 
         if plan.method == "exact":
             size = max(1, sum(_bytes(call) for call in curvature.calls) * 16)
-            chunk = max(1, min(plan.products, options.max_bytes // (16 * size)))
+            chunk = max(1, min(plan.products, _AT_ONCE, options.max_bytes // (16 * size)))
             total: Any = 0
             for summand in engine.exact(curvature, level, weighted, chunk, options.backend):
                 total = total + share(summand)
@@ -199,14 +180,14 @@ class General:
         largest = torch.stack([eigen.largest(curvature, neuron) for neuron in range(len(squares))])
         return Estimate((squares * largest).sum(), None)
 
-    def _positive(
+    def positive(
         self,
         weight: Tensor,
         calls: Sequence[LayerCall],
         between: list[Any],
         outputs: Any,
         bound: Bound | None,
-        per_sample: bool,
+        per_sample: bool = False,
     ) -> Estimate:
         """curvature="ggn" (all factors of the criterion's Hessian) or "fisher" (`probes` draws of labels)."""
         options, layer = self.options, self.layer

@@ -8,6 +8,7 @@ refused or corrected (fam_ext.corrections); for any other a warning is given onc
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,44 +84,47 @@ class Call:
     stored: Any
 
 
-def find(loss: Any, key: object) -> tuple[list[Call], list[Any]]:
-    """The calls whose node holds (key, output number) in its metadata, and the nodes between them and `loss`.
+def find(loss: Any, keys: Sequence[object]) -> list[tuple[list[Call], list[Any]]]:
+    """For each key: the calls whose node holds (key, output number) in its metadata, and the nodes between them and `loss`.
 
-    Between means: on a path from the loss to a call, the calls' own nodes excluded. Every node is visited once.
+    Between means: on a path from the loss to a call, the calls' own nodes excluded unless they lead to another one. One walk
+    serves all keys and visits every node once.
     """
-    root = loss.grad_fn
-    if root is None:
-        return [], []
-    calls: dict[Any, list[Call]] = {}
-    reaches: dict[Any, bool] = {}  # whether a call is behind this node
+    numbers = {id(key): k for k, key in enumerate(keys)}
+    calls: list[list[Call]] = [[] for _ in keys]
+    between: list[list[Any]] = [[] for _ in keys]
+    here: dict[Any, int] = {}  # bit k: this node is a call of key k
+    behind: dict[Any, int] = {}  # bit k: a call of key k is behind this node
     order: list[Any] = []
-    stack: list[tuple[Any, bool]] = [(root, False)]
+    stack: list[tuple[Any, bool]] = [] if loss.grad_fn is None else [(loss.grad_fn, False)]
     while stack:
         node, done = stack.pop()
         following = [n for n, _ in node.next_functions if n is not None]
         if done:
-            reaches[node] = any(reaches.get(n, False) or n in calls for n in following)
+            bits = 0
+            for n in following:
+                bits |= behind.get(n, 0) | here.get(n, 0)
+            behind[node] = bits
             order.append(node)
             continue
-        if node in reaches:
+        if node in behind:
             continue
-        reaches[node] = False
+        behind[node] = 0
         metadata = node.metadata
-        found = (
-            [Call(node, k[1], stored) for k, stored in metadata.items() if _is_key(k, key)]
-            if metadata
-            else []
-        )
-        if found:
-            calls[node] = found
+        if metadata:
+            for found, stored in metadata.items():
+                number = numbers.get(id(found[0])) if isinstance(found, tuple) and len(found) == 2 else None
+                if number is not None:
+                    calls[number].append(Call(node, found[1], stored))
+                    here[node] = here.get(node, 0) | 1 << number
         stack.append((node, True))
-        stack.extend((n, False) for n in following if n not in reaches)
-    between = [node for node in reversed(order) if reaches[node]]
-    return [call for found in calls.values() for call in found], between
-
-
-def _is_key(candidate: object, key: object) -> bool:
-    return isinstance(candidate, tuple) and len(candidate) == 2 and candidate[0] is key
+        stack.extend((n, False) for n in following if n not in behind)
+    for node in reversed(order):
+        bits = behind[node]
+        for k, nodes in enumerate(between):
+            if bits >> k & 1:
+                nodes.append(node)
+    return list(zip(calls, between, strict=True))
 
 
 def bare(name: str) -> str:
@@ -128,25 +132,31 @@ def bare(name: str) -> str:
     return name.rstrip("0123456789")
 
 
-def check(caller: str, nodes: list[Any]) -> list[Any]:
-    """Refuse nodes that cannot be differentiated right, warn once of those never verified; returns those to correct."""
-    correct = []
+def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
+    """The nodes to correct, and the names of those never verified, of which it warns once.
+
+    Raises UnsupportedError for a node that cannot be differentiated right.
+    """
+    correct, doubtful = [], set()
     for node in nodes:
+        name = bare(full := node.name())
+        if name in VERIFIED and full not in corrections.CORRECTED:
+            continue
         if corrections.needs_correction(node):
             correct.append(node)
-            continue
-        name = bare(node.name())
-        if name in REFUSED:
+        elif name in REFUSED:
             why, way_out = REFUSED[name]
             raise UnsupportedError(
                 f"{caller}: the graph between the layer and the loss holds {name.removesuffix('Backward')}: {why}; {way_out}"
             )
-        if name not in VERIFIED and name not in REFUSED and name not in _warned:
-            _warned.add(name)
-            warnings.warn(
-                f"{caller}: the third derivative of {name} (between the layer and the loss) has never been verified; kappa's "
-                "value is right where torch's second derivative is, its gradient may not be. curvature='ggn' needs second "
-                "derivatives only",
-                stacklevel=2,
-            )
-    return correct
+        elif name not in VERIFIED:
+            doubtful.add(name)
+            if name not in _warned:
+                _warned.add(name)
+                warnings.warn(
+                    f"{caller}: the third derivative of {name} (between the layer and the loss) has never been verified; kappa's "
+                    "value is right where torch's second derivative is, its gradient may not be. curvature='ggn' needs second "
+                    "derivatives only",
+                    stacklevel=2,
+                )
+    return correct, sorted(doubtful)

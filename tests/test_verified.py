@@ -18,7 +18,7 @@ from verified_cases_base import Case, Refused, smooth
 from verified_cases_refused import ELSEWHERE
 
 from fam_ext import UnsupportedError, corrections, engine, graph, verified
-from fam_ext.curvature import Curvature, LayerCall
+from fam_ext.curvature import Curvature, LayerCall, products
 from fam_ext.layers import LayerMap
 
 BY_ID = {case.id: case for case in CASES}
@@ -155,9 +155,9 @@ def _kappa(layer: Any, calls: list[tuple[Tensor, Tensor]], loss: Tensor, edges: 
         LayerCall(edge, features, tuple(z.shape), z.dtype)
         for edge, (features, z) in zip(edges, calls, strict=True)
     ]
-    _, between = graph.find(loss, layer)
-    curvature = Curvature(loss, LayerMap("kappa", layer), layer.weight, found, graph.check("kappa", between))
-    with curvature.products():
+    ((_, between),) = graph.find(loss, [layer])
+    curvature = Curvature(LayerMap("kappa", layer), layer.weight, found)
+    with products(loss, [curvature], graph.check("kappa", between)[0]):
         return torch.stack([s.sum() for s in engine.exact(curvature, "batch", True, 16, "auto")]).sum()
 
 
@@ -217,10 +217,11 @@ def test_corrected_gradients_agree_with_torchs_and_end_with_the_block() -> None:
         replaced.append(grad)
         return corrections.layer_norm(saved, grad)
 
-    (name,) = {n.name() for n in graph.check("kappa", between)}
+    correct, _ = graph.check("kappa", between)
+    (name,) = {n.name() for n in correct}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(corrections.CORRECTED, name, corrections.CORRECTED[name]._replace(formula=formula))
-        with corrections.corrected(graph.check("kappa", between)):
+        with corrections.corrected(correct):
             ours = torch.autograd.grad(loss, problem.params, retain_graph=True)
     assert len(replaced) == 1
     torch.testing.assert_close(ours, plain)

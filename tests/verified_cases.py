@@ -27,7 +27,7 @@ from torch.autograd.graph import get_gradient_edge
 from verified_cases_base import Case, Refused, smooth
 
 from fam_ext import engine, graph
-from fam_ext.curvature import Curvature, LayerCall
+from fam_ext.curvature import Curvature, LayerCall, products
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import LayerMap
 
@@ -93,17 +93,17 @@ class Problem:
         z.grad_fn.metadata[(key, 0)] = None
         call = LayerCall(get_gradient_edge(z), self.x, tuple(z.shape), z.dtype)
         loss = self.loss(z)
-        calls, between = graph.find(loss, key)
+        ((calls, between),) = graph.find(loss, [key])
         assert len(calls) == 1
         return loss, call, between
 
     def kappa(self, chunk: int = 64) -> Tensor:
         """kappa as the package forms it, `chunk` products at once."""
         loss, call, between = self.forward()
-        correct = graph.check("kappa", between)
+        correct, _ = graph.check("kappa", between)
         layer = LayerMap("kappa", self.layer)
-        curvature = Curvature(loss, layer, self.layer.weight, [call], correct)
-        with curvature.products():
+        curvature = Curvature(layer, self.layer.weight, [call])
+        with products(loss, [curvature], correct):
             parts = engine.exact(curvature, "batch", weighted=True, chunk=chunk, backend="auto")
             return torch.stack([part.sum() for part in parts]).sum()
 
@@ -230,7 +230,7 @@ def nodes(case: Case) -> tuple[set[str], set[str]]:
             if float32:
                 problem.to_float32()
             between = problem.forward()[2]
-            correct = graph.check("nodes", between)
+            correct, _ = graph.check("nodes", between)
         for node in between:
             (corrected if any(node is c for c in correct) else torchs).add(graph.bare(node.name()))
     return torchs, corrected
