@@ -49,7 +49,7 @@ class Part:
         self.module = module
         self.layer = Layer(options.caller, module)
         self.general = General(options, self.layer, module)
-        self.captures = Captures(self.layer.class_dim if self.layer.unusual else None)
+        self.captures = Captures(str(module), self.layer.class_dim if self.layer.unusual else None)
         self.handle: Any = None
         self.not_a_head: NotAHead | None = None  # why the closed form did not serve the latest loss
         self.scale: Tensor | None = (

@@ -126,7 +126,8 @@ def layer_weight(layer: nn.Module) -> Tensor:
 class Captures:
     """The forward calls of one criterion's layer that no loss has used yet."""
 
-    def __init__(self, check_dim: int | None = None) -> None:
+    def __init__(self, layer: str, check_dim: int | None = None) -> None:
+        self.layer = layer  # for messages
         self.check_dim = (
             check_dim  # dimension of the output's neurons where its first row is to be kept for a check
         )
@@ -257,7 +258,7 @@ class Captures:
                     "output has no graph; call the model with gradients enabled, or call criterion.eval() for the plain loss"
                 )
             return UnsupportedError(
-                f"{caller}: the layer was not called since the last loss; call the model in training mode before each use of the "
+                f"{caller}: {self.layer} was not called since the last loss; call the model in training mode before each use of the "
                 "criterion, and check that `layer` is the very module the model uses"
             )
         if not outputs.requires_grad:

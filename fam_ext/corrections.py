@@ -57,6 +57,22 @@ def batch_norm(saved: Any, grad: Tensor) -> Gradients:
     )
 
 
+def batch_norm_held(saved: Any, grad: Tensor) -> Gradients:
+    """batch_norm whose statistics do not answer to its input: samples stay apart. instance_norm, which keeps them apart, is as ever."""
+    x, weight = saved.input, saved.weight
+    if x.shape[0] == 1:  # instance_norm is batch_norm of one sample
+        return batch_norm(saved, grad)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    rows = [d for d in range(x.dim()) if d != 1]
+    by_channel = [-1 if d == 1 else 1 for d in range(x.dim())]
+    centered = x.to(acc) - x.to(acc).mean(rows, keepdim=True)
+    variance = centered.square().mean(rows, keepdim=True)
+    rstd = saved.result2.detach().to(acc).view(by_channel)
+    inverse_std = (variance + (rstd**-2 - variance.detach())).rsqrt()
+    upstream = grad.to(acc) if weight is None else grad.to(acc) * weight.to(acc).view(by_channel)
+    return inverse_std * upstream, (grad * centered * inverse_std).sum(rows), grad.to(acc).sum(rows)
+
+
 def layer_norm(saved: Any, grad: Tensor) -> Gradients:
     x, leading = saved.input, saved.input.dim() - len(saved.normalized_shape)
     dims, rows = list(range(leading, x.dim())), list(range(leading))
@@ -144,11 +160,16 @@ def needs_correction(node: Any) -> bool:
 
 
 @contextmanager
-def corrected(nodes: Iterable[Any]) -> Iterator[None]:
-    """Within the block, gradients through these autograd nodes can be differentiated to any order and are right."""
+def corrected(nodes: Iterable[Any], hold_statistics: bool = False) -> Iterator[None]:
+    """Within the block, gradients through these autograd nodes can be differentiated to any order and are right.
+
+    `hold_statistics` makes them those of batch_norm with constant statistics.
+    """
     handles = []
     for node in nodes:
         correction = CORRECTED[node.name()]
+        if hold_statistics and correction is _BATCH_NORM:
+            correction = correction._replace(formula=batch_norm_held)
         # Unpacked here and not in the hook: a checkpointed tensor can be unpacked only once in a backward pass.
         saved = SimpleNamespace(**{name: getattr(node, f"_saved_{name}") for name in correction.saved})
 

@@ -170,5 +170,5 @@ def check_samples_apart(caller: str, layer: LayerMap, call: LayerCall, outputs: 
     if reached is not None and bool((reached[half:] != 0).any()):
         raise UnsupportedError(
             f"{caller}: samples interact after the layer (batch_norm in training mode?), where curvature='ggn' and 'fisher' have "
-            "no per-sample form; put those layers in eval() mode or use curvature='hessian'"
+            "no per-sample form; pass hold_statistics=True, put those layers in eval() mode or use curvature='hessian'"
         )

@@ -204,13 +204,16 @@ class General:
             )
         call, hold = calls[0], not options.curvature_grad
         key = (call.shape, outputs.shape, *map(_signature, between))
-        if key not in self._apart:
-            factors.check_samples_apart(caller, layer, call, outputs)
-            self._apart.add(key)
         weighted = options.measure == "neuronwise"
         # second derivatives: what torch has none of is corrected
         correct = [node for node in between if corrections.needs_correction(node)]
-        with torch.autocast(weight.device.type, enabled=False), corrections.corrected(correct):
+        with (
+            torch.autocast(weight.device.type, enabled=False),
+            corrections.corrected(correct, options.hold_statistics),
+        ):
+            if key not in self._apart:
+                factors.check_samples_apart(caller, layer, call, outputs)
+                self._apart.add(key)
             if options.curvature == "ggn":
                 drawn = factors.output_factors(bound, outputs, layer.samples(call.shape))
             else:

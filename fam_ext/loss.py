@@ -80,6 +80,8 @@ class FAMLoss(LayerCriterion):
         per_sample_probes: None finds out with a product whether samples interact after the layer; True draws for every sample,
             which is biased where they do; False shares one draw.
         max_bytes: bound on the estimated memory of the exact value.
+        hold_statistics: with "ggn" and "fisher" behind batch_norm in training mode, where samples interact: take the network's
+            Jacobian as if the batch's statistics were constants.
         normalize: None, or "fan_in" to divide by the layer's fan-in.
         norm_power: 2, or 1 for the layerwise measures (not invariant under rescaling of layers then).
         curvature_grad: False holds the Hessian constant; the gradient flows through <w_s, w_s'> only.
@@ -109,6 +111,7 @@ class FAMLoss(LayerCriterion):
         backend: str = "auto",
         per_sample_probes: bool | None = None,
         max_bytes: int = 2**30,
+        hold_statistics: bool = False,
     ) -> None:
         options = Options(
             "FAMLoss",
@@ -123,6 +126,7 @@ class FAMLoss(LayerCriterion):
             backend,
             per_sample_probes,
             max_bytes,
+            hold_statistics,
         )
         if isinstance(every, bool) or not isinstance(every, int):
             _checks.bad_type("FAMLoss", "every", "an integer", every)
@@ -308,6 +312,7 @@ class RelativeFlatness(LayerCriterion):
         backend: str = "auto",
         per_sample_probes: bool | None = None,
         max_bytes: int = 2**30,
+        hold_statistics: bool = False,
     ) -> None:
         caller = "RelativeFlatness"
         options = Options(
@@ -323,6 +328,7 @@ class RelativeFlatness(LayerCriterion):
             backend,
             per_sample_probes,
             max_bytes,
+            hold_statistics,
         )
         super().__init__(criterion, layer, options)
 

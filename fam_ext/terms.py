@@ -36,6 +36,7 @@ class Options:
     backend: str = "auto"
     per_sample_probes: bool | None = None
     max_bytes: int = 2**30
+    hold_statistics: bool = False
 
     def __post_init__(self) -> None:
         caller = self.caller
@@ -70,6 +71,10 @@ class Options:
             _checks.bad_type(caller, "per_sample_probes", "None, True or False", self.per_sample_probes)
         if isinstance(self.max_bytes, bool) or not isinstance(self.max_bytes, int) or self.max_bytes < 1:
             _checks.bad_value(caller, "max_bytes", "a positive integer", self.max_bytes)
+        if not isinstance(self.hold_statistics, bool):
+            _checks.bad_type(caller, "hold_statistics", "True or False", self.hold_statistics)
+        if self.hold_statistics and self.curvature == "hessian":
+            _checks.bad_value(caller, "hold_statistics", "False with curvature='hessian'", True)
         _checks.check_choice(caller, "backend", self.backend, BACKENDS)
 
     def _check_combinations(self) -> None:

@@ -152,23 +152,6 @@ def test_a_layer_called_twice_is_one_weight(measure: str) -> None:
         RelativeFlatness(nn.CrossEntropyLoss(), frozen.shared)(frozen(x.requires_grad_()), y)
 
 
-def test_several_layers_add_up() -> None:
-    net, (x, y) = network().double().eval(), batch()
-    net.train()
-    net[4].p = 0.0
-    x = x.double()
-    ce = nn.CrossEntropyLoss()
-    singles = [RelativeFlatness(ce, net[i], method="auto") for i in (0, 2, 5)]
-    separate = [single(net(x), y) for single in singles]
-    together = FAMLoss(ce, [net[0], net[2], net[5]], 0.3)
-    total = together(net(x), y)
-    torch.testing.assert_close(total, F.cross_entropy(net(x), y) + 0.3 * sum(separate))
-    assert [plan.method for plan in together.plan] == ["exact", "exact", "closed_form"]
-    by_name = FAMLoss.for_model(ce, net, ["0", "[25]"], strength=0.3)
-    torch.testing.assert_close(by_name(net(x), y), total)
-    assert len(by_name.parts) == 3
-
-
 def test_dropout_has_the_same_mask_in_every_product() -> None:
     """The exact value for the mask drawn: that of the network with the mask multiplied in."""
     layer, out = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()

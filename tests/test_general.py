@@ -230,13 +230,17 @@ def test_per_sample_probes_spread_less() -> None:
 @pytest.mark.parametrize("curvature", ["ggn", "fisher"])
 @pytest.mark.parametrize("name", [n for n, make in CASES.items() if LEVELS[make] != "batch"])
 def test_positive_forms(name: str, curvature: str) -> None:
-    """Against J^T (d2 l / df2) J, value and gradients."""
     case = CASES[name]()
+    check_positive_form(case, case.tail, curvature)
+
+
+def check_positive_form(case: Case, jacobian_tail: nn.Module, curvature: str, **options: Any) -> None:
+    """Against J^T (d2 l / df2) J, value and gradients; `jacobian_tail` stands for the network after the layer in J."""
     layer_map = LayerMap("test", case.layer)
     weight = case.layer.weight
 
     def outputs(w: Tensor) -> Tensor:
-        result: Tensor = case.tail(torch.func.functional_call(case.layer, {"weight": w}, (case.x,)))
+        result: Tensor = jacobian_tail(torch.func.functional_call(case.layer, {"weight": w}, (case.x,)))
         return result
 
     def expected() -> Tensor:
@@ -253,7 +257,9 @@ def test_positive_forms(name: str, curvature: str) -> None:
         gram = layer_map.canonical(weight) @ layer_map.canonical(weight).transpose(1, 2)
         return torch.einsum("kgsi,kl,lgti,gst->", rows, hessian, rows, gram)
 
-    criterion = RelativeFlatness(nn.CrossEntropyLoss(), case.layer, curvature=curvature, probes=200)
+    criterion = RelativeFlatness(
+        nn.CrossEntropyLoss(), case.layer, curvature=curvature, probes=200, **options
+    )
     value = run(case, criterion)
     assert value >= 0
     if curvature == "ggn":
@@ -261,6 +267,30 @@ def test_positive_forms(name: str, curvature: str) -> None:
         finite_differences(case, value, lambda: expected().detach())
     else:
         assert abs(value - expected()) < 4 * criterion.standard_error
+
+
+class HeldBatchNorm(nn.Module):
+    """batch_norm of the batch whose statistics answer to parameters but count as constants in the Jacobian by z."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = [d for d in range(x.dim()) if d != 1]
+        mean, var = x.detach().mean(dims), x.detach().var(dims, unbiased=False)
+        result: Tensor = F.batch_norm(x, mean, var, self.norm.weight, self.norm.bias, eps=self.norm.eps)
+        return result
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+@pytest.mark.parametrize("make", [mlp_batch_norm, conv_batch_norm])
+def test_positive_forms_with_statistics_held(make: Callable[[], Case], curvature: str) -> None:
+    case = make()
+    held = nn.Sequential(
+        *(HeldBatchNorm(m) if isinstance(m, nn.modules.batchnorm._BatchNorm) else m for m in case.tail)
+    )
+    check_positive_form(case, held, curvature, hold_statistics=True)
 
 
 def test_positive_forms_refuse_interacting_samples() -> None:
@@ -295,6 +325,18 @@ def test_eigenvalues(name: str, measure: str) -> None:
     value = run(case, RelativeFlatness(nn.CrossEntropyLoss(), case.layer, measure=measure))
     torch.testing.assert_close(value.detach(), expected(), rtol=1e-6, atol=1e-10)
     finite_differences(case, value, expected)
+
+
+def test_eigenvalue_of_a_zero_hessian_and_of_none() -> None:
+    """A layer whose units are all dead; more unknowns than are solved densely."""
+    layer, tail = nn.Linear(8, 5), nn.Sequential(nn.ReLU(), nn.Linear(5, 3))
+    nn.init.constant_(layer.bias, -100.0)
+    case = Case(layer, tail, torch.randn(B, 8), (B,))
+    criterion = RelativeFlatness(nn.CrossEntropyLoss(), layer, measure="layerwise_eigenvalue")
+    assert run(case, criterion) == 0
+    with torch.no_grad():
+        layer.bias.fill_(torch.nan)
+    assert run(case, criterion).isnan()
 
 
 def test_auto_chooses_by_count_and_says_why() -> None:
