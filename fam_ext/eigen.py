@@ -84,8 +84,9 @@ def _lanczos(
     start = np.random.default_rng(0).standard_normal(size)  # numpy's global state is left alone
     first = matvec(start)
     if not first.any() or not np.isfinite(first).all():  # H = 0: any vector will do; nan and inf come out as nan
-        anything: Tensor = torch.as_tensor(start + 0 * first, dtype=dtype, device=device)
-        return anything / anything.norm()
+        anything = torch.as_tensor(start + 0 * first, dtype=dtype, device=device)
+        unit: Tensor = anything / anything.norm()
+        return unit
     try:
         _, vectors = eigsh(operator, k=1, which="LA", v0=start, tol=_TOLERANCE)
     except ArpackNoConvergence as error:
