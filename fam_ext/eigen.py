@@ -83,7 +83,9 @@ def _lanczos(
     operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(size)  # numpy's global state is left alone
     first = matvec(start)
-    if not first.any() or not np.isfinite(first).all():  # H = 0: any vector will do; nan and inf come out as nan
+    if (
+        not first.any() or not np.isfinite(first).all()
+    ):  # H = 0: any vector will do; nan and inf come out as nan
         anything = torch.as_tensor(start + 0 * first, dtype=dtype, device=device)
         unit: Tensor = anything / anything.norm()
         return unit

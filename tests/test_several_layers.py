@@ -112,7 +112,11 @@ def test_one_walk_and_one_first_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(graph, "find", lambda *a: walks.append(a) or find(*a))
 
     def passes(layers: list[nn.Module]) -> int:
-        options: dict[str, Any] = {"method": "hutchinson", "per_sample_probes": False, "curvature_grad": False}
+        options: dict[str, Any] = {
+            "method": "hutchinson",
+            "per_sample_probes": False,
+            "curvature_grad": False,
+        }
         criterion = RelativeFlatness(nn.CrossEntropyLoss(), layers, **options)
         outputs = Counted.apply(net(x))
         Counted.passes = 0
