@@ -16,7 +16,7 @@ from fam_ext.capture import Capture, Captures, LayerHook, check_tensor, layer_we
 from fam_ext.curvature import Curvature, LayerCall, products
 from fam_ext.engine import Estimate
 from fam_ext.errors import NotAHead, UnsupportedError
-from fam_ext.general import CLOSED_FORM, General, Plan
+from fam_ext.general import CLOSED_FORM, General, Plan, hessian_terms
 from fam_ext.heads import Layer
 from fam_ext.terms import Options, check_class_dim, flatness
 
@@ -265,10 +265,8 @@ class LayerCriterion(nn.Module):
         curvatures = [f.part.general.curvature(f.weight, f.calls) for f in found]
         wanted = torch.is_grad_enabled()
         with self._products(loss, found, curvatures):
-            terms = [
-                f.part.general.flatness(curvature, f.between, per_sample)
-                for f, curvature in zip(found, curvatures, strict=True)
-            ]
+            generals, between = [f.part.general for f in found], [f.between for f in found]
+            terms = hessian_terms(generals, curvatures, between, per_sample)
         return terms if wanted else [Estimate(term.value.detach(), term.standard_error) for term in terms]
 
     @contextmanager

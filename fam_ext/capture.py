@@ -258,8 +258,8 @@ class Captures:
                     "output has no graph; call the model with gradients enabled, or call criterion.eval() for the plain loss"
                 )
             return UnsupportedError(
-                f"{caller}: {self.layer} was not called since the last loss; call the model in training mode before each use of the "
-                "criterion, and check that `layer` is the very module the model uses"
+                f"{caller}: {self.layer} was not called since the last loss; call the model in training mode before each use of "
+                "the criterion, and check that `layer` is the very module the model uses"
             )
         if not outputs.requires_grad:
             return UnsupportedError(

@@ -58,7 +58,7 @@ def batch_norm(saved: Any, grad: Tensor) -> Gradients:
 
 
 def batch_norm_held(saved: Any, grad: Tensor) -> Gradients:
-    """batch_norm whose statistics do not answer to its input: samples stay apart. instance_norm, which keeps them apart, is as ever."""
+    """batch_norm whose statistics do not answer to its input, which keeps samples apart."""
     x, weight = saved.input, saved.weight
     if x.shape[0] == 1:  # instance_norm is batch_norm of one sample
         return batch_norm(saved, grad)

@@ -44,7 +44,6 @@ class Curvature:
         self.layer, self.weight, self.calls = layer, weight, calls
         self.hold = hold or not torch.is_grad_enabled()
         self.gradient: Tensor | None = None
-        self.batchable = True  # whether torch can take several products at once
 
     @property
     def on_weight(self) -> bool:
@@ -81,32 +80,7 @@ class Curvature:
 
     def apply(self, directions: Tensor) -> Tensor:
         """Lambda d for a stack of directions (K, *shape); zero where the loss does not depend on z, or linearly."""
-        gradient = self.gradient
-        if gradient is None:
-            return torch.zeros_like(directions)
-        given = directions.to(gradient.dtype)
-        if len(given) > 1 and self.batchable:
-            try:
-                return self._product(gradient, given, batched=True).to(directions.dtype)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                # vmap lacks a rule for something after the layer; an error of another kind comes again below
-                self.batchable = False
-        products = [self._product(gradient, one, batched=False) for one in given]
-        return torch.stack(products).to(directions.dtype)
-
-    def _product(self, gradient: Tensor, direction: Tensor, batched: bool) -> Tensor:
-        (result,) = torch.autograd.grad(
-            gradient,
-            self.weight if self.on_weight else self.calls[0].edge,
-            direction,
-            create_graph=not self.hold,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-        return torch.zeros_like(direction) if result is None else result
+        return apply([self], [directions])[0]
 
     def weight_product(self, weight: Tensor) -> Tensor:
         """H A for a weight direction A, both in canonical layout."""
@@ -142,6 +116,43 @@ def products(
         finally:
             for curvature in curvatures:
                 curvature.gradient = None
+
+
+def apply(curvatures: Sequence[Curvature], directions: Sequence[Tensor]) -> list[Tensor]:
+    """sum_k Lambda_jk d_k for every layer j, with one product of all layers at once; directions are stacks (K, *shape).
+
+    Lambda_jk is the mixed second derivative of the loss by the outputs of layers j and k.
+    """
+    results = [torch.zeros_like(d) for d in directions]
+    live = [k for k, c in enumerate(curvatures) if c.gradient is not None]
+    if not live:
+        return results
+    gradients: list[Any] = [curvatures[k].gradient for k in live]
+    origins = [curvatures[k].origin for k in live]
+    given = [directions[k].to(g.dtype) for k, g in zip(live, gradients, strict=True)]
+    create_graph = not curvatures[0].hold
+
+    def product(vectors: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        found = torch.autograd.grad(
+            gradients, origins, vectors, create_graph=create_graph, retain_graph=True, allow_unused=True,
+            is_grads_batched=batched,
+        )  # fmt: skip
+        return [torch.zeros_like(v) if r is None else r for v, r in zip(vectors, found, strict=True)]
+
+    products: list[Tensor] | None = None
+    if len(given[0]) > 1:
+        try:
+            products = product(given, batched=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            pass  # vmap lacks a rule for something after the layer; an error of another kind comes again below
+    if products is None:
+        each = [product(vectors, batched=False) for vectors in zip(*given, strict=True)]
+        products = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    for k, found in zip(live, products, strict=True):
+        results[k] = found.to(results[k].dtype)
+    return results
 
 
 def _refuse_dead_ends(gradients: Sequence[Tensor], doubtful: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fam_ext.curvature import Curvature
+from fam_ext.curvature import Curvature, apply
 from fam_ext.layers import LayerMap
 
 
@@ -190,10 +190,18 @@ def _by_position(curvature: Curvature, gram: Tensor | None, chunk: int) -> Itera
         yield (along * columns[:, s].T[:, None, None] * products).sum(0).reshape(call.shape)
 
 
-def hutchinson(
+class Probe(NamedTuple):
+    """A layer's share of an estimate: random directions (K, *shape), and what their products are to be multiplied with."""
+
+    curvature: Curvature
+    directions: Tensor
+    scale: Tensor | None
+
+
+def draw(
     curvature: Curvature, level: str, weighted: bool, probes: int, generator: torch.Generator, backend: str
-) -> list[Tensor]:
-    """Summands of the estimates of Tr(A Lambda), one tensor of z's shape (or the weight's) for each probe."""
+) -> Probe:
+    """`probes` random directions d with E[scale d d^T] = A where rows or samples that `level` holds independent do not meet."""
     layer = curvature.layer
     weight = layer.canonical(curvature.weight).to(curvature.dtype)
     groups, neurons, fan_in = weight.shape
@@ -205,22 +213,30 @@ def hutchinson(
         shape[layer.class_dim] = groups * rank
         noise = rademacher((probes, *shape), weight, generator)
         directions = torch.stack([layer.mix(root, e) for e in noise])
-        norms = layer.spread(layer.norms(curvature.features, backend), groups * neurons)
-        return list(norms * _quadratic(curvature, directions))
+        return Probe(
+            curvature, directions, layer.spread(layer.norms(curvature.features, backend), groups * neurons)
+        )
     if level == "samples":
         samples = layer.samples(curvature.calls[0].shape)
         noise = rademacher((probes, samples, groups, rank, fan_in), weight, generator)
-        directions = torch.stack([_apply_each(curvature, root, e) for e in noise])
-    else:
-        noise = rademacher((probes, groups, rank, fan_in), weight, generator)
-        directions = torch.stack([curvature.direction(root @ e) for e in noise])
-    return list(_quadratic(curvature, directions))
+        return Probe(curvature, torch.stack([_apply_each(curvature, root, e) for e in noise]), None)
+    noise = rademacher((probes, groups, rank, fan_in), weight, generator)
+    return Probe(curvature, torch.stack([curvature.direction(root @ e) for e in noise]), None)
 
 
-def _quadratic(curvature: Curvature, directions: Tensor) -> Tensor:
-    """d * Lambda d. With Lambda held, both factors d still move: the gradient is twice that of the first."""
-    summands = directions * curvature.apply(directions)
-    return 2 * summands - summands.detach() if curvature.hold else summands
+def hutchinson(probes: Sequence[Probe]) -> list[Tensor]:
+    """Summands of the estimates of Tr(A Lambda) of every layer, (K, *z's shape or the weight's), with the same products for all.
+
+    One product serves all layers: directions of different layers are independent with mean zero, and so their mixed terms are.
+    """
+    products = apply([probe.curvature for probe in probes], [probe.directions for probe in probes])
+    result = []
+    for probe, product in zip(probes, products, strict=True):
+        summands = probe.directions * product
+        if probe.curvature.hold:  # both factors d still move: the gradient is twice that of the first
+            summands = 2 * summands - summands.detach()
+        result.append(summands if probe.scale is None else probe.scale * summands)
+    return result
 
 
 def _apply_each(curvature: Curvature, root: Tensor, noise: Tensor) -> Tensor:

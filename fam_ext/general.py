@@ -73,14 +73,6 @@ class General:
             self._check_weight_is_leaf(weight)
         return Curvature(self.layer, weight, calls, hold=not self.options.curvature_grad)
 
-    def flatness(self, curvature: Curvature, between: list[Any], per_sample: bool = False) -> Estimate:
-        """The term from Hessian products, `between` the nodes from the loss to the layer; inside fam_ext.curvature.products."""
-        level = self._level(curvature, between)
-        plan = self._choose(curvature, level, len(between))
-        estimate = self._estimate(curvature, plan, per_sample)
-        self.note(plan)
-        return Estimate(self.finish(estimate.value, curvature.weight), estimate.standard_error)
-
     def by_differences(self, closure: Any, per_sample: bool) -> Estimate:
         """method="finite_difference": the loss is evaluated by `closure`, under weights to both sides."""
         options = self.options
@@ -108,7 +100,7 @@ class General:
             self.note(Plan("finite_difference", "batch", 2 * options.probes + 1, reason))
         return Estimate(self.finish(estimate.value, weight), estimate.standard_error)
 
-    def _level(self, curvature: Curvature, between: list[Any]) -> str:
+    def level(self, curvature: Curvature, between: list[Any]) -> str:
         if curvature.on_weight or self.options.per_sample_probes is False:
             return "batch"
         call = curvature.calls[0]
@@ -118,20 +110,21 @@ class General:
             self._levels[key] = engine.interaction(curvature, self.generator(curvature.device))
         return self._levels[key]
 
-    def _choose(self, curvature: Curvature, level: str, nodes: int) -> Plan:
+    def choose(self, curvature: Curvature, level: str, nodes: int, products: int) -> Plan:
+        """How to form the term; `products` is what exact values take, those of the other layers in the sum included."""
         options = self.options
         if options.measure in EIGENVALUE_MEASURES:
             return Plan("lanczos", None, 0, "an eigenvalue")
-        products = engine.exact_products(self.layer, curvature, level)
+        own = engine.exact_products(self.layer, curvature, level)
         size = sum(_bytes(call) for call in curvature.calls) * max(8, 2 * nodes)
-        total = products * size
+        total = own * size
         if options.method == "exact":
             if total > options.max_bytes:
                 raise UnsupportedError(
-                    f"{options.caller}: method='exact' takes {products} Hessian products here, about {total / 2**30:.3g} GiB of "
+                    f"{options.caller}: method='exact' takes {own} Hessian products here, about {total / 2**30:.3g} GiB of "
                     f"graph for its gradient, over max_bytes={options.max_bytes}; raise max_bytes or use method='hutchinson'"
                 )
-            return Plan("exact", level, products, "asked for")
+            return Plan("exact", level, own, "asked for")
         probes_level = level
         if (
             options.per_sample_probes and not curvature.on_weight
@@ -141,44 +134,37 @@ class General:
         if options.method == "hutchinson":
             return Plan("hutchinson", probes_level, options.probes, "asked for")
         if products <= EXACT_PRODUCTS and total <= options.max_bytes:
-            return Plan("exact", level, products, f"at most {EXACT_PRODUCTS} products")
-        return Plan("hutchinson", probes_level, options.probes, f"the exact value takes {products} products")
+            return Plan("exact", level, own, f"at most {EXACT_PRODUCTS} products")
+        reason = f"the exact value takes {products} products"
+        return Plan("hutchinson", probes_level, options.probes, reason + " for all layers" * (products > own))
 
-    def _estimate(self, curvature: Curvature, plan: Plan, per_sample: bool) -> Estimate:
-        options, layer = self.options, self.layer
+    def share(self, curvature: Curvature, summand: Tensor, per_sample: bool) -> Tensor:
+        """The sum, or the sums by sample, of a summand; with the measure's factors."""
+        shape = curvature.calls[0].shape if per_sample else ()
+        total = summand.reshape(self.layer.samples(shape), -1).sum(1) if per_sample else summand.sum()
+        return self.finish(total, curvature.weight)
+
+    def exact(self, curvature: Curvature, plan: Plan, per_sample: bool) -> Tensor:
+        """The exact value of a measure that is linear in the Hessian, or of one with eigenvalues."""
+        options = self.options
         if options.measure in EIGENVALUE_MEASURES:
-            return self._eigenvalue(curvature)
-        weighted, level = options.measure == "neuronwise", str(plan.level)
-        if per_sample and level == "batch":
-            raise UnsupportedError(
-                f"{options.caller}: samples interact after the layer, kappa has no shares by sample; use per_sample=False"
-            )
+            return self.finish(self._eigenvalue(curvature), curvature.weight)
+        size = max(1, sum(_bytes(call) for call in curvature.calls) * 16)
+        chunk = max(1, min(plan.products, _AT_ONCE, options.max_bytes // (16 * size)))
+        weighted = options.measure == "neuronwise"
+        total: Any = 0
+        for summand in engine.exact(curvature, str(plan.level), weighted, chunk, options.backend):
+            total = total + self.share(curvature, summand, per_sample)
+        result: Tensor = total
+        return result
 
-        def share(summand: Tensor) -> Tensor:
-            shape = curvature.calls[0].shape if per_sample else ()
-            return summand.reshape(layer.samples(shape), -1).sum(1) if per_sample else summand.sum()
-
-        if plan.method == "exact":
-            size = max(1, sum(_bytes(call) for call in curvature.calls) * 16)
-            chunk = max(1, min(plan.products, _AT_ONCE, options.max_bytes // (16 * size)))
-            total: Any = 0
-            for summand in engine.exact(curvature, level, weighted, chunk, options.backend):
-                total = total + share(summand)
-            return Estimate(total, None)
-        generator = self.generator(curvature.device)
-        values = [
-            share(s)
-            for s in engine.hutchinson(curvature, level, weighted, options.probes, generator, options.backend)
-        ]
-        return Estimate.of(torch.stack(values))
-
-    def _eigenvalue(self, curvature: Curvature) -> Estimate:
+    def _eigenvalue(self, curvature: Curvature) -> Tensor:
         """lambda_max(H), or sum_s |w_s|^2 lambda_max(H_ss); "layerwise" is multiplied with the norm in finish."""
         if self.options.measure == "layerwise_eigenvalue":
-            return Estimate(eigen.largest(curvature), None)
+            return eigen.largest(curvature)
         squares = self.layer.canonical(curvature.weight).to(curvature.dtype).square().sum(2).flatten()
         largest = torch.stack([eigen.largest(curvature, neuron) for neuron in range(len(squares))])
-        return Estimate((squares * largest).sum(), None)
+        return (squares * largest).sum()
 
     def positive(
         self,
@@ -245,6 +231,52 @@ class General:
         if plan is not self.plan and plan != self.plan:
             self.plan = plan
             log.info("%s on %s: %s", self.options.caller, type(self.layer.module).__name__, plan)
+
+
+def hessian_terms(
+    generals: Sequence[General],
+    curvatures: Sequence[Curvature],
+    between: Sequence[list[Any]],
+    per_sample: bool,
+) -> list[Estimate]:
+    """The terms of several layers, inside fam_ext.curvature.products; the sum of those that are estimated is one estimate."""
+    found = list(zip(generals, curvatures, between, strict=True))
+    levels = [general.level(curvature, nodes) for general, curvature, nodes in found]
+    products = sum(
+        engine.exact_products(general.layer, curvature, level)
+        for (general, curvature, _), level in zip(found, levels, strict=True)
+    )
+    terms, estimated = [], []
+    for (general, curvature, nodes), level in zip(found, levels, strict=True):
+        plan = general.choose(curvature, level, len(nodes), products)
+        general.note(plan)
+        if per_sample and plan.level == "batch":
+            raise UnsupportedError(
+                f"{general.options.caller}: samples interact after the layer, kappa has no shares by sample; use per_sample=False"
+            )
+        if plan.method == "hutchinson":
+            estimated.append((general, curvature, str(plan.level)))
+        else:
+            terms.append(Estimate(general.exact(curvature, plan, per_sample), None))
+    if estimated:
+        terms.append(_estimate(estimated, per_sample))
+    return terms
+
+
+def _estimate(found: Sequence[tuple[General, Curvature, str]], per_sample: bool) -> Estimate:
+    first, curvature, _ = found[0]
+    options, generator = first.options, first.generator(curvature.device)
+    weighted = options.measure == "neuronwise"
+    probes = [
+        engine.draw(curvature, level, weighted, options.probes, generator, options.backend)
+        for _, curvature, level in found
+    ]
+    summands = engine.hutchinson(probes)
+    values: Any = sum(
+        torch.stack([general.share(curvature, summand, per_sample) for summand in stack])
+        for (general, curvature, _), stack in zip(found, summands, strict=True)
+    )
+    return Estimate.of(values)
 
 
 def _signature(node: Any) -> Any:

@@ -1,4 +1,4 @@
-"""kappa does not change where a ReLU network is rescaled without changing its function, at any of its layers (Petzka et al. 2021)."""
+"""kappa does not change where a ReLU network is rescaled and its function is not, at any layer (Petzka et al. 2021)."""
 
 from __future__ import annotations
 
