@@ -23,6 +23,13 @@ TORCH_LIBRARY(fam_ext, m) {
       "head_cross_entropy_forward(Tensor logits, Tensor features, Tensor weight, Tensor target, Tensor? class_weight, "
       "int ignore_index, float label_smoothing, bool mean, float strength, bool curvature_grad, bool pairwise, "
       "bool grad_logits, bool grad_features, bool grad_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gram_trace(Tensor input, Tensor factors, Tensor? gram, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, str form, int max_bytes, bool keep) -> (Tensor, Tensor)");
+  m.def(
+      "gram_trace_backward(Tensor grad, Tensor input, Tensor factors, Tensor? gram, Tensor saved, int[] kernel_size, "
+      "int[] stride, int[] padding, int[] dilation, str form, int max_bytes, bool grad_input, bool grad_factors, "
+      "bool grad_gram) -> (Tensor, Tensor, Tensor)");
 }
 
 #define FAM_EXT_STRING_(x) #x

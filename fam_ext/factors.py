@@ -2,15 +2,16 @@
 
 With f the criterion's input and Lambda_i = sum_k u_ik u_ik^T the Hessian of sample i's loss with respect to f_i, the Gauss-Newton
 matrix of the layer is sum_ik Gamma_ik Gamma_ik^T with Gamma_ik = sum_q s_ikq phi_iq^T, s_ik = (df/dz)^T u_ik, and
-kappa = sum_ik |W^T Gamma_ik|_F^2: never negative, and its gradient needs second derivatives only. The Fisher matrix is the same
-for a negative log-likelihood in its natural parameter; curvature="fisher" draws labels instead of summing over k.
+kappa = sum_ik |W^T Gamma_ik|_F^2, the operation gram_trace: never negative but for rounding, and its gradient needs second
+derivatives only. The Fisher matrix is the same for a negative log-likelihood in its natural parameter; curvature="fisher" draws
+labels instead of summing over k.
 
 Samples must not interact after the layer: that is checked, and refused otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import torch
@@ -21,6 +22,9 @@ from fam_ext.curvature import LayerCall
 from fam_ext.engine import rademacher
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import LayerMap
+from fam_ext.ops.gram_trace import gram_trace
+
+_TOGETHER = 2**27  # bytes of factors that are stacked for one call
 
 
 def output_factors(bound: Bound, outputs: Tensor, samples: int) -> Iterator[Tensor]:
@@ -91,54 +95,77 @@ def squares(
     weight: Tensor,
     call: LayerCall,
     outputs: Tensor,
-    factor: Tensor,
+    factors: Iterable[Tensor],
+    weighted: bool,
+    hold: bool,
+    backend: str,
+) -> Tensor:
+    """|W^T Gamma_i|_F^2 (or |Gamma_i|_F^2) of every factor u and sample, (K, B)."""
+    values: list[Tensor] = []
+    waiting: list[Tensor] = []
+    together = max(1, _TOGETHER // max(1, 4 * prod(call.shape)))
+
+    def flush() -> None:
+        if waiting:
+            values.append(_of_several(layer, weight, call, torch.stack(waiting), weighted, hold, backend))
+            waiting.clear()
+
+    for u in factors:
+        (s,) = torch.autograd.grad(
+            outputs,
+            call.edge,
+            u.to(outputs.dtype),
+            create_graph=not hold,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        if s is None:
+            flush()
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            values.append(torch.zeros(1, layer.samples(call.shape), dtype=dtype, device=weight.device))
+            continue
+        waiting.append(s.detach() if hold else s)
+        if len(waiting) == together:
+            flush()
+    flush()
+    return torch.cat(values)
+
+
+def _of_several(
+    layer: LayerMap, weight: Tensor, call: LayerCall, s: Tensor, weighted: bool, hold: bool, backend: str
+) -> Tensor:
+    """(K, B) for factors s, (K, *shape of z)."""
+    features = call.features.detach() if hold else call.features
+    if layer.transposed:
+        return torch.stack([_transposed(layer, weight, call, features, t, weighted, hold) for t in s])
+    if len(call.shape) == 1 + layer.spatial:
+        features, s = features.unsqueeze(0), s.unsqueeze(1)
+    m = layer.module
+    window = () if layer.linear else (m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+    return gram_trace(features, s, weight, *window, weighted=weighted, backend=backend)
+
+
+def _transposed(
+    layer: LayerMap,
+    weight: Tensor,
+    call: LayerCall,
+    features: Tensor,
+    s: Tensor,
     weighted: bool,
     hold: bool,
 ) -> Tensor:
-    """|W^T Gamma_i|_F^2 (or |Gamma_i|_F^2) of every sample for one factor u, (B,)."""
-    (s,) = torch.autograd.grad(
-        outputs,
-        call.edge,
-        factor.to(outputs.dtype),
-        create_graph=not hold,
-        retain_graph=True,
-        allow_unused=True,
-    )
-    samples = layer.samples(call.shape)
+    """(B,) for one factor of a transposed convolution: Gamma of every sample by autograd."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    if s is None:
-        return torch.zeros(samples, dtype=dtype, device=weight.device)
-    features = (call.features.detach() if hold else call.features).to(dtype)
-    s = s.detach().to(dtype) if hold else s.to(dtype)
     w = layer.canonical(weight).to(dtype)
-    _, neurons, fan_in = w.shape
-    positions = layer.positions(call.shape)
-    gram_form = positions**2 * (fan_in + neurons) + positions * neurons * min(neurons, fan_in)
-    if layer.linear and gram_form <= positions * neurons * fan_in + neurons * fan_in * min(neurons, fan_in):
-        return _by_positions(w[0], features, s, samples, weighted)
-    gamma = _by_sample(layer, features, s, samples, weight.shape)
+    gamma = _by_sample(layer, features.to(dtype), s.to(dtype), layer.samples(call.shape), weight.shape)
     if hold:
         gamma = gamma.detach()
     by_group = torch.stack([layer.canonical(g) for g in gamma.unbind(0)])  # (B, groups, O/groups, I)
     if not weighted:
         return by_group.square().flatten(1).sum(1)
-    if neurons < fan_in:
+    if w.shape[1] < w.shape[2]:
         return (by_group * (w @ w.transpose(1, 2) @ by_group)).flatten(1).sum(1)
     return (w.transpose(1, 2) @ by_group).square().flatten(1).sum(1)
-
-
-def _by_positions(w: Tensor, features: Tensor, s: Tensor, samples: int, weighted: bool) -> Tensor:
-    """The Gram form for a linear layer: sum_{q,q'} <phi_q, phi_q'> s_q^T G s_q', Gamma never formed."""
-    phi = features.reshape(samples, -1, w.shape[1])
-    rows = s.reshape(samples, -1, w.shape[0])
-    if not weighted:
-        pairs = rows @ rows.transpose(1, 2)
-    elif w.shape[1] <= w.shape[0]:
-        back = rows @ w
-        pairs = back @ back.transpose(1, 2)
-    else:
-        pairs = rows @ (w @ w.T) @ rows.transpose(1, 2)
-    return ((phi @ phi.transpose(1, 2)) * pairs).flatten(1).sum(1)
 
 
 def _by_sample(layer: LayerMap, features: Tensor, s: Tensor, samples: int, shape: torch.Size) -> Tensor:

@@ -204,8 +204,8 @@ class General:
                 drawn = factors.output_factors(bound, outputs, layer.samples(call.shape))
             else:
                 drawn = factors.sampled_factors(bound, outputs, options.probes, self.generator(weight.device))
-            each = [factors.squares(layer, weight, call, outputs, u, weighted, hold) for u in drawn]
-        stacked = torch.stack(each) if per_sample else torch.stack(each).sum(1)
+            each = factors.squares(layer, weight, call, outputs, drawn, weighted, hold, options.backend)
+        stacked = each if per_sample else each.sum(1)
         self.note(Plan(options.curvature, "samples", len(each), "asked for"))
         estimate = Estimate(stacked.sum(0), None) if options.curvature == "ggn" else Estimate.of(stacked)
         return Estimate(self.finish(estimate.value, weight), estimate.standard_error)

@@ -67,7 +67,38 @@ def patches_backward(shape: tuple[int, ...], layout: str, *arguments: Any) -> An
     return torch.rand_like(torch.ops.fam_ext.patch_sqnorm(x, *arguments)), x, *arguments
 
 
+def gram(
+    shape: tuple[int, ...],
+    factors: tuple[int, ...],
+    form: str,
+    weighted: bool = True,
+    window: tuple[list[int], ...] = ([1], [1], [0], [1]),
+    requires_grad: tuple[bool, bool, bool] = (True, True, True),
+    keep: bool = True,
+    layout: str = "contiguous",
+    dtype: torch.dtype = D,
+    max_bytes: int = 1,
+) -> Any:
+    matrix = make_input((shape[1], factors[3], factors[3]), D, seed=1)
+    inputs = [
+        make_input(shape, dtype, layout),
+        make_input(factors, dtype, layout, seed=2),
+        matrix @ matrix.mT,
+    ]
+    inputs = [t.requires_grad_(r) for t, r in zip(inputs, requires_grad, strict=True)]
+    return inputs[0], inputs[1], inputs[2] if weighted else None, *window, form, max_bytes, keep
+
+
+def gram_backward(*args: Any, needs: tuple[bool, bool, bool] = (True, True, True), **kwargs: Any) -> Any:
+    sample = gram(*args, requires_grad=(False, False, False), **kwargs)
+    values, saved = torch.ops.fam_ext.gram_trace(*sample)
+    return torch.rand_like(values), *sample[:3], saved, *sample[3:-1], *needs
+
+
 SOFT = torch.rand(4, 3, 5, dtype=D)
+PAIRS = ((3, 1, 4, 6), (2, 3, 1, 5, 6))
+WINDOWS = ((2, 2, 3, 7, 6), (2, 2, 2, 4, 4, 2))
+WINDOW = ([3, 2], [2, 3], [2, 0], [1, 2])
 PATCHES = [
     ((2, 6, 23), "contiguous", [3], [2], [4], [3], 2),
     ((2, 6, 9, 11), "channels_last", [3, 2], [2, 3], [2, 0], [2, 3], 3),
@@ -109,6 +140,24 @@ SAMPLES: dict[str, list[Any]] = {
         lambda: head_forward((4, 3, 5), 6, "strided", True, target=SOFT, needs=(False, True, True)),
         lambda: head_forward((4, 3, 5), 6, "expanded", True, curvature_grad=False),
         lambda: head_forward((0, 3), 2, "contiguous", False, mean=False),
+    ],
+    "gram_trace": [
+        lambda: gram(*PAIRS, "direct"),
+        lambda: gram(*PAIRS, "gram_shifts", layout="transposed", keep=False, requires_grad=(False,) * 3),
+        lambda: gram(*WINDOWS, "direct", False, WINDOW, (True, True, False), dtype=F32),
+        lambda: gram(*WINDOWS, "gram_shifts", True, WINDOW, (False, True, True), max_bytes=2**20),
+        lambda: gram(*WINDOWS, "gram_patches", True, WINDOW, layout="strided", dtype=torch.bfloat16),
+        lambda: gram((0, 1, 4, 6), (2, 0, 1, 5, 6), "direct"),
+    ],
+    "gram_trace_backward": [
+        lambda: gram_backward(*PAIRS, "direct", layout="transposed"),
+        lambda: gram_backward(*WINDOWS, "direct", True, WINDOW, needs=(True, False, True), dtype=F32),
+        lambda: gram_backward(*WINDOWS, "gram_shifts", False, WINDOW, needs=(True, True, False)),
+        lambda: gram_backward(
+            *WINDOWS, "gram_patches", True, WINDOW, layout="expanded", dtype=torch.bfloat16
+        ),
+        lambda: gram_backward(*WINDOWS, "gram_patches", True, WINDOW, needs=(False, False, True)),
+        lambda: gram_backward((0, 1, 4, 6), (2, 0, 1, 5, 6), "gram_shifts"),
     ],
     "patch_sqnorm": [lambda case=case: patches(*case) for case in PATCHES],
     "patch_sqnorm_backward": [lambda case=case: patches_backward(*case) for case in PATCHES],

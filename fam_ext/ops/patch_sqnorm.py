@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fam_ext import _checks, backends
 from fam_ext.ops._native import refuse_double_backward, register_fake
+from fam_ext.ops._windows import PADDING_MODES, Ints, check_extent, padding_of, per_axis
 from fam_ext.reference import patch_sqnorm as reference
 from fam_ext.reference.softmax_trace import accumulation_dtype
 
 _NAME = "patch_sqnorm"
-Ints = tuple[int, ...]
-_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def patch_sqnorm(
@@ -62,18 +61,18 @@ def patch_sqnorm(
     if rank == 0 and isinstance(kernel_size, int):
         expected = "() for rows (N, I); unsqueeze(0) an unbatched (C, L) input"
         _checks.bad_value(_NAME, "kernel_size", expected, kernel_size)
-    kernel = _per_axis("kernel_size", kernel_size, rank, 1)
-    strides = _per_axis("stride", stride, rank, 1)
-    dilations = _per_axis("dilation", dilation, rank, 1)
+    kernel = per_axis(_NAME, "kernel_size", kernel_size, rank, 1)
+    strides = per_axis(_NAME, "stride", stride, rank, 1)
+    dilations = per_axis(_NAME, "dilation", dilation, rank, 1)
     if isinstance(groups, bool) or not isinstance(groups, int):
         _checks.bad_type(_NAME, "groups", "an integer", groups)
     if groups < 1 or input.shape[1] % groups:
         _checks.bad_value(
             _NAME, "groups", f"a positive divisor of the {int(input.shape[1])} channels", groups
         )
-    _checks.check_choice(_NAME, "padding_mode", padding_mode, _PADDING_MODES)
-    before, after = _padding(padding, kernel, strides, dilations)
-    _check_extent(input, kernel, dilations, before, after, padding_mode)
+    _checks.check_choice(_NAME, "padding_mode", padding_mode, PADDING_MODES)
+    before, after = padding_of(_NAME, padding, kernel, strides, dilations)
+    check_extent(_NAME, "kernel_size", input, kernel, dilations, before, after, padding_mode)
     chosen = backends.choose(_NAME, backend, input)
 
     if padding_mode != "zeros" and any(after):
@@ -86,55 +85,6 @@ def patch_sqnorm(
         if p != q:  # "same", odd total: with q in front, too, there are q - p positions too many
             out = out.narrow(axis, q - p, out.shape[axis] - (q - p))
     return out
-
-
-def _per_axis(argument: str, value: int | Sequence[int], rank: int, minimum: int) -> Ints:
-    """`value` as one integer per spatial axis, each at least `minimum`."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        values: Ints = (value,) * max(rank, 1)
-    elif isinstance(value, (tuple, list)):
-        values = tuple(value)
-        if len(values) != rank:
-            _checks.bad_value(_NAME, argument, f"an integer or {rank} integers, one per spatial axis", value)
-    else:
-        _checks.bad_type(_NAME, argument, f"an integer or {rank} integers", value)
-    if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-        _checks.bad_type(_NAME, argument, "made of integers", value)
-    if any(v < minimum for v in values):
-        _checks.bad_value(_NAME, argument, f"at least {minimum}", value)
-    return values[:rank]
-
-
-def _padding(
-    padding: str | int | Sequence[int], kernel: Ints, stride: Ints, dilation: Ints
-) -> tuple[Ints, Ints]:
-    """Padding before and after each spatial axis, as torch.nn.ConvNd reads its argument."""
-    if not isinstance(padding, str):
-        both = _per_axis("padding", padding, len(kernel), 0)
-        return both, both
-    _checks.check_choice(_NAME, "padding", padding, ("same", "valid"))
-    if padding == "valid":
-        return (0,) * len(kernel), (0,) * len(kernel)
-    if any(s != 1 for s in stride):
-        _checks.bad_value(_NAME, "stride", "1 with padding='same'", stride)
-    total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
-
-
-def _check_extent(input: Tensor, kernel: Ints, dilation: Ints, before: Ints, after: Ints, mode: str) -> None:
-    """Raise ValueError where the kernel exceeds the padded input, or the padding what its mode allows."""
-    for axis, (size, k, d) in enumerate(zip(input.shape[2:], kernel, dilation, strict=True)):
-        extent, padded = d * (k - 1) + 1, size + before[axis] + after[axis]
-        if extent > padded:
-            expected = (
-                f"small enough for the padded input (spatial axis {axis}: extent {extent}, size {padded})"
-            )
-            _checks.bad_value(_NAME, "kernel_size", expected, kernel)
-        limit = {"reflect": size - 1, "circular": size, "replicate": after[axis] if size else 0}.get(mode)
-        if limit is not None and after[axis] > limit:
-            _checks.bad_value(
-                _NAME, "padding", f"at most {limit} along spatial axis {axis} with {mode!r}", after
-            )
 
 
 def _register() -> None:
