@@ -16,8 +16,9 @@ from fam_ext.capture import Capture, Captures, LayerHook, check_tensor, layer_we
 from fam_ext.curvature import Curvature, LayerCall, products
 from fam_ext.engine import Estimate
 from fam_ext.errors import NotAHead, UnsupportedError
-from fam_ext.general import CLOSED_FORM, General, Plan, hessian_terms
+from fam_ext.general import CLOSED_FORM, General, Plan
 from fam_ext.heads import Layer
+from fam_ext.several import hessian_terms, positive_terms
 from fam_ext.terms import Options, check_class_dim, flatness
 
 
@@ -314,10 +315,8 @@ class LayerCriterion(nn.Module):
             if self.options.curvature == "hessian":
                 terms += self._hessian_terms(loss, found, per_sample)
             else:
-                terms += [
-                    f.part.general.positive(f.weight, f.calls, f.between, outputs, bound, per_sample)
-                    for f in found
-                ]
+                places = [(f.part.general, f.weight, f.calls, f.between) for f in found]
+                terms += positive_terms(places, outputs, bound, per_sample)
         return Estimate.total(terms)
 
     @staticmethod

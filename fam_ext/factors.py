@@ -11,8 +11,9 @@ Samples must not interact after the layer: that is checked, and refused otherwis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,51 +91,58 @@ def _root(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
+class Place(NamedTuple):
+    """A layer called once: what its share of the matrix is made from."""
+
+    layer: LayerMap
+    weight: Tensor
+    call: LayerCall
+
+
 def squares(
-    layer: LayerMap,
-    weight: Tensor,
-    call: LayerCall,
+    places: Sequence[Place],
     outputs: Tensor,
     factors: Iterable[Tensor],
     weighted: bool,
     hold: bool,
     backend: str,
-) -> Tensor:
-    """|W^T Gamma_i|_F^2 (or |Gamma_i|_F^2) of every factor u and sample, (K, B)."""
-    values: list[Tensor] = []
-    waiting: list[Tensor] = []
-    together = max(1, _TOGETHER // max(1, 4 * prod(call.shape)))
+) -> list[Tensor]:
+    """|W^T Gamma_i|_F^2 (or |Gamma_i|_F^2) of every factor u and sample, (K, B) for each place.
 
-    def flush() -> None:
-        if waiting:
-            values.append(_of_several(layer, weight, call, torch.stack(waiting), weighted, hold, backend))
-            waiting.clear()
+    One backward pass pulls a factor back to all of them.
+    """
+    values: list[list[Tensor]] = [[] for _ in places]
+    waiting: list[list[Tensor]] = [[] for _ in places]
 
+    def flush(k: int) -> None:
+        if waiting[k]:
+            values[k].append(_of_several(places[k], torch.stack(waiting[k]), weighted, hold, backend))
+            waiting[k].clear()
+
+    together = [max(1, _TOGETHER // max(1, 4 * prod(place.call.shape))) for place in places]
+    edges = [place.call.edge for place in places]
     for u in factors:
-        (s,) = torch.autograd.grad(
-            outputs,
-            call.edge,
-            u.to(outputs.dtype),
-            create_graph=not hold,
-            retain_graph=True,
-            allow_unused=True,
+        pulled = torch.autograd.grad(
+            outputs, edges, u.to(outputs.dtype), create_graph=not hold, retain_graph=True, allow_unused=True
         )
-        if s is None:
-            flush()
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            values.append(torch.zeros(1, layer.samples(call.shape), dtype=dtype, device=weight.device))
-            continue
-        waiting.append(s.detach() if hold else s)
-        if len(waiting) == together:
-            flush()
-    flush()
-    return torch.cat(values)
+        for k, s in enumerate(pulled):
+            if s is None:
+                flush(k)
+                layer, weight, call = places[k]
+                dtype = torch.promote_types(weight.dtype, torch.float32)
+                values[k].append(torch.zeros(1, layer.samples(call.shape), dtype=dtype, device=weight.device))
+                continue
+            waiting[k].append(s.detach() if hold else s)
+            if len(waiting[k]) == together[k]:
+                flush(k)
+    for k in range(len(places)):
+        flush(k)
+    return [torch.cat(of_place) for of_place in values]
 
 
-def _of_several(
-    layer: LayerMap, weight: Tensor, call: LayerCall, s: Tensor, weighted: bool, hold: bool, backend: str
-) -> Tensor:
+def _of_several(place: Place, s: Tensor, weighted: bool, hold: bool, backend: str) -> Tensor:
     """(K, B) for factors s, (K, *shape of z)."""
+    layer, weight, call = place
     features = call.features.detach() if hold else call.features
     if layer.transposed:
         return torch.stack([_transposed(layer, weight, call, features, t, weighted, hold) for t in s])

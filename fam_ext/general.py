@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext import corrections, eigen, engine, factors, finite_difference
-from fam_ext.criteria import SUPPORTED, Bound
+from fam_ext import eigen, engine, factors, finite_difference
 from fam_ext.curvature import Curvature, LayerCall
 from fam_ext.engine import Estimate
 from fam_ext.errors import UnsupportedError
@@ -167,48 +166,19 @@ class General:
         return (squares * largest).sum()
 
     def positive(
-        self,
-        weight: Tensor,
-        calls: Sequence[LayerCall],
-        between: list[Any],
-        outputs: Any,
-        bound: Bound | None,
-        per_sample: bool = False,
-    ) -> Estimate:
-        """curvature="ggn" (all factors of the criterion's Hessian) or "fisher" (`probes` draws of labels)."""
-        options, layer = self.options, self.layer
-        caller = options.caller
-        if bound is None or not isinstance(outputs, Tensor):
-            raise UnsupportedError(
-                f"{caller}: curvature={options.curvature!r} needs a criterion whose own Hessian is known; use {SUPPORTED}"
-            )
-        bound.check(caller, outputs)
-        options.check_bound(bound)
+        self, weight: Tensor, calls: Sequence[LayerCall], between: list[Any], outputs: Tensor
+    ) -> factors.Place:
+        """What the Gauss-Newton or Fisher matrix is made from, checked; inside fam_ext.corrections.corrected."""
+        caller = self.options.caller
         if len(calls) > 1:
             raise UnsupportedError(
-                f"{caller}: curvature={options.curvature!r} is for a layer called once; use curvature='hessian'"
+                f"{caller}: curvature={self.options.curvature!r} is for a layer called once; use curvature='hessian'"
             )
-        call, hold = calls[0], not options.curvature_grad
-        key = (call.shape, outputs.shape, *map(_signature, between))
-        weighted = options.measure == "neuronwise"
-        # second derivatives: what torch has none of is corrected
-        correct = [node for node in between if corrections.needs_correction(node)]
-        with (
-            torch.autocast(weight.device.type, enabled=False),
-            corrections.corrected(correct, options.hold_statistics),
-        ):
-            if key not in self._apart:
-                factors.check_samples_apart(caller, layer, call, outputs)
-                self._apart.add(key)
-            if options.curvature == "ggn":
-                drawn = factors.output_factors(bound, outputs, layer.samples(call.shape))
-            else:
-                drawn = factors.sampled_factors(bound, outputs, options.probes, self.generator(weight.device))
-            each = factors.squares(layer, weight, call, outputs, drawn, weighted, hold, options.backend)
-        stacked = each if per_sample else each.sum(1)
-        self.note(Plan(options.curvature, "samples", len(each), "asked for"))
-        estimate = Estimate(stacked.sum(0), None) if options.curvature == "ggn" else Estimate.of(stacked)
-        return Estimate(self.finish(estimate.value, weight), estimate.standard_error)
+        key = (calls[0].shape, outputs.shape, *map(_signature, between))
+        if key not in self._apart:
+            factors.check_samples_apart(caller, self.layer, calls[0], outputs)
+            self._apart.add(key)
+        return factors.Place(self.layer, weight, calls[0])
 
     def _check_weight_is_leaf(self, weight: Tensor) -> None:
         if not weight.requires_grad or not weight.is_leaf:
@@ -231,52 +201,6 @@ class General:
         if plan is not self.plan and plan != self.plan:
             self.plan = plan
             log.info("%s on %s: %s", self.options.caller, type(self.layer.module).__name__, plan)
-
-
-def hessian_terms(
-    generals: Sequence[General],
-    curvatures: Sequence[Curvature],
-    between: Sequence[list[Any]],
-    per_sample: bool,
-) -> list[Estimate]:
-    """The terms of several layers, inside fam_ext.curvature.products; the sum of those that are estimated is one estimate."""
-    found = list(zip(generals, curvatures, between, strict=True))
-    levels = [general.level(curvature, nodes) for general, curvature, nodes in found]
-    products = sum(
-        engine.exact_products(general.layer, curvature, level)
-        for (general, curvature, _), level in zip(found, levels, strict=True)
-    )
-    terms, estimated = [], []
-    for (general, curvature, nodes), level in zip(found, levels, strict=True):
-        plan = general.choose(curvature, level, len(nodes), products)
-        general.note(plan)
-        if per_sample and plan.level == "batch":
-            raise UnsupportedError(
-                f"{general.options.caller}: samples interact after the layer, kappa has no shares by sample; use per_sample=False"
-            )
-        if plan.method == "hutchinson":
-            estimated.append((general, curvature, str(plan.level)))
-        else:
-            terms.append(Estimate(general.exact(curvature, plan, per_sample), None))
-    if estimated:
-        terms.append(_estimate(estimated, per_sample))
-    return terms
-
-
-def _estimate(found: Sequence[tuple[General, Curvature, str]], per_sample: bool) -> Estimate:
-    first, curvature, _ = found[0]
-    options, generator = first.options, first.generator(curvature.device)
-    weighted = options.measure == "neuronwise"
-    probes = [
-        engine.draw(curvature, level, weighted, options.probes, generator, options.backend)
-        for _, curvature, level in found
-    ]
-    summands = engine.hutchinson(probes)
-    values: Any = sum(
-        torch.stack([general.share(curvature, summand, per_sample) for summand in stack])
-        for (general, curvature, _), stack in zip(found, summands, strict=True)
-    )
-    return Estimate.of(values)
 
 
 def _signature(node: Any) -> Any:

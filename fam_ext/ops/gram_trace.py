@@ -42,7 +42,7 @@ def gram_trace(
 
     With factors s of a Gauss-Newton or Fisher matrix sum_i Gamma_i Gamma_i^T, their sum is the layer's relative flatness (Petzka
     et al. 2021, arXiv 2001.00939, with that matrix in place of the Hessian). Two ways to the same numbers: "direct" forms Gamma
-    of a few samples at a time, "gram" the products <phi_q, phi_q'> of their positions. A convolution's patches are never all formed.
+    of a few samples at a time, "gram" the products <phi_q, phi_q'> of their positions. Patches are never all formed.
 
     Args:
         input: of a linear layer (B, *positions, I), of a convolution (B, C, *spatial) with 1 to 3 spatial axes; any strides.
