@@ -39,8 +39,10 @@ bench: setup bench-tools  ## time operations and training steps against their ba
 
 # curvlinops needs torchvision only for what the benchmark does not use, and pip would replace torch for it
 bench-tools: setup
+ifeq ($(ENV),)
 	@$(PY) -c 'import curvlinops' 2>/dev/null || $(PIP) install -q --no-deps $(CURVLINOPS) 2>/dev/null || \
 	echo "curvlinops cannot be installed here: its baseline is left out"
+endif
 
 bench-readme: setup  ## put the table and the plot of bench/results into the README
 	$(PY) bench/readme.py

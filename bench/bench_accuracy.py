@@ -7,7 +7,7 @@ textbook form sum_s p_s |w_s|^2 - |sum_s p_s w_s|^2 is what one would write. An 
 ends the run.
 
 Second table: relative standard error of estimates by the number of probes, a hidden layer 64 -> 32 on 128 samples after some
-training: probes shared by all samples, and of each sample's own. From DRAWS one-probe draws; "measured" is the error of means of k.
+training: probes shared by all samples, and of each sample's own. From DRAWS one-probe draws; measured: the error of means of k.
 """
 
 from __future__ import annotations

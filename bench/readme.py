@@ -1,6 +1,6 @@
 """The README's table of costs and its plot, from the committed run: python bench/readme.py
 
-bench/results holds the CSV files of one run of `make bench BENCH_ARGS="--out bench/results"`, made on a quiet machine, and its plot.
+bench/results holds the CSV files and the plot of one run of `make bench BENCH_ARGS="--out bench/results"` on a quiet machine.
 What stands between the two marks in README.md is written by this script; tests/test_bench.py compares them.
 """
 
@@ -74,20 +74,18 @@ def text(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def between(document: str) -> str:
-    """What stands between the marks of a document."""
-    begin, end = (document.index(mark) for mark in MARKS)
-    return document[begin + len(MARKS[0]) : end].strip("\n")
+def split(document: str) -> tuple[str, str, str]:
+    """(up to the first mark, what stands between the marks, from the second mark on)."""
+    begin, end = document.index(MARKS[0]) + len(MARKS[0]), document.index(MARKS[1])
+    return document[:begin], document[begin:end], document[end:]
 
 
 def main() -> None:
     folder, readme = ROOT / RESULTS, ROOT / "README.md"
     if not list(folder.glob("*.csv")):
         sys.exit(f'no run in {RESULTS}: make bench BENCH_ARGS="--out {RESULTS}" writes one')
-    document = readme.read_text()
-    old = between(document)
-    begin = document.index(MARKS[0]) + len(MARKS[0])
-    readme.write_text(document[:begin] + "\n" + text(folder) + "\n" + document[begin + 1 + len(old) + 1 :])
+    before, _, after = split(readme.read_text())
+    readme.write_text(f"{before}\n{text(folder)}\n{after}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def strides(costs: Mapping[str, float], seconds: float, rounds: int) -> dict[str
     """
     if not math.isfinite(seconds):
         return dict.fromkeys(costs, 1)
-    part = seconds / len(costs)
+    part = max(seconds, 1e-9) / len(costs)
     return {name: max(1, math.ceil(min(cost * rounds / part, rounds))) for name, cost in costs.items()}
 
 
