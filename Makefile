@@ -3,7 +3,7 @@
 #   TORCH=torch==2.13.0    what pip installs as torch; pip's options may follow it
 #   ENV=/path/to/python    an interpreter that already holds torch, setuptools and pip: nothing is downloaded, and nothing is
 #                          written to its environment (the package goes to .venv-env, which sees its packages)
-#   DEMO_ARGS, TEST_ARGS   passed to the demo and to pytest
+#   DEMO_ARGS, TEST_ARGS, BENCH_ARGS   passed to the demo, pytest and bench/run.py
 #   FAM_EXT_BUILD, FAM_EXT_SIMD, CXX in the environment: see setup.py
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -11,11 +11,12 @@ ENV ?=
 VENV := $(if $(ENV),.venv-env,.venv)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+CURVLINOPS := curvlinops-for-pytorch==3.0.1 einconv einops opt_einsum linear_operator
 SOURCES := setup.py $(shell find csrc -type f)
 WANTED := $(VENV) $(ENV) $(FAM_EXT_BUILD) $(FAM_EXT_SIMD)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton lint bench clean setup FORCE
+.PHONY: help demo test test-triton lint bench bench-tools bench-readme clean setup FORCE
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -33,8 +34,18 @@ test-triton: setup  ## run the tests of the Triton kernels in Triton's interpret
 lint: setup  ## ruff, mypy and clang-format, changing nothing
 	@bash tools/lint.sh $(PY) $(ENV)
 
-bench: setup  ## time the operations against their baselines
+bench: setup bench-tools  ## time operations and training steps against their baselines (BENCH_ARGS="head_cross_entropy --quick")
 	$(PY) bench/run.py $(BENCH_ARGS)
+
+# curvlinops needs torchvision only for what the benchmark does not use, and pip would replace torch for it
+bench-tools: setup
+ifeq ($(ENV),)
+	@$(PY) -c 'import curvlinops' 2>/dev/null || $(PIP) install -q --no-deps $(CURVLINOPS) 2>/dev/null || \
+	echo "curvlinops cannot be installed here: its baseline is left out"
+endif
+
+bench-readme: setup  ## put the table and the plot of bench/results into the README
+	$(PY) bench/readme.py
 
 clean:  ## remove the environments and everything that was built
 	rm -rf .venv .venv-env build dist out *.egg-info fam_ext/_C*.so fam_ext/_build.json

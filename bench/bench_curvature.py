@@ -30,6 +30,7 @@ from fam_ext import FAMLoss, RelativeFlatness
 from fam_ext.engine import gram_root
 
 OP = "curvature"
+SHARE = 0  # minutes of its own: only when asked for
 STRENGTH = 1e-3
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import Case, Variant, in_pytest
+from counts import patch_bytes
 from torch import Tensor
 
 from fam_ext import backends
@@ -72,7 +73,7 @@ def case(problem: str, train: bool, compiled: bool) -> Case:
         Variant(name, partial(run, way, x, options, upstream), BASELINE, 2e-6, exact)
         for name, way in ways.items()
     ]
-    moved = 4 * (x.numel() * (3 if train else 1) + upstream.numel() * (2 if train else 1))
+    moved = patch_bytes(x.numel(), upstream.numel(), train)
     return Case(f"{problem} {'training' if train else 'forward'}", variants, moved_bytes=moved)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from common import Case, Result, Variant, in_pytest
+from counts import trace_step
 from torch import Tensor
 
 from fam_ext import backends
@@ -55,11 +56,7 @@ def case(shape: Shape, compiled: bool) -> Case:
     if compiled:
         compiled_trace = torch.compile(on(form, "reference"), dynamic=False)
         variants.append(variant(f"reference {form}, compiled", compiled_trace, 1e-4))
-    shifted = 6 * rows * fan_in * classes  # three products
-    pairwise = 4 * classes * classes * (fan_in + rows)
-    return Case(
-        f"N={rows} I={fan_in} O={classes}, forward + backward", variants, flops=min(shifted, pairwise)
-    )
+    return Case(f"N={rows} I={fan_in} O={classes}, forward + backward", variants, flops=trace_step(*shape))
 
 
 def remark(rows: Sequence[Result]) -> str:

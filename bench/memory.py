@@ -1,19 +1,23 @@
-"""Table of peak memory, a run of its own: the profiler that reports every allocation would distort times."""
+"""Peak memory, a run of its own: the profiler that reports every allocation would distort times."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from common import Case
+from machine import on_gpu
 from rich.console import Console
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from common import Case
+
 
 @contextmanager
-def silent_stderr():
+def silent_stderr() -> Iterator[None]:
     """Nothing reaches the terminal's error stream inside, C++ included: the profiler reports its own starts and stops there."""
     kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 2)
@@ -25,9 +29,20 @@ def silent_stderr():
         os.close(sink)
 
 
-def peak_megabytes(step: Callable[[], object]) -> float:
-    """Peak memory of one call beyond what is held before it: what torch's allocator hands out, not kernels' own scratch."""
-    step()
+def peak_megabytes(step: Callable[[], object], warm: bool = False) -> float:
+    """Peak memory of one call beyond what is held before it: what torch's allocator hands out, not kernels' own scratch.
+
+    `warm`: the step has run before, so that what its first call keeps does not count already.
+    """
+    if not warm:
+        step()
+    if on_gpu():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     activities = [torch.profiler.ProfilerActivity.CPU]
     with silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()

@@ -1,0 +1,92 @@
+"""The README's table of costs and its plot, from the committed run: python bench/readme.py
+
+bench/results holds the CSV files and the plot of one run of `make bench BENCH_ARGS="--out bench/results"` on a quiet machine.
+What stands between the two marks in README.md is written by this script; tests/test_bench.py compares them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from report import ratio_text, read_csv, time_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path("bench/results")
+MARKS = ("<!-- bench: begin (make bench-readme) -->", "<!-- bench: end -->")
+HEAD_COLUMNS = (
+    ("`head_cross_entropy`", "head_cross_entropy"),
+    ("`FAMLoss`", "FAMLoss"),
+    ("plain PyTorch, stable: eager", "stable, eager"),
+    ("compiled", "stable, compiled"),
+    ("textbook: eager", "textbook, eager"),
+    ("compiled", "textbook, compiled"),
+    ("full Hessian", "full Hessian (torch.func)"),
+    ("Hutchinson to 1 %", "Hutchinson to 1 %"),
+)
+TRAINING_COLUMNS = (
+    ("FAM, head", "FAM (head)"),
+    ("the same, by parts", "FAM (head), by parts"),
+    ("FAM, a middle layer, 1 probe", "FAM (middle layer, 1 probe)"),
+    ("SAM", "SAM"),
+    ("paper's procedure", "paper's procedure (head)"),
+)
+Row = dict[str, str]
+
+
+def table(rows: Sequence[Row], columns: Sequence[tuple[str, str]], baseline: str, first: str) -> list[str]:
+    """Markdown: a line for each case, the baseline's time, and each column's ratio to it."""
+    lines = [
+        "| " + " | ".join([first, baseline, *(title for title, _ in columns)]) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for case in dict.fromkeys(r["case"] for r in rows):
+        own = [r for r in rows if r["case"] == case]
+        cells = [re.sub(r", forward \+ backward$", "", case)]
+        cells.append(time_text(float(next(r for r in own if r["variant"] == baseline)["median_us"])))
+        for _, variant in columns:
+            found = [r for r in own if r["variant"] == variant or r["variant"].startswith(variant + " (")]
+            exact = [r for r in found if r["variant"] == variant] or found
+            cells.append(ratio_text(float(exact[0]["ratio"])) if exact else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def text(folder: Path) -> str:
+    """What stands between the marks."""
+    heads, training = (read_csv(folder / f"{op}.csv") for op in ("head_cross_entropy", "training"))
+    one = [r for r in heads if r["threads"] == min(heads, key=lambda r: int(r["threads"]))["threads"]]
+    threads = training[0]["threads"]
+    lines = [
+        f"Measured on: {heads[0]['machine']}. Times of the step without FAM; ratios to it of",
+        f"linear layer + cross-entropy + FAM, forward and backward, {one[0]['threads']} thread:",
+        "",
+        *table(one, HEAD_COLUMNS, "linear + CE (functions)", "N, I, O"),
+        "",
+        f"Whole training steps, optimizer included, {threads} thread{'s' * (threads != '1')}:",
+        "",
+        *table(training, TRAINING_COLUMNS, "plain", "network"),
+        "",
+        f"![Cost against size, with fitted exponents]({RESULTS.as_posix()}/scaling.png)",
+    ]
+    return "\n".join(lines)
+
+
+def split(document: str) -> tuple[str, str, str]:
+    """(up to the first mark, what stands between the marks, from the second mark on)."""
+    begin, end = document.index(MARKS[0]) + len(MARKS[0]), document.index(MARKS[1])
+    return document[:begin], document[begin:end], document[end:]
+
+
+def main() -> None:
+    folder, readme = ROOT / RESULTS, ROOT / "README.md"
+    if not list(folder.glob("*.csv")):
+        sys.exit(f'no run in {RESULTS}: make bench BENCH_ARGS="--out {RESULTS}" writes one')
+    before, _, after = split(readme.read_text())
+    readme.write_text(f"{before}\n{text(folder)}\n{after}")
+
+
+if __name__ == "__main__":
+    main()
