@@ -23,6 +23,15 @@ TORCH_LIBRARY(fam_ext, m) {
       "head_cross_entropy_forward(Tensor logits, Tensor features, Tensor weight, Tensor target, Tensor? class_weight, "
       "int ignore_index, float label_smoothing, bool mean, float strength, bool curvature_grad, bool pairwise, "
       "bool grad_logits, bool grad_features, bool grad_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+      "int ignore_index, float label_smoothing, int reduction, float strength, bool curvature_grad, int max_bytes, "
+      "bool narrow) -> (Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+      "Tensor? row_scale, int ignore_index, float label_smoothing, int reduction, float strength, bool curvature_grad, "
+      "int max_bytes, bool narrow, bool grad_input, bool grad_weight, bool grad_bias) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #define FAM_EXT_STRING_(x) #x
