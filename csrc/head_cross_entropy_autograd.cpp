@@ -1,12 +1,12 @@
 // Autograd of head_cross_entropy. The forward operation has made the gradients already, so dispatch is all that backward costs;
 // it lives in C++ because at these sizes a Python autograd function would cost more than the operation.
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
 #include <tuple>
+
+#include "made_gradients.h"
 
 namespace fam_ext {
 namespace {
@@ -24,12 +24,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call_forward(
                              .typed<decltype(call_forward)>();
   return op.call(logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean, strength,
                  curvature_grad, pairwise, grad_logits, grad_features, grad_weight);
-}
-
-// The upstream gradient of a training loss is 1 almost always: then the gradients are handed out as they are.
-bool is_one(const Tensor& grad) {
-  if (!grad.device().is_cpu() || at::isTensorSubclassLike(grad)) return false;
-  return grad.scalar_type() == at::kFloat ? *grad.const_data_ptr<float>() == 1.0f : grad.item<double>() == 1.0;
 }
 
 struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
@@ -53,29 +47,7 @@ struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     variable_list grads(11);
     if (!upstream[0].defined()) return grads;
-    const variable_list saved = ctx->get_saved_variables();
-    {
-      const at::AutoGradMode no_graph(false);
-      const bool unchanged = is_one(upstream[0]);
-      for (size_t k = 0; k < saved.size(); ++k) {
-        if (!saved[k].defined()) continue;
-        grads[k] = unchanged ? saved[k] : saved[k].mul(upstream[0]);
-      }
-    }
-    if (!at::GradMode::is_enabled()) return grads;
-    // create_graph=True: differentiating what is handed out must fail, not miss terms
-    variable_list inputs;
-    for (size_t k = 0; k < saved.size(); ++k) {
-      if (grads[k].defined()) inputs.push_back(grads[k].detach().set_requires_grad(true));
-    }
-    auto refuse = std::make_shared<torch::autograd::DelayedError>(
-        "head_cross_entropy can be differentiated once only: its gradients were made in the forward pass. For second "
-        "derivatives pass backend=\"reference\", which is plain PyTorch.",
-        static_cast<int64_t>(inputs.size()));
-    const variable_list guarded = (*refuse)(std::move(inputs));
-    for (size_t k = 0, next = 0; k < saved.size(); ++k) {
-      if (grads[k].defined()) grads[k] = guarded[next++];
-    }
+    hand_out(ctx->get_saved_variables(), upstream[0], "head_cross_entropy", grads);
     return grads;
   }
 };

@@ -30,6 +30,15 @@ TORCH_LIBRARY(fam_ext, m) {
       "gram_trace_backward(Tensor grad, Tensor input, Tensor factors, Tensor? gram, Tensor saved, int[] kernel_size, "
       "int[] stride, int[] padding, int[] dilation, str form, int max_bytes, bool grad_input, bool grad_factors, "
       "bool grad_gram) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+      "int ignore_index, float label_smoothing, int reduction, float strength, bool curvature_grad, int max_bytes, "
+      "bool narrow) -> (Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+      "Tensor? row_scale, int ignore_index, float label_smoothing, int reduction, float strength, bool curvature_grad, "
+      "int max_bytes, bool narrow, bool grad_input, bool grad_weight, bool grad_bias) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #define FAM_EXT_STRING_(x) #x

@@ -16,7 +16,7 @@ from torch import Tensor
 from fam_ext import _checks
 
 BACKENDS = ("auto", "reference", "native", "triton")
-OPERATIONS = ("softmax_trace", "patch_sqnorm", "head_cross_entropy", "gram_trace")
+OPERATIONS = ("softmax_trace", "patch_sqnorm", "head_cross_entropy", "linear_cross_entropy", "gram_trace")
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _RECORD = Path(__file__).with_name("_build.json")
 _REBUILD = "run `pip install --no-build-isolation .` again"

@@ -11,13 +11,21 @@ from fam_ext import _checks, criteria
 from fam_ext.heads import element_traces, row_traces, weight_factor
 from fam_ext.ops.gram_trace import gram_trace
 from fam_ext.ops.head_cross_entropy import head_cross_entropy
+from fam_ext.ops.linear_cross_entropy import linear_cross_entropy
 from fam_ext.ops.patch_sqnorm import patch_sqnorm
 from fam_ext.ops.softmax_trace import softmax_trace
 from fam_ext.reference.coefficients import clear_rows
 from fam_ext.reference.softmax_trace import accumulation_dtype
 from fam_ext.terms import Options
 
-__all__ = ["gram_trace", "head_cross_entropy", "patch_sqnorm", "relative_flatness", "softmax_trace"]
+__all__ = [
+    "gram_trace",
+    "head_cross_entropy",
+    "linear_cross_entropy",
+    "patch_sqnorm",
+    "relative_flatness",
+    "softmax_trace",
+]
 
 _NAME = "relative_flatness"
 _LOSSES = ("cross_entropy", "mse", "bce_with_logits", "poisson_nll", "gaussian_nll")

@@ -11,43 +11,12 @@ from torch import Tensor, nn
 from fam_ext import _checks, criteria
 from fam_ext.base import LayerCriterion, Taken
 from fam_ext.errors import UnsupportedError
+from fam_ext.from_features import FeatureLoss
+from fam_ext.last import Last
 from fam_ext.models import find_layers
 from fam_ext.ops.head_cross_entropy import head_cross_entropy
 from fam_ext.schedules import Schedule, TargetRatio, check_strength
 from fam_ext.terms import Options
-
-
-class Last:
-    """The latest loss call, detached, for logs.
-
-    `flatness` is None on a step without the term; `standard_error` is that of an estimate from several probes, else None.
-    """
-
-    __slots__ = ("_loss", "_total", "flatness", "standard_error", "strength")
-
-    def __init__(
-        self,
-        loss: Tensor | None = None,
-        total: Tensor | None = None,
-        flatness: Tensor | None = None,
-        strength: Any = None,
-        standard_error: Tensor | None = None,
-    ) -> None:
-        self.standard_error = standard_error
-        self._loss = loss
-        self._total = total
-        self.flatness: Tensor | None = flatness
-        self.strength: float | Tensor | None = strength
-
-    @property
-    def loss(self) -> Tensor | None:
-        """The criterion's own loss, without the term."""
-        if self._loss is None and self._total is not None and self.flatness is not None:
-            self._loss = self._total - self.flatness * (0.0 if self.strength is None else self.strength)
-        return self._loss
-
-    def __repr__(self) -> str:
-        return f"Last(loss={self.loss}, flatness={self.flatness}, strength={self.strength})"
 
 
 class FAMLoss(LayerCriterion):
@@ -208,16 +177,65 @@ class FAMLoss(LayerCriterion):
         state["last"] = last
         state["step"] += 1
 
+    def _strength_now(self) -> Any:
+        """This step's strength: a number, or TargetRatio. 0 on a step without the term."""
+        if self.step % self.every:
+            return 0.0
+        strength = self._strength
+        if not isinstance(strength, (float, TargetRatio)):
+            what = "the value of the strength schedule"
+            strength = check_strength("FAMLoss", what, strength(self.step))
+            if callable(strength):
+                _checks.bad_type("FAMLoss", what, "a number", strength)
+        return strength
+
+    def linear_cross_entropy(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        *,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        """The total loss from the layer's input, for models that hand out features instead of logits.
+
+        The same as forward(F.linear(features, weight, bias), target), without ever holding the logits (see
+        fam_ext.functional.linear_cross_entropy). The layer need not be called, nor the hook be attached. Training and evaluation
+        mode, schedules, `every` and `last` are as in forward; TargetRatio takes one more pass for the values.
+
+        Args:
+            features: (*rows, I). weight: (V, I), of the layer's shape. bias: (V,) or None. target: class indices, (*rows).
+            num_items: divides the sum over rows in place of their own number, for batches that share one mean (gradient
+                accumulation).
+
+        Raises:
+            UnsupportedError: not CrossEntropyLoss on one nn.Linear with the measure "neuronwise" in closed form.
+            TypeError, ValueError, IndexError: an argument does not fit.
+        """
+        arguments = (features, weight, target, bias, num_items)
+        if torch.compiler.is_compiling():
+            compiled: Tensor = _outside_graph(self._from_features, *arguments)
+            return compiled
+        return self._from_features(*arguments)
+
+    def _from_features(self, *arguments: Any) -> Tensor:
+        loss = FeatureLoss(self, *arguments)
+        if not self.training or not self.parts[0].module.training:
+            return loss(0.0)[0]
+        self.reset()
+        strength = self._strength_now()
+        if isinstance(strength, TargetRatio):
+            strength = float(strength.update(*loss.values()))
+        total, kappa = loss(strength)
+        if strength == 0:
+            self._finish(Last(total.detach(), None, None, 0.0))
+        else:
+            self._finish(Last(None, total.detach(), kappa, strength))
+        return total
+
     def _train(self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> Tensor:
-        strength: Any = 0.0
-        if self.step % self.every == 0:
-            strength = self._strength
-            if not isinstance(strength, (float, TargetRatio)):
-                strength = check_strength(
-                    "FAMLoss", "the value of the strength schedule", strength(self.step)
-                )
-                if callable(strength):
-                    _checks.bad_type("FAMLoss", "the value of the strength schedule", "a number", strength)
+        strength = self._strength_now()
         if isinstance(strength, float) and strength == 0:
             self.reset()
             loss: Tensor = self.criterion(outputs, *targets, **kwargs)

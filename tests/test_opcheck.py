@@ -58,6 +58,32 @@ def head_forward(*args: Any, needs: tuple[bool, bool, bool] = (True, True, True)
     return *values, *needs
 
 
+def linear(
+    rows: tuple[int, ...],
+    classes: int,
+    layout: str,
+    bias: bool = True,
+    class_weight: Tensor | None = None,
+    reduction: int = 1,
+    requires_grad: tuple[bool, bool, bool] = (True, True, True),
+    dtypes: tuple[torch.dtype, ...] = (D, D, D),
+    narrow: bool = False,
+) -> Any:
+    target = (torch.arange(torch.Size(rows).numel()) % classes).reshape(rows)
+    shapes = (*rows, 3), (classes, 3), (classes,)
+    x, w, b = (
+        make_input(s, d, layout if len(s) > 1 else "contiguous", seed=k).requires_grad_(r)
+        for k, (s, d, r) in enumerate(zip(shapes, dtypes, requires_grad, strict=True))
+    )
+    return x, w, b if bias else None, target, class_weight, 1, 0.1, reduction, 0.5, True, 1, narrow
+
+
+def linear_forward(*args: Any, needs: tuple[bool, bool, bool] = (True, True, True), **kwargs: Any) -> Any:
+    x, w, b, target, class_weight, *options = linear(*args, requires_grad=(False,) * 3, **kwargs)
+    scale = torch.rand(target.shape) if options[2] == 2 else None
+    return x, w, b, target, class_weight, scale, *options, *needs
+
+
 def patches(shape: tuple[int, ...], layout: str, *arguments: Any) -> Any:
     return make_input(shape, D, layout).requires_grad_(), *arguments
 
@@ -158,6 +184,22 @@ SAMPLES: dict[str, list[Any]] = {
         ),
         lambda: gram_backward(*WINDOWS, "gram_patches", True, WINDOW, needs=(False, False, True)),
         lambda: gram_backward((0, 1, 4, 6), (2, 0, 1, 5, 6), "gram_shifts"),
+    ],
+    "linear_cross_entropy": [
+        lambda: linear((7,), 5, "contiguous"),
+        lambda: linear((2, 3, 5), 40, "transposed", class_weight=torch.rand(40, dtype=D), reduction=2),
+        lambda: linear((4, 5), 3, "strided", reduction=0),
+        lambda: linear((33,), 6, "expanded", bias=False, requires_grad=(False, True, False)),
+        lambda: linear((6, 2), 3, "sliced", requires_grad=(True, False, False), dtypes=(F32, F32, F32)),
+        lambda: linear((0,), 3, "contiguous", reduction=2),  # the mean is nan
+    ],
+    "linear_cross_entropy_forward": [
+        lambda: linear_forward((7,), 5, "contiguous"),
+        lambda: linear_forward((2, 3, 5), 40, "transposed", reduction=2),
+        lambda: linear_forward((4, 5), 3, "strided", reduction=0, needs=(False, False, False)),
+        lambda: linear_forward((33,), 6, "contiguous", bias=False, needs=(False, True, False)),
+        lambda: linear_forward((19,), 6, "sliced", dtypes=(torch.bfloat16, F32, torch.float16), narrow=True),
+        lambda: linear_forward((0,), 3, "contiguous", reduction=2),
     ],
     "patch_sqnorm": [lambda case=case: patches(*case) for case in PATCHES],
     "patch_sqnorm_backward": [lambda case=case: patches_backward(*case) for case in PATCHES],

@@ -51,6 +51,19 @@ void distance_block(const T* weight, int64_t classes, int64_t fan_in, int64_t s0
   }
 }
 
+template <typename T>
+T squared_distance_to(const T* row, const T* point, int64_t fan_in) {
+  constexpr int64_t L = Vec<T>::size();
+  Vec<T> sums[2] = {Vec<T>(0), Vec<T>(0)};
+  for (int64_t i = 0; i < fan_in; i += L) {
+    const int64_t count = std::min(L, fan_in - i);
+    const Vec<T> d = detail::load_as<T, T>(row + i, 1, count) - detail::load_as<T, T>(point + i, 1, count);
+    Vec<T>& sum = sums[i / L % 2];
+    sum = at::vec::fmadd(d, d, sum);
+  }
+  return detail::horizontal_sum(sums[0] + sums[1]);
+}
+
 // out_s = 2 sum_t M_st (w_s - w_t) over the columns [begin, end)
 template <typename T>
 void laplacian_columns(const T* m, const T* weight, T* out, int64_t classes, int64_t fan_in, int64_t begin,
@@ -137,14 +150,18 @@ at::Tensor class_distances(const at::Tensor& weight) {
   return distances;
 }
 
-at::Tensor class_squares(const at::Tensor& weight) {
+at::Tensor class_squares(const at::Tensor& weight, const at::Tensor& offset) {
   const int64_t classes = weight.size(0), fan_in = weight.size(1);
   at::Tensor squares = at::empty({classes}, weight.options());
   AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "class_squares", [&] {
     const scalar_t* w = weight.const_data_ptr<scalar_t>();
+    const scalar_t* m = offset.defined() ? offset.const_data_ptr<scalar_t>() : nullptr;
     scalar_t* out = squares.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, classes, row_grain(fan_in), [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) out[s] = detail::squared_norm<scalar_t, scalar_t>(w, s * fan_in, 1, fan_in);
+      for (int64_t s = begin; s < end; ++s) {
+        out[s] = m == nullptr ? detail::squared_norm<scalar_t, scalar_t>(w, s * fan_in, 1, fan_in)
+                              : squared_distance_to(w + s * fan_in, m, fan_in);
+      }
     });
   });
   return squares;

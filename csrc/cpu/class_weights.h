@@ -12,8 +12,8 @@ at::Tensor class_distances(const at::Tensor& weight);
 // and it is overwritten.
 at::Tensor laplacian_product(at::Tensor& m, const at::Tensor& weight, const at::Tensor& distances);
 
-// |w_s|^2, (O).
-at::Tensor class_squares(const at::Tensor& weight);
+// |w_s|^2, (O); with `offset` (I) |w_s - offset|^2 from differences.
+at::Tensor class_squares(const at::Tensor& weight, const at::Tensor& offset = {});
 
 // W less its mean row where a common offset carries a fair part of the squared norms, else W itself; `squares` follows. The
 // trace does not change, but |w_s|^2 - 2 <w_s, u> + |u|^2 would subtract large numbers.

@@ -17,6 +17,7 @@
 namespace fam_ext {
 
 struct CrossEntropyOptions {
+  const char* caller;       // for messages
   at::Tensor target;        // (N) int64 in row order, or probabilities like the logits
   at::Tensor class_weight;  // (O) contiguous in the accumulation dtype, or undefined
   int64_t ignore_index;
@@ -24,17 +25,20 @@ struct CrossEntropyOptions {
   bool mean;
   double strength;
   bool curvature_grad;
+  at::Tensor row_scale;  // (N) contiguous in the accumulation dtype, factors of loss and curvature, or undefined
 };
 
 template <typename T>
 class CrossEntropyRows {
  public:
-  CrossEntropyRows(const CrossEntropyOptions& options, int64_t rows, int64_t classes, const Rows<T>& features,
+  // Without `features` their squared norms must be set before value() reads them.
+  CrossEntropyRows(const CrossEntropyOptions& options, int64_t rows, int64_t classes, const Rows<T>* features,
                    const Rows<T>* grad_features)
       : options_(options),
         classes_(classes),
         features_(features),
         grad_features_(grad_features),
+        norms_(features == nullptr ? rows : 0),
         omega_(options.class_weight.defined() ? options.class_weight.template const_data_ptr<T>() : nullptr),
         share_(static_cast<T>(options.label_smoothing / static_cast<double>(classes))),
         hard_(rows),
@@ -86,18 +90,20 @@ class CrossEntropyRows {
       const int64_t n = first + lane;
       const T c = coefficient_[n];
       loss_[n] += c * log_totals[lane];
-      const T scaled = c == T(0) ? T(0) : c * features_.row_squared_norm(n);
+      const T scaled = c == T(0) ? T(0) : c * (features_ == nullptr ? norms_[n] : features_->row_squared_norm(n));
       curvature_[n] = c == T(0) ? T(0) : scaled * traces[lane];
       upstream_[n] = strength * scaled;
       if (grad_features_ != nullptr)
-        features_.scale_row(n, c == T(0) ? T(0) : 2 * strength * c * traces[lane], *grad_features_);
+        features_->scale_row(n, c == T(0) ? T(0) : 2 * strength * c * traces[lane], *grad_features_);
     }
   }
 
   Vec<T> upstream(int64_t first, int64_t lanes) const {
     return detail::load_as<T, T>(upstream_.data() + first, 1, lanes);
   }
-  int64_t row_cost() const { return features_.layout.width * (grad_features_ == nullptr ? 1 : 2); }
+  int64_t row_cost() const {
+    return features_ == nullptr ? 1 : features_->layout.width * (grad_features_ == nullptr ? 1 : 2);
+  }
   bool through_curvature() const { return options_.curvature_grad; }
 
   // dz_s += c p_s - q_s; at y as (c - q_y) - c r, since p_y may be 1 to the last digit
@@ -126,6 +132,12 @@ class CrossEntropyRows {
     }
   }
 
+  T coefficient(int64_t n) const { return coefficient_[n]; }
+  void set_squared_norm(int64_t n, T value) { norms_[n] = value; }
+  // row n's share of loss + strength * curvature, and of the curvature
+  T row_loss(int64_t n) const { return loss_[n] + static_cast<T>(options_.strength) * curvature_[n]; }
+  T row_flatness(int64_t n) const { return curvature_[n]; }
+
   double loss() const {
     // torch's mean over no valid row is 0/0
     return sum(loss_) + (empty_mean_ ? std::numeric_limits<double>::quiet_NaN() : 0.0);
@@ -153,7 +165,7 @@ class CrossEntropyRows {
     for (int64_t n = 0; n < rows; ++n) {
       const int64_t t = index(n);
       if (t == options_.ignore_index) continue;
-      TORCH_CHECK_INDEX(t >= 0 && t < classes_, "head_cross_entropy: target must be a class index from 0 to ",
+      TORCH_CHECK_INDEX(t >= 0 && t < classes_, options_.caller, ": target must be a class index from 0 to ",
                         classes_ - 1, " or ignore_index (", options_.ignore_index, "), got ", t);
       hard_[n] = omega_ == nullptr ? T(1) : omega_[t];
       coefficient_[n] = static_cast<T>((1 - smoothing) * hard_[n] + smoothing / classes_ * omega_sum);
@@ -161,9 +173,11 @@ class CrossEntropyRows {
     }
     empty_mean_ = options_.mean && denominator == 0;
     scale_ = options_.mean && denominator != 0 ? static_cast<T>(1 / denominator) : T(1);
+    row_scale_ = options_.row_scale.defined() ? options_.row_scale.template const_data_ptr<T>() : nullptr;
     for (int64_t n = 0; n < rows; ++n) {
-      hard_[n] *= static_cast<T>(1 - smoothing) * scale_;
-      coefficient_[n] *= scale_;
+      const T factor = scale_ * (row_scale_ == nullptr ? T(1) : row_scale_[n]);
+      hard_[n] *= static_cast<T>(1 - smoothing) * factor;
+      coefficient_[n] *= factor;
     }
   }
 
@@ -183,7 +197,8 @@ class CrossEntropyRows {
     } else if (share_ != T(0)) {
       __at_align__ T valid[Vec<T>::size()] = {};
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        if (coefficient_[first + lane] != T(0)) valid[lane] = share_ * scale_;
+        const T factor = row_scale_ == nullptr ? scale_ : scale_ * row_scale_[first + lane];
+        if (coefficient_[first + lane] != T(0)) valid[lane] = share_ * factor;
       }
       const Vec<T> row_share = Vec<T>::loadu(valid);
       for (int64_t s = 0; s < classes_; ++s) f(s, omega_ == nullptr ? row_share : row_share * Vec<T>(omega_[s]));
@@ -192,10 +207,12 @@ class CrossEntropyRows {
 
   const CrossEntropyOptions& options_;
   int64_t classes_;
-  const Rows<T>& features_;
+  const Rows<T>* features_;
   const Rows<T>* grad_features_;
+  std::vector<T> norms_;
   const T* omega_;
   const int64_t* indices_ = nullptr;
+  const T* row_scale_ = nullptr;
   T share_;      // label_smoothing / O
   T scale_ = 1;  // of the reduction
   bool empty_mean_ = false;

@@ -37,13 +37,15 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
   const auto is_double = [](const at::Tensor& t) { return t.scalar_type() == at::kDouble; };
   const at::ScalarType acc = is_double(logits) || is_double(features) || is_double(weight) ? at::kDouble : at::kFloat;
   const at::Tensor w = (weight.scalar_type() == acc ? weight : weight.to(acc)).contiguous();
-  const CrossEntropyOptions options{target.is_floating_point() ? target : target.contiguous(),
+  const CrossEntropyOptions options{"head_cross_entropy",
+                                    target.is_floating_point() ? target : target.contiguous(),
                                     class_weight ? class_weight->to(acc).contiguous() : at::Tensor(),
                                     ignore_index,
                                     label_smoothing,
                                     mean,
                                     strength,
-                                    curvature_grad};
+                                    curvature_grad,
+                                    at::Tensor()};
   const at::Tensor dz = like_if(logits, grad_logits);
   // held constant, the Hessian sends nothing to the features
   const at::Tensor dphi =
@@ -53,7 +55,7 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
     const Rows<scalar_t> rows(logits, 1), phi(features, features.dim() - 1);
     const Rows<scalar_t> dz_rows(dz, grad_logits ? 1 : 0), dphi_rows(dphi, dphi.dim() - 1);
     const Rows<scalar_t>* dz_target = grad_logits ? &dz_rows : nullptr;
-    CrossEntropyRows<scalar_t> policy(options, rows.layout.rows, rows.layout.width, phi,
+    CrossEntropyRows<scalar_t> policy(options, rows.layout.rows, rows.layout.width, &phi,
                                       grad_features && curvature_grad ? &dphi_rows : nullptr);
     at::Tensor result;
     if (pairwise) {

@@ -39,17 +39,19 @@ constexpr int64_t lanes_of() {
 // Tiles per task, from the operations on one row: a task should be worth the few microseconds that a second thread costs.
 inline int64_t tile_grain(int64_t row_cost, int64_t lanes) { return std::max<int64_t>(1, 65536 / (row_cost * lanes)); }
 
-// A block of rows, class-major: p~ (O, ld) and what is known of every tile of `lanes` rows.
+// A block of rows, class-major: p~ (O, ld) and what is known of every tile of `lanes` rows. `parts` blocks of that size may stand
+// side by side in one matrix.
 template <typename T>
 struct RowBlock {
   int64_t classes, first = 0, rows = 0, ld;
   at::Tensor p;
   std::vector<RowStats<T>> stats;
 
-  RowBlock(int64_t classes_, int64_t most_rows, const at::TensorOptions& options) : classes(classes_) {
+  RowBlock(int64_t classes_, int64_t most_rows, const at::TensorOptions& options, int64_t parts = 1)
+      : classes(classes_) {
     constexpr int64_t L = lanes_of<T>();
     const int64_t tiles = (most_rows + L - 1) / L;
-    ld = (tiles | 1) * L;  // an odd number of cache lines: classes do not fight for one cache set
+    ld = (parts * tiles | 1) * L;  // an odd number of cache lines: classes do not fight for one cache set
     p = at::empty({classes, ld}, options);
     stats.resize(tiles);
   }
@@ -71,15 +73,21 @@ inline int64_t block_rows(int64_t rows, int64_t classes) {
   return std::min(rows, most);
 }
 
+// p~ of a tile of logits, in place.
 template <typename T, typename Policy>
-void load_tile_softmax(const Rows<T>& logits, Policy& policy, int64_t first, int64_t lanes, T* tile, int64_t ld,
-                       RowStats<T>& stats) {
-  const int64_t classes = logits.layout.width;
-  logits.load_tile(first, lanes, tile, ld);
+void policy_softmax(Policy& policy, int64_t first, int64_t lanes, T* tile, int64_t ld, int64_t classes,
+                    RowStats<T>& stats) {
   policy.begin(first, lanes, tile, ld);
   tile_max(tile, ld, classes, stats);
   policy.before_exp(first, lanes, tile, ld, stats);
   tile_softmax(tile, ld, classes, stats);
+}
+
+template <typename T, typename Policy>
+void load_tile_softmax(const Rows<T>& logits, Policy& policy, int64_t first, int64_t lanes, T* tile, int64_t ld,
+                       RowStats<T>& stats) {
+  logits.load_tile(first, lanes, tile, ld);
+  policy_softmax(policy, first, lanes, tile, ld, logits.layout.width, stats);
 }
 
 // --- pairwise form ------------------------------------------------------------------------------------------------

@@ -1,0 +1,195 @@
+"""Hugging Face causal language models: training with CE + strength * kappa of the lm_head, the logits never formed.
+
+The idea of changing the head and the loss of a model in place is Liger-Kernel's (github.com/linkedin/Liger-Kernel), which
+replaces whole forward methods; here the model's own forward runs, and what goes from lm_head to loss stands for the logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fam_ext import _checks
+from fam_ext.errors import UnsupportedError
+from fam_ext.loss import FAMLoss
+
+NAME = "patch_causal_lm"
+_IGNORED = -100  # transformers' own
+
+
+class DeferredLogits(Tensor):
+    """The lm_head's input in place of its output. Casts, and factors where the head has no bias, pass; all else raises."""
+
+    bias: bool
+
+    @classmethod
+    def of(cls, features: Tensor, bias: bool) -> DeferredLogits:
+        deferred = features.as_subclass(cls)
+        deferred.bias = bias
+        return deferred
+
+    def features(self) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "size", "dim", "as_subclass", "requires_grad_", "__repr__"):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if name in ("float", "to", "contiguous", "type"):  # the operation accumulates in float32 anyway
+            return args[0]
+        scales = {"mul": operator.mul, "__mul__": operator.mul, "__rmul__": operator.mul,
+                  "div": operator.truediv, "true_divide": operator.truediv, "__truediv__": operator.truediv}  # fmt: skip
+        value, factor = (*args, None, None)[:2]
+        if name in scales and isinstance(value, cls) and isinstance(factor, (int, float)) and not value.bias:
+            return cls.of(scales[name](value.features(), factor), value.bias)  # (a phi) W^T = a (phi W^T)
+        raise UnsupportedError(
+            f"{NAME}: this model applies {name} to its logits, which are never formed; restore() it, and take FAMLoss of the "
+            "logits instead"
+        )
+
+
+class CausalLMPatch:
+    """A patched model; undone by restore(), or at the end of a with block. `criterion.last` has the latest loss and kappa."""
+
+    def __init__(self, model: nn.Module, head: nn.Linear, criterion: FAMLoss) -> None:
+        self.model = model
+        self.criterion = criterion
+        self._head = head
+        self._active = False
+        self._signature = inspect.signature(model.forward)
+        self._kept = {k: vars(model)[k] for k in ("_loss_function",) if k in vars(model)}
+        self._original_loss: Any = model.loss_function
+        # bound methods: a deep copy of the model gets a patch of its own
+        head.forward = self._project  # type: ignore[assignment]
+        model.loss_function = self._loss  # type: ignore[assignment]
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    @property
+    def last(self) -> Any:
+        """Loss and kappa of the latest training step, as FAMLoss.last."""
+        return self.criterion.last
+
+    def restore(self) -> None:
+        """Give the model its own head and loss back; without effect the second time."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        vars(self._head).pop("forward", None)
+        vars(self.model).pop("_loss_function", None)
+        vars(self.model).update(self._kept)
+
+    def __enter__(self) -> CausalLMPatch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def _project(self, features: Tensor) -> Tensor:
+        if self._active:
+            return DeferredLogits.of(features, self._head.bias is not None)
+        return nn.Linear.forward(self._head, features)
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        labels = self._signature.bind(*args, **kwargs).arguments.get("labels")
+        self._active = labels is not None and model.training and self._head.training
+
+    def _after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        was_active, self._active = self._active, False
+        if not was_active or output is None:
+            return None
+        if isinstance(output, tuple):  # return_dict=False
+            return tuple(None if isinstance(value, DeferredLogits) else value for value in output)
+        return type(output)(**{k: None if isinstance(v, DeferredLogits) else v for k, v in output.items()})
+
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        ignore_index: int = _IGNORED,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """In place of transformers' ForCausalLMLoss: position t predicts label t + 1."""
+        if not isinstance(logits, DeferredLogits):  # evaluation
+            return self._original_loss(
+                logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index,
+                shift_labels=shift_labels, **kwargs,
+            )  # fmt: skip
+        if vocab_size not in (None, self._head.out_features):
+            raise UnsupportedError(
+                f"{NAME}: the lm_head has {self._head.out_features} outputs, the model's loss takes {vocab_size}"
+            )
+        if ignore_index != _IGNORED:
+            raise UnsupportedError(f"{NAME}: ignore_index must be {_IGNORED}, got {ignore_index}")
+        features = logits.features()
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+        return self.criterion.linear_cross_entropy(
+            features,
+            self._head.weight,
+            shift_labels.reshape(features.shape[:-1]).to(features.device),
+            self._head.bias,
+            num_items=num_items_in_batch,
+        )
+
+
+def patch_causal_lm(model: nn.Module, strength: Any, **options: Any) -> CausalLMPatch:
+    """Make `model(input_ids, labels=labels)` train with CE + strength * kappa of its lm_head, by linear_cross_entropy.
+
+    In training mode with labels, the lm_head hands its input on, and the loss is formed from it in chunks of rows: no logits
+    exist, and `outputs.logits` is None. Labels are shifted as transformers does (or given as `shift_labels`), -100 is ignored,
+    and `num_items_in_batch`, which transformers.Trainer passes for gradient accumulation, divides loss and kappa in place of the
+    number of tokens. In evaluation mode and without labels nothing changes. Where the lm_head's weight is tied to the embedding,
+    kappa is that of the lm_head's calls alone, and the gradient goes to the shared weight.
+
+    Models whose forward takes the logits through anything but casts and constant factors (softcapping, additional biases) raise
+    at their first training step.
+
+    Args:
+        model: a transformers model with a head for causal language modelling whose output embedding is an nn.Linear.
+        strength: as in FAMLoss: a number or a schedule.
+        options: normalize, curvature_grad, every, backend of FAMLoss, and label_smoothing.
+
+    Returns:
+        The patch: `.last` for logs, `.restore()`, or use it in a with statement.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        UnsupportedError: its lm_head is no plain nn.Linear, or it has no loss function that can be replaced.
+    """
+    try:
+        from transformers import PreTrainedModel
+        from transformers.loss.loss_utils import ForCausalLMLoss
+    except ImportError as error:
+        raise ImportError(f"{NAME} needs transformers; pip install transformers") from error
+    if not isinstance(model, PreTrainedModel):
+        _checks.bad_type(NAME, "model", "a transformers.PreTrainedModel", model)
+    untyped: Any = model
+    head = untyped.get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        raise UnsupportedError(
+            f"{NAME}: the model's output embedding must be an nn.Linear (not patched before), got {head}"
+        )
+    if model.loss_function is not ForCausalLMLoss:
+        raise UnsupportedError(
+            f"{NAME}: the model's loss_function must be transformers' ForCausalLMLoss, got {model.loss_function}"
+        )
+    smoothing = options.pop("label_smoothing", 0.0)
+    criterion = FAMLoss(nn.CrossEntropyLoss(label_smoothing=smoothing), head, strength, **options)
+    criterion.detach()  # the features come from the patch, not from a hook
+    return CausalLMPatch(model, head, criterion)

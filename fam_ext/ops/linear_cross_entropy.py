@@ -1,0 +1,174 @@
+"""linear_cross_entropy: cross-entropy plus strength * relative flatness of a linear head from its features, no logits kept."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fam_ext import _checks, backends
+from fam_ext.errors import UnsupportedError
+from fam_ext.ops._native import register_fake
+from fam_ext.reference import linear_cross_entropy as reference
+from fam_ext.reference.softmax_trace import accumulation_dtype
+
+_NAME = "linear_cross_entropy"
+REDUCTIONS = ("none", "mean", "sum")
+ACCUMULATE = ("float32", "input")
+MAX_BYTES = 2**27  # default bound of the buffers of a chunk of rows
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    strength: float = 1.0,
+    curvature_grad: bool = True,
+    accumulate: str = "float32",
+    max_bytes: int = MAX_BYTES,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""Cross-entropy plus strength * kappa of a linear head, from its features; for vocabularies too large to keep the logits.
+
+    .. math:: z = \phi W^\top + b, \qquad \mathrm{loss} = \mathrm{CE}(z, t) + \mathrm{strength} \cdot \kappa, \qquad
+              \kappa = \sum_i c_i \|\phi_i\|^2 \, \mathrm{Tr}(W^\top (\mathrm{diag}(p_i) - p_i p_i^\top) W)
+
+    the relative flatness (Petzka et al. 2021, Definition 3; Adilova et al. 2023, Eq. 3) of the layer (W, b) whose output
+    cross-entropy receives, as torch.nn.functional.linear_cross_entropy computes CE alone. The native backend takes the rows in
+    chunks and never holds an (N, V) matrix; the gradients of input, weight and bias are made in the forward pass (with
+    reduction="none" in the backward pass, chunk by chunk again). Rows that are ignored cost nothing. What does not require grad
+    is skipped. A backward pass whose upstream gradient is not 1 scales the gradients, which needs one copy of them for its time.
+    The "reference" backend, plain PyTorch, holds the logits.
+
+    Args:
+        input: phi, (*rows, I), any strides.
+        weight: W, (V, I); the `linear_weight` of torch's function.
+        target: class indices, (*rows), int64. Class probabilities, as large as the logits, are refused.
+        bias: b, (V,); it takes no part in kappa itself.
+        class_weight, ignore_index, label_smoothing, reduction: as in torch.nn.functional.cross_entropy.
+        strength: factor of kappa; any finite number.
+        curvature_grad: False holds the Hessian constant: kappa's gradient flows only through <w_s, w_s'>.
+        accumulate: what the weight's gradient is summed over chunks in: "float32" (float64 if an input is), or "input", the
+            weight's own dtype, which halves the memory of a bfloat16 head and rounds once per chunk. Everything else is formed in
+            float32 (float64) always.
+        max_bytes: bound on the buffers of a chunk of rows; not less than 16 rows at a time. The more rows, the fewer passes over
+            the weight's gradient. Not counted: the gradients, and under accumulate="float32" a float32 (V, I) for a weight of
+            less.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        (loss, flatness): the total, differentiable once, and kappa, detached. 0-d, or (*rows) with reduction="none". float64 if
+        an input is, else float32. As in torch, the mean over no valid row is nan; kappa is 0 there.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or options do not fit.
+        IndexError: a class index is outside 0..V-1 and is not ignore_index.
+        UnsupportedError: target holds class probabilities.
+        RuntimeError: a backend asked for by name is not available.
+    """
+    _check(input, weight, target, bias, class_weight)
+    _checks.check_choice(_NAME, "reduction", reduction, REDUCTIONS)
+    _checks.check_choice(_NAME, "accumulate", accumulate, ACCUMULATE)
+    if not 0.0 <= label_smoothing <= 1.0:
+        _checks.bad_value(_NAME, "label_smoothing", "between 0 and 1", label_smoothing)
+    if not -math.inf < strength < math.inf:  # unlike math.isfinite, this can be traced
+        _checks.bad_value(_NAME, "strength", "a finite number", strength)
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        _checks.bad_type(_NAME, "max_bytes", "an integer", max_bytes)
+    if max_bytes < 1:
+        _checks.bad_value(_NAME, "max_bytes", "at least 1", max_bytes)
+    if backends.choose(_NAME, backend, input, weight) == "reference":
+        return reference.linear_cross_entropy(
+            input, weight, target, bias, class_weight, ignore_index, label_smoothing, reduction, strength, curvature_grad
+        )  # fmt: skip
+    loss, flatness = torch.ops.fam_ext.linear_cross_entropy(
+        input, weight, bias, target, class_weight, ignore_index, label_smoothing, REDUCTIONS.index(reduction), strength,
+        curvature_grad, max_bytes, accumulate == "input",
+    )  # fmt: skip
+    return loss, flatness
+
+
+def _check(
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, class_weight: Tensor | None
+) -> None:
+    _checks.check_floating(_NAME, "input", input)
+    _checks.check_floating(_NAME, "weight", weight)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        _checks.bad_value(_NAME, "weight", "of shape (V, I) with at least one class", weight)
+    classes, fan_in = weight.shape
+    if input.dim() < 1 or input.shape[-1] != fan_in:
+        _checks.bad_value(_NAME, "input", f"of shape (*rows, {fan_in})", input)
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise UnsupportedError(
+            f"{_NAME}: target must hold class indices, got {_checks.describe(target)}: class probabilities are as large as the "
+            "logits that this operation avoids; form the logits and use head_cross_entropy"
+        )
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        _checks.bad_type(_NAME, "target", "an int64 tensor of class indices", target)
+    if target.shape != input.shape[:-1]:
+        _checks.bad_value(_NAME, "target", f"of shape {tuple(input.shape[:-1])}", target)
+    for argument, value in (("bias", bias), ("class_weight", class_weight)):
+        if value is not None:
+            _checks.check_floating(_NAME, argument, value)
+            if value.shape != (classes,):
+                _checks.bad_value(_NAME, argument, f"of shape ({classes},)", value)
+    if class_weight is not None and class_weight.requires_grad:
+        _checks.bad_value(_NAME, "class_weight", "free of requires_grad", class_weight)
+    _checks.check_same_device(
+        _NAME, input=input, weight=weight, target=target, bias=bias, class_weight=class_weight
+    )
+
+
+def _register() -> None:
+    def values(input: Tensor, acc: torch.dtype, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
+        shape = target.shape if REDUCTIONS[reduction] == "none" else ()
+        return input.new_empty(shape, dtype=acc), input.new_empty(shape, dtype=acc)
+
+    @register_fake("linear_cross_entropy")
+    def _(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: int,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return values(input, accumulation_dtype(input, weight, bias), target, reduction)
+
+    @register_fake("linear_cross_entropy_forward")
+    def _(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        row_scale: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: int,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        acc = accumulation_dtype(input, weight, bias)
+        dphi, dw = (
+            x.new_empty(x.shape if needed else 0)  # contiguous
+            for x, needed in zip((input, weight), options[-3:-1], strict=True)
+        )
+        dtype = acc if bias is None else bias.dtype
+        db = weight.new_empty(weight.shape[0] if options[-1] else 0, dtype=dtype)
+        return (*values(input, acc, target, reduction), dphi, dw, db)
+
+
+if backends.native_loaded():
+    _register()
