@@ -72,13 +72,20 @@ def estimated(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     return (value,)
 
 
+def inputs(shape: Shape) -> tuple[nn.Linear, Tensor, Tensor]:
+    """(layer, features, target), the same at every call."""
+    rows, fan_in, classes = shape
+    torch.manual_seed(0)
+    layer = nn.Linear(fan_in, classes)
+    return layer, torch.randn(rows, fan_in, requires_grad=True), torch.randint(classes, (rows,))
+
+
 def case(shape: Shape, compiled: bool, others: bool = True) -> Case:
     """`others`: with the ways that do not know the closed form."""
     rows, fan_in, classes = shape
-    torch.manual_seed(0)
-    layer, hooked = nn.Linear(fan_in, classes), nn.Linear(fan_in, classes)
+    layer, x, t = inputs(shape)
+    hooked = nn.Linear(fan_in, classes)
     w, b = hooked.weight, hooked.bias = layer.weight, layer.bias
-    x, t = torch.randn(rows, fan_in, requires_grad=True), torch.randint(classes, (rows,))
     fam = fam_ext.FAMLoss(nn.CrossEntropyLoss(), layer=hooked, strength=STRENGTH)
     reference = partial(stable, choose_form(*shape))
     double = [a.detach().double().requires_grad_() for a in (x, w, b)]

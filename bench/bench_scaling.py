@@ -66,13 +66,10 @@ def head_law(shape: Callable[[int], head.Shape], size: int) -> dict[str, float]:
 
 def vocabulary_variants(shape: Callable[[int], head.Shape], size: int) -> list[Variant]:
     """As above, with linear_cross_entropy where this build has it."""
-    rows, fan_in, _ = shape(size)
     found = head_variants(shape, size)
     operation = getattr(fam_ext.functional, "linear_cross_entropy", None)
     if operation is not None:
-        torch.manual_seed(0)
-        layer = nn.Linear(fan_in, size)
-        x, t = torch.randn(rows, fan_in, requires_grad=True), torch.randint(size, (rows,))
+        layer, x, t = head.inputs(shape(size))
 
         def step() -> tuple[Tensor, ...]:
             loss = operation(x, layer.weight, t, bias=layer.bias, strength=head.STRENGTH)[0]
