@@ -22,7 +22,7 @@ from counts import head_step, linear_step
 from torch import Tensor, nn
 
 import fam_ext
-from fam_ext.functional import head_cross_entropy, linear_cross_entropy
+from fam_ext.functional import head_cross_entropy
 from fam_ext.ops.softmax_trace import choose_form
 from fam_ext.reference.softmax_trace import softmax_trace as stable_trace
 
@@ -42,10 +42,6 @@ def plain(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 def functional(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
     return head_cross_entropy(F.linear(x, w, b), x, w, t, strength=STRENGTH)[0]
-
-
-def from_features(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    return linear_cross_entropy(x, w, t, bias=b, strength=STRENGTH)[0]
 
 
 def textbook(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
@@ -76,13 +72,20 @@ def estimated(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     return (value,)
 
 
-def case(shape: Shape, compiled: bool, others: bool = True, chunked: bool = False) -> Case:
-    """`others`: with the ways that do not know the closed form; `chunked`: with the one that keeps no logits."""
+def inputs(shape: Shape) -> tuple[nn.Linear, Tensor, Tensor]:
+    """(layer, features, target), the same at every call."""
     rows, fan_in, classes = shape
     torch.manual_seed(0)
-    layer, hooked = nn.Linear(fan_in, classes), nn.Linear(fan_in, classes)
+    layer = nn.Linear(fan_in, classes)
+    return layer, torch.randn(rows, fan_in, requires_grad=True), torch.randint(classes, (rows,))
+
+
+def case(shape: Shape, compiled: bool, others: bool = True) -> Case:
+    """`others`: with the ways that do not know the closed form."""
+    rows, fan_in, classes = shape
+    layer, x, t = inputs(shape)
+    hooked = nn.Linear(fan_in, classes)
     w, b = hooked.weight, hooked.bias = layer.weight, layer.bias
-    x, t = torch.randn(rows, fan_in, requires_grad=True), torch.randint(classes, (rows,))
     fam = fam_ext.FAMLoss(nn.CrossEntropyLoss(), layer=hooked, strength=STRENGTH)
     reference = partial(stable, choose_form(*shape))
     double = [a.detach().double().requires_grad_() for a in (x, w, b)]
@@ -106,8 +109,6 @@ def case(shape: Shape, compiled: bool, others: bool = True, chunked: bool = Fals
         Variant("textbook, eager", of(textbook), FUNCTIONS, 1e-4, total),
         Variant("stable, eager", of(reference), FUNCTIONS, 1e-5, total),
     ]
-    if chunked:
-        variants.append(Variant("linear_cross_entropy", of(from_features), FUNCTIONS, tolerance, total))
     if compiled:
         variants += [
             Variant("textbook, compiled", of(torch.compile(textbook, dynamic=False)), FUNCTIONS, 1e-4, total),

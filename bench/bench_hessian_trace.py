@@ -65,7 +65,7 @@ def case(shape: Shape, compiled: bool) -> Case:
 
 
 def _products(layer: nn.Linear, x: Tensor, t: Tensor, exact: float) -> int:
-    """The least of few numbers of products that brings the root mean square error of three draws to 1 %."""
+    """The least of few numbers of products that brings the root mean square error of three draws to 1 %; at most 192."""
     for products in (12, 24, 48, 96, 192):
         values = torch.stack([curvlinops_trace(layer, x, t, products) for _ in range(3)]).detach()
         if float((values / exact - 1).square().mean().sqrt()) <= 0.01:

@@ -40,6 +40,7 @@ SHARE = 4.0
 STRENGTH = 1e-3
 HESSIAN_FLOATS = 5e8  # of the head's Hessian, 2 GB
 PLAIN, HEAD, PAPER = "plain", "FAM (head)", "paper's procedure (head)"
+FEATURES = "FAM (head, from features)"
 MIDDLE, SAM = "FAM (middle layer, 1 probe)", "SAM"
 
 
@@ -106,6 +107,16 @@ class Fam(Way):
         return self.criterion(self.model(self.x), self.y)
 
 
+class FamFromFeatures(Fam):
+    """The logits are never held: for a vocabulary."""
+
+    def loss(self) -> Tensor:
+        head = self.model.head
+        return self.criterion.linear_cross_entropy(
+            self.model.features(self.x), head.weight, self.y, head.bias
+        )
+
+
 class Sam(Way):
     def make_optimizer(self) -> torch.optim.Optimizer:
         from pytorch_optimizer import SAM
@@ -149,6 +160,8 @@ def ways(problem: Problem) -> dict[str, Way]:
         MIDDLE: Fam(model, x, y, "middle"),
         SAM: Sam(model, x, y),
     }
+    if hasattr(model, "features") and hasattr(fam_ext.FAMLoss, "linear_cross_entropy"):
+        found[FEATURES] = FamFromFeatures(model, x, y, "head")
     if model.head.weight.numel() ** 2 <= HESSIAN_FLOATS:
         found[PAPER] = Paper(model, x, y)
     return found
@@ -202,7 +215,7 @@ def case(problem: Problem) -> tuple[Case, dict[str, Way]]:
     """The first steps, checked; then variants to time."""
     found = ways(problem)
     plain, total, flops = exact_totals(found[PLAIN])
-    expected = {PLAIN: plain, SAM: plain, HEAD: total, PAPER: total}
+    expected = {PLAIN: plain, SAM: plain, HEAD: total, FEATURES: total, PAPER: total}
     variants = []
     for name, way in found.items():
         values = (expected.get(name, plain),)

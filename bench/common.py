@@ -7,6 +7,9 @@ and `cases(quick)`, a list of functions compiled -> Case; bench/run.py finds it 
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,7 @@ class Settings:
     out: Path = Path("out/bench")
 
 
+LEAST_SECONDS = 0.3
 QUICK = Settings(True, rounds=7, least=3, seconds=0.5, threads=(ALL_THREADS,), compiled=False)
 
 
@@ -87,9 +91,13 @@ class Case:
     least: int | None = None
 
 
-def measure(op: str, case: Case, settings: Settings) -> list[Result]:
-    """Check every variant, time all in interleaved rounds, relate each to its baseline; then each one's peak memory."""
-    errors = {v.name: v.check() for v in case.variants}
+def measure(op: str, case: Case, settings: Settings, errors: dict[str, float] | None = None) -> list[Result]:
+    """Check every variant, time all in interleaved rounds, relate each to its baseline; then each one's peak memory.
+
+    `errors`: those of variants that have been checked.
+    """
+    if errors is None:
+        errors = {v.name: v.check() for v in case.variants}
     least = settings.least if case.least is None else case.least
     times = interleaved(case.variants, settings.rounds, least, settings.seconds)
     return results(
@@ -130,18 +138,31 @@ def run(
     settings: Settings,
     console: Console,
     remark: Callable[[Sequence[Result]], str] | None = None,
+    deadline: float = math.inf,
 ) -> list[Result]:
-    """Measure every case with every number of threads; show one table of the operation and write all results as CSV."""
+    """Measure every case with every number of threads; show one table of the operation and write all results as CSV.
+
+    What is left until `deadline` (of time.perf_counter) is shared equally, compiling and checking included; a case has
+    LEAST_SECONDS of rounds in any case. Compiled variants take part with the fewest threads only: each has to be compiled anew
+    for every number of threads, and a stranger's first run compiles all of them.
+    """
     found: list[Result] = []
     remarks = []
+    cases = list(cases)
+    left = len(cases) * len(settings.threads)
     for build in cases:
         rows: list[Result] = []
         for threads in settings.threads:
             with thread_count(threads):
                 torch._dynamo.reset()  # compiled code holds the number of threads
+                share = (deadline - time.perf_counter()) / left
+                left -= 1
                 with making_tensors():
-                    case = build(settings.compiled)
-                rows += measure(op, case, settings)
+                    case = build(settings.compiled and threads == settings.threads[0])
+                start = time.perf_counter()
+                errors = {v.name: v.check() for v in case.variants}  # compiles, too
+                seconds = min(settings.seconds, max(LEAST_SECONDS, share - (time.perf_counter() - start)))
+                rows += measure(op, case, dataclasses.replace(settings, seconds=seconds), errors)
         if remark is not None:
             remarks.append(f"{rows[0].case}\n{remark(rows)}")
         found += rows

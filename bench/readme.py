@@ -29,6 +29,7 @@ HEAD_COLUMNS = (
 TRAINING_COLUMNS = (
     ("FAM, head", "FAM (head)"),
     ("the same, by parts", "FAM (head), by parts"),
+    ("FAM, head, from features", "FAM (head, from features)"),
     ("FAM, a middle layer, 1 probe", "FAM (middle layer, 1 probe)"),
     ("SAM", "SAM"),
     ("paper's procedure", "paper's procedure (head)"),

@@ -52,11 +52,13 @@ def ratio_text(ratio: float) -> str:
 def show(console: Console, rows: Sequence[Result]) -> None:
     """One table of an operation: a section for each case, a row for each variant, columns for each number of threads."""
     threads = sorted({r.threads for r in rows})
+    wide = console.width >= 120 + 40 * (len(threads) - 1)  # else medians alone
     table = Table(title=rows[0].op, title_justify="left", title_style="bold")
     table.add_column("shape / variant", no_wrap=True)
     for count in threads:
-        table.add_column(f"{count} thread{'s' * (count > 1)}:\ntime (p20-p80)", justify="right", no_wrap=True)
-        table.add_column("ratio\n(p20-p80)", justify="right", no_wrap=True)
+        spread = "\n(p20-p80)" if wide else ""
+        table.add_column(f"{count} thread{'s' * (count > 1)}: time{spread}", justify="right", no_wrap=True)
+        table.add_column(f"ratio{spread}", justify="right", no_wrap=True)
         table.add_column("% of\nceiling", justify="right", no_wrap=True)
     table.add_column("peak\nMB", justify="right", no_wrap=True)
     table.add_column("relative\nerror", justify="right", no_wrap=True)
@@ -66,13 +68,13 @@ def show(console: Console, rows: Sequence[Result]) -> None:
         table.add_section()
         table.add_row(f"[bold]{case}[/bold]")
         for name in dict.fromkeys(r.variant for r in of_case):
-            table.add_row(*_cells(name, [r for r in of_case if r.variant == name], threads))
+            table.add_row(*_cells(name, [r for r in of_case if r.variant == name], threads, wide))
     table.caption = "% of ceiling: counted FLOPs over time and the rate of a large matrix product (bytes and copy, without FLOPs)"
     table.caption_justify = "left"
     console.print(table)
 
 
-def _cells(name: str, rows: Sequence[Result], threads: Sequence[int]) -> list[str]:
+def _cells(name: str, rows: Sequence[Result], threads: Sequence[int], wide: bool) -> list[str]:
     cells = [f"  {name}"]
     by_threads = {r.threads: r for r in rows}
     for count in threads:

@@ -295,7 +295,7 @@ def test_readme_table_is_made_from_the_csv(tmp_path: Path) -> None:
     report.write_csv(tmp_path / "training.csv", [of("training", "net", *w) for w in ways])
     lines = readme.text(tmp_path).splitlines()
     assert "| N=1 I=2 O=3 | 100 µs |  | 1.23 |  |  |  |  |  | 88.8 |" in lines
-    assert "| net | 100 µs | 1.002 | 1.001 |  | 2.00 |  |" in lines
+    assert "| net | 100 µs | 1.002 | 1.001 |  |  | 2.00 |  |" in lines
 
 
 def test_readme_shows_the_committed_run() -> None:
