@@ -33,6 +33,7 @@ from fam_ext import backends
 SAMPLE_SECONDS = (
     2e-3  # one sample: some thousand times the clock's resolution, shorter than a scheduler's time slice
 )
+LONG_STEP = 0.5  # seconds: what takes longer is warm after two calls
 ALL_THREADS = torch.get_num_threads()
 
 
@@ -141,9 +142,12 @@ def interleaved(
     steps = {v.name: v.step for v in variants}
     calls = {}
     for name, step in steps.items():  # warm-up: caches, allocator, compiled code
-        for _ in range(3):
+        first = seconds_per_call(step, 1)
+        warm = [first] if min(first, seconds_per_call(step, 1)) > LONG_STEP else []
+        for _ in range(0 if warm else 2):
             step()
-        calls[name] = max(1, round(SAMPLE_SECONDS / min(seconds_per_call(step, 1) for _ in range(3))))
+        warm = warm or [seconds_per_call(step, 1) for _ in range(3)]
+        calls[name] = max(1, round(SAMPLE_SECONDS / min(warm)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0)
     end = time.perf_counter() + seconds

@@ -15,20 +15,25 @@ from pathlib import Path
 
 import bench_curvature
 import bench_head_cross_entropy
+import bench_linear_cross_entropy
 import bench_patch_sqnorm
 import bench_softmax_trace
 import common
 import memory
 from rich.console import Console
 
-BENCHMARKS = {b.OP: b for b in (bench_head_cross_entropy, bench_softmax_trace, bench_patch_sqnorm)}
-CHOICES = (*BENCHMARKS, bench_curvature.OP)  # the last one only when asked for: it takes minutes of its own
+BENCHMARKS = {
+    b.OP: b
+    for b in (bench_head_cross_entropy, bench_softmax_trace, bench_patch_sqnorm, bench_linear_cross_entropy)
+}
+LONG = (bench_linear_cross_entropy.OP, bench_curvature.OP)  # only when asked for: minutes of their own
+CHOICES = (*BENCHMARKS, bench_curvature.OP)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the operations of fam_ext against their baselines.")
     parser.add_argument(
-        "ops", nargs="*", metavar="op", help=f"{', '.join(CHOICES)} (default: all but the last)"
+        "ops", nargs="*", metavar="op", help=f"{', '.join(CHOICES)} (default: all but the last two)"
     )
     parser.add_argument(
         "--quick", action="store_true", help="few rounds, fewer cases, nothing compiled: a minute at most"
@@ -52,7 +57,7 @@ def main() -> None:
     console = terminal if terminal.is_terminal else Console(width=190)
     console.print(common.machine_line(), soft_wrap=True)
     start = time.perf_counter()
-    for op in options.ops or BENCHMARKS:
+    for op in options.ops or [op for op in BENCHMARKS if options.quick or op not in LONG]:
         if op == bench_curvature.OP:
             bench_curvature.run(console, settings)  # reports memory, too
             continue
