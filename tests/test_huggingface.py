@@ -161,6 +161,30 @@ def test_refusals() -> None:
     expect("must be transformers' ForCausalLMLoss", lambda: patch_causal_lm(custom, STRENGTH))
 
 
+def test_compiled_body() -> None:
+    torch._dynamo.reset()
+    model, data = llama(), batch()
+    expected = of_logits(model, data)[0]
+    patch_causal_lm(model, STRENGTH)
+    with pytest.raises(Exception, match=r"compile the model's body, model\.base_model\.compile\(\)"):
+        torch.compile(model, backend="aot_eager")(**data)
+    torch._dynamo.reset()
+    model.base_model.compile(backend="aot_eager")
+    torch.testing.assert_close(model(**data).loss, expected)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma", "Cohere", "Olmo2"])
+def test_other_models(kind: str) -> None:
+    model, data = llama(kind), batch()
+    expected = model(**data).loss
+    with patch_causal_lm(model, 0.0):
+        torch.testing.assert_close(model(**data).loss, expected)
+    with patch_causal_lm(model, STRENGTH) as patch:
+        loss = model(**data).loss
+    torch.testing.assert_close(loss, expected + STRENGTH * patch.last.flatness)
+    assert patch.last.flatness > 0
+
+
 def test_autocast() -> None:
     model, data = llama(), batch()
     patch_causal_lm(model, STRENGTH)

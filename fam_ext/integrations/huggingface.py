@@ -45,6 +45,10 @@ class DeferredLogits(Tensor):
                 return func(*args, **(kwargs or {}))
         if name in ("float", "to", "contiguous", "type"):  # the operation accumulates in float32 anyway
             return args[0]
+        if name == "_is_view":  # asked by torch.compile, which takes this for an input of a graph
+            raise UnsupportedError(
+                f"{NAME}: compile the model's body, model.base_model.compile(), not the whole model"
+            )
         scales = {"mul": operator.mul, "__mul__": operator.mul, "__rmul__": operator.mul,
                   "div": operator.truediv, "true_divide": operator.truediv, "__truediv__": operator.truediv}  # fmt: skip
         value, factor = (*args, None, None)[:2]
@@ -158,7 +162,7 @@ def patch_causal_lm(model: nn.Module, strength: Any, **options: Any) -> CausalLM
     kappa is that of the lm_head's calls alone, and the gradient goes to the shared weight.
 
     Models whose forward takes the logits through anything but casts and constant factors (softcapping, additional biases) raise
-    at their first training step.
+    at their first training step. With torch.compile, compile the body alone: `model.base_model.compile()`.
 
     Args:
         model: a transformers model with a head for causal language modelling whose output embedding is an nn.Linear.

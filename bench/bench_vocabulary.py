@@ -1,0 +1,19 @@
+"""linear_cross_entropy at the size of whole language models' heads: minutes and gigabytes, so only when asked for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from bench_linear_cross_entropy import case, remark
+from common import Case
+
+OP = "vocabulary"
+SHARE = 0
+SHAPES = ((4096, 512, 8192), (2048, 768, 50257), (512, 1024, 151936))  # rows N, fan-in I, vocabulary V
+
+__all__ = ["OP", "SHARE", "cases", "remark"]
+
+
+def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+    return [partial(case, shape) for shape in (SHAPES[:1] if quick else SHAPES)]
