@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import bench_curvature
+import bench_gram_trace
 import bench_head_cross_entropy
 import bench_patch_sqnorm
 import bench_softmax_trace
@@ -21,7 +22,9 @@ import common
 import memory
 from rich.console import Console
 
-BENCHMARKS = {b.OP: b for b in (bench_head_cross_entropy, bench_softmax_trace, bench_patch_sqnorm)}
+BENCHMARKS = {
+    b.OP: b for b in (bench_head_cross_entropy, bench_softmax_trace, bench_patch_sqnorm, bench_gram_trace)
+}
 CHOICES = (*BENCHMARKS, bench_curvature.OP)  # the last one only when asked for: it takes minutes of its own
 
 

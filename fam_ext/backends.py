@@ -108,7 +108,7 @@ def _look_for_triton() -> str | None:
         ValueError,
     ):  # a build under another name: its kernels will tell
         return None
-    return f"triton {version} is too old: its float32 products need 3.5" if old else None
+    return f"triton {version} is too old: 3.5 is needed" if old else None
 
 
 _record, _reason = _load()
