@@ -18,6 +18,7 @@ def _print_rich(facts: Info) -> None:
     build.add_row("loaded", "yes" if facts.native else escape(f"no: {facts.reason}"))
     for key, value in facts.build.items():
         build.add_row(key, escape(str(value)))
+    build.add_row("Triton kernels", escape(facts.triton))
     operations = Table("operation", "device", "backend", "why", title="operations")
     for row in facts.rows():
         operations.add_row(*map(escape, row))

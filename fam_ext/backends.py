@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from fam_ext import _checks
 
 BACKENDS = ("auto", "reference", "native", "triton")
 OPERATIONS = ("softmax_trace", "patch_sqnorm", "head_cross_entropy", "linear_cross_entropy", "gram_trace")
+TRITON_OPERATIONS = ("gram_trace",)
+TRITON_EVIDENCE = "checked in Triton's interpreter and compiled ahead of time, never run on a GPU"
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _RECORD = Path(__file__).with_name("_build.json")
 _REBUILD = "run `pip install --no-build-isolation .` again"
@@ -91,8 +96,24 @@ def _find_kernels() -> frozenset[tuple[str, str]]:
     return frozenset(found)
 
 
+def _look_for_triton() -> str | None:
+    """Why no Triton kernel can run, None when they can. triton itself is imported when a kernel first runs."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    try:
+        version = importlib.metadata.version("triton")
+        old = tuple(int(part) for part in version.split(".")[:2]) < (3, 5)
+    except (
+        importlib.metadata.PackageNotFoundError,
+        ValueError,
+    ):  # a build under another name: its kernels will tell
+        return None
+    return f"triton {version} is too old: 3.5 is needed" if old else None
+
+
 _record, _reason = _load()
 _kernels = _find_kernels() if _reason is None else frozenset()
+_no_triton = _look_for_triton()
 
 
 def native_loaded() -> bool:
@@ -111,10 +132,11 @@ def native_function(name: str) -> Any:
 
 
 def choose(op: str, backend: str, *tensors: Tensor) -> str:
-    """The backend that serves `op` on these tensors: "native" or "reference".
+    """The backend that serves `op` on these tensors: "native", "triton" or "reference".
 
     "auto" takes "native" where the compiled library has a kernel for the device and the dtype of the first tensor, outside of
-    torch.func transforms (the compiled operations have no rule for vmap, grad and the like), else "reference".
+    torch.func transforms (the compiled operations have no rule for vmap, grad and the like), else "triton" on a GPU where there
+    is a Triton kernel for all tensors' dtypes, else "reference".
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, when a backend asked for by name is not available.
     """
@@ -128,22 +150,48 @@ def choose(op: str, backend: str, *tensors: Tensor) -> str:
         and torch._C._functorch.maybe_current_level() is None
     ):
         return "native"
+    wanted = backend == "triton" or (backend == "auto" and first.device.type == "cuda")
+    if wanted and _why_no_triton(op, tensors) is None:
+        return "triton"
     if backend == "auto":
         return "reference"
     _checks.check_choice(op, "backend", backend, BACKENDS)
-    raise RuntimeError(f"{op}: backend {backend!r} is not available: {_why_not(op, backend, first)}")
+    raise RuntimeError(f"{op}: backend {backend!r} is not available: {_why_not(op, backend, tensors)}")
 
 
-def _why_not(op: str, backend: str, tensor: Tensor) -> str:
+_TRANSFORMS = "inside torch.func transforms (vmap, grad, ...) only the reference can be used"
+
+
+def _why_no_triton(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+    """Why Triton cannot serve these tensors, None when it can."""
+    if op not in TRITON_OPERATIONS:
+        return f"it has no Triton kernel (these have: {', '.join(TRITON_OPERATIONS)})"
+    for tensor in tensors:
+        if tensor.dtype not in _TRITON_DTYPES:
+            return f"its Triton kernel has no {str(tensor.dtype).removeprefix('torch.')}"
+    device = tensors[0].device.type
+    if device not in _DISPATCH_KEYS:
+        return f"Triton has no {device} device here"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on the CPU Triton kernels run in its interpreter only: set TRITON_INTERPRET=1 before Python starts"
+    if _no_triton is not None:
+        return _no_triton
+    if torch._C._functorch.maybe_current_level() is not None:
+        return _TRANSFORMS
+    return None
+
+
+def _why_not(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
+    tensor = tensors[0]
     if backend == "triton":
-        return "no operation has a Triton kernel"
+        return str(_why_no_triton(op, tensors))
     if _reason is not None:
         return _reason
     if (op, tensor.device.type) not in _kernels:
         return f"the compiled library has no {tensor.device.type} kernel for it"
     if tensor.dtype not in _checks.FLOATING:
         return f"it has no kernel for {str(tensor.dtype).removeprefix('torch.')}"
-    return "inside torch.func transforms (vmap, grad, ...) only the reference can be used"
+    return _TRANSFORMS
 
 
 @dataclass(frozen=True)
@@ -160,6 +208,8 @@ class Info:
     """Why it is not."""
     operations: dict[str, dict[str, tuple[str, str]]]
     """Operation -> device type -> (backend that "auto" takes there, why)."""
+    triton: str
+    """Which operations have Triton kernels, and how far these have been checked."""
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(operation, device, backend, why), one for each line of a table."""
@@ -173,6 +223,7 @@ class Info:
         lines = ["  ".join(f"{name} {version or 'not installed'}" for name, version in self.versions.items())]
         lines.append(f"compiled library: {'loaded' if self.native else 'not loaded: ' + str(self.reason)}")
         lines += [f"  {key}: {value}" for key, value in self.build.items() if value is not None]
+        lines.append(f"Triton kernels: {self.triton}")
         rows = [("operation", "device", "backend", "why"), *self.rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines += [
@@ -200,10 +251,13 @@ def info() -> Info:
         versions["triton"] = None
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     operations = {op: {device: _answer(op, device) for device in devices} for op in OPERATIONS}
-    return Info(versions, dict(_record), _reason is None, _reason, operations)
+    kernels = f"{', '.join(TRITON_OPERATIONS)} ({TRITON_EVIDENCE})"
+    return Info(versions, dict(_record), _reason is None, _reason, operations, kernels)
 
 
 def _answer(op: str, device: str) -> tuple[str, str]:
     if (op, device) in _kernels:
         return "native", "compiled kernel, C++" if device == "cpu" else "compiled kernel, CUDA"
+    if device == "cuda" and op in TRITON_OPERATIONS and _no_triton is None:
+        return "triton", f"Triton kernel, {TRITON_EVIDENCE}"
     return "reference", _reason or f"the compiled library has no {device} kernel for it"

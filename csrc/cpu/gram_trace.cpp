@@ -107,7 +107,14 @@ Tensor together(const Tensor& t) { return t.permute({1, 2, 0, 3, 4}).reshape({-1
 
 // (b * g, K * n, m) -> (K, b, g, n, m), a view
 Tensor apart(const Tensor& t, int64_t factors, int64_t groups) {
-  return t.view({-1, groups, factors, t.size(1) / factors, t.size(2)}).permute({2, 0, 1, 3, 4});
+  return t.unflatten(1, {factors, t.size(1) / factors}).unflatten(0, {-1, groups}).permute({2, 0, 1, 3, 4});
+}
+
+// a b, laid out as `like` is: a transposed product costs nothing, a transposed copy does.
+Tensor product_like(const Tensor& a, const Tensor& b, const Tensor& like) {
+  const int64_t last = like.dim() - 1;
+  if (like.stride(last) == 1 || like.stride(last - 1) != 1) return at::bmm(a, b);
+  return at::bmm(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2);
 }
 
 // G t for t (K, b, g, O, m): one product over all rows where they lie so, else one for each sample.
@@ -147,7 +154,7 @@ std::tuple<Tensor, Tensor> gram_trace(const Tensor& x, const Tensor& s, const Op
     } else {
       const Tensor patches = p.form == Form::kPatches ? p.windows.patches(phi).flatten(0, 1) : Tensor();
       const Tensor pairs = patches.defined() ? at::bmm(patches.transpose(1, 2), patches) : p.windows.pairs(phi);
-      product = apart(at::bmm(together(factors), pairs), p.factors, p.groups);
+      product = apart(product_like(together(factors), pairs, factors), p.factors, p.groups);
       other = times_gram(g, factors);
     }
     values.narrow(1, first, count).copy_((product * other).sum({2, 3, 4}));
@@ -181,6 +188,10 @@ std::tuple<Tensor, Tensor, Tensor> gram_trace_backward(const Tensor& grad, const
     };
     const auto add_columns = [&](const Tensor& columns) {  // (b * g, I, Q)
       const Tensor part = dx.narrow(0, first, count);
+      if (p.windows.pointwise) {
+        part.copy_(columns.reshape(part.sizes()));
+        return;
+      }
       const Tensor sums = part.scalar_type() == p.type ? part : at::zeros(part.sizes(), options);
       p.windows.add_patches(columns.view({count, p.groups, p.fan_in, -1}), sums);
       if (!sums.is_same(part)) part.copy_(sums);
@@ -188,8 +199,8 @@ std::tuple<Tensor, Tensor, Tensor> gram_trace_backward(const Tensor& grad, const
     if (p.form == Form::kDirect) {
       const Tensor patches = p.windows.patches(phi).flatten(0, 1);
       const Tensor d_gamma = together(times_gram(g, product) * (2 * upstream));  // (b g, K O, I)
-      if (grad_factors) set_factors(at::bmm(d_gamma, patches));
-      if (grad_input) add_columns(at::bmm(d_gamma.transpose(1, 2), together(factors)));
+      if (grad_factors) set_factors(product_like(d_gamma, patches, factors));
+      if (grad_input) add_columns(product_like(d_gamma.transpose(1, 2), together(factors), patches));
     } else {
       if (grad_factors) set_factors(together(times_gram(g, product) * (2 * upstream)));
       if (grad_input) {

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fam_ext.ops._gram_trace  # noqa: F401  registers autograd
+import fam_ext.ops._gram_trace_triton  # noqa: F401  with _gram_trace: registers autograd
 from fam_ext import _checks, backends
 from fam_ext.ops._windows import PADDING_MODES, Ints, check_extent, padding_of, per_axis
 from fam_ext.reference import gram_trace as reference
@@ -42,7 +42,8 @@ def gram_trace(
 
     With factors s of a Gauss-Newton or Fisher matrix sum_i Gamma_i Gamma_i^T, their sum is the layer's relative flatness (Petzka
     et al. 2021, arXiv 2001.00939, with that matrix in place of the Hessian). Two ways to the same numbers: "direct" forms Gamma
-    of a few samples at a time, "gram" the products <phi_q, phi_q'> of their positions. Patches are never all formed.
+    of a few samples at a time, "gram" the products <phi_q, phi_q'> of their positions. The patches of a convolution are never all
+    formed.
 
     Args:
         input: of a linear layer (B, *positions, I), of a convolution (B, C, *spatial) with 1 to 3 spatial axes; any strides.
@@ -78,7 +79,7 @@ def gram_trace(
         x, s, w, window = _convolution(
             input, factors, s, weight, stride, padding, dilation, groups, padding_mode
         )
-    chosen = backends.choose(_NAME, backend, input)
+    chosen = backends.choose(_NAME, backend, input, factors, weight)
     acc = torch.float64 if torch.float64 in (input.dtype, factors.dtype, weight.dtype) else torch.float32
     gram = None
     with torch.autocast(input.device.type, enabled=False):
@@ -203,4 +204,4 @@ def _convolution(
 
 
 def _operator(backend: str) -> Any:
-    return torch.ops.fam_ext.gram_trace if backend == "native" else torch.ops.fam_ext.gram_trace_triton
+    return torch.ops.fam_ext.gram_trace if backend == "native" else torch.ops.fam_ext.triton_gram_trace
