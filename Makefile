@@ -4,15 +4,15 @@
 #   ENV=/path/to/python    an interpreter that already holds torch, setuptools and pip: nothing is downloaded, and nothing is
 #                          written to its environment (the package goes to .venv-env, which sees its packages)
 #   DEMO_ARGS, TEST_ARGS   passed to the demo and to pytest
-#   FAM_EXT_BUILD, FAM_EXT_SIMD, CXX in the environment: see setup.py
+#   FAM_EXT_BUILD, FAM_EXT_SIMD, FAM_EXT_CUDA, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CXX in the environment: see setup.py
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ENV ?=
 VENV := $(if $(ENV),.venv-env,.venv)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-SOURCES := setup.py $(shell find csrc -type f)
-WANTED := $(VENV) $(ENV) $(FAM_EXT_BUILD) $(FAM_EXT_SIMD)
+SOURCES := setup.py tools/build_config.py $(shell find csrc -type f)
+WANTED := $(VENV) $(ENV) $(FAM_EXT_BUILD) $(FAM_EXT_SIMD) $(FAM_EXT_CUDA) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-triton lint bench clean setup FORCE

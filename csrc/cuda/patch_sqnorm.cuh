@@ -126,15 +126,17 @@ __global__ __launch_bounds__(kPatchThreads) void scale_packs(const __grid_consta
     const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(static_cast<const S*>(view.x) +
                                                                  batch * view.batch_step + channel * view.channel_step +
                                                                  position_offset(view.sizes, view.steps, position));
+    T factor[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) factor[j] = factors[along_channels ? item : item + j];
     Pack<S, V> result;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const T factor = factors[along_channels ? item : item + j];
-      to_storage((factor + factor) * from_storage<T>(pack.values[j]), &result.values[j]);
+      to_storage((factor[j] + factor[j]) * from_storage<T>(pack.values[j]), &result.values[j]);
     }
-    *reinterpret_cast<Pack<S, V>*>(static_cast<S*>(view.dx) + batch * view.dx_batch_step +
-                                   channel * view.dx_channel_step +
-                                   position_offset(view.sizes, view.dx_steps, position)) = result;
+    store_pack(static_cast<S*>(view.dx) + batch * view.dx_batch_step + channel * view.dx_channel_step +
+                   position_offset(view.sizes, view.dx_steps, position),
+               result);
   }
 }
 

@@ -1,4 +1,5 @@
 // softmax_trace: the kernels without a head, and what both operations need of the weight alone.
+#include "cuda/class_sums.cuh"
 #include "cuda/row_passes.cuh"
 #include "cuda/small_trace.cuh"
 
