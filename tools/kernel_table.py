@@ -53,11 +53,17 @@ def release(nvcc: Path) -> str:
     return found.group(1) if found else "unknown"
 
 
-def demangled(nvcc: Path, names: list[str]) -> list[str]:
+def include_folders(nvcc: Path) -> list[str]:
+    """Where nvcc, which may be a script that calls it, has CUDA's headers."""
+    command = [str(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"INCLUDES=(.*)", said.stdout + said.stderr)
+    return re.findall(r"-I([^\s\"]+)", found.group(1)) if found else []
+
+
+def demangled(names: list[str]) -> list[str]:
     """Kernel names as the source has them, without namespaces and parameters."""
-    tool = nvcc.with_name("cu++filt")
-    command = str(tool) if tool.exists() else "c++filt"
-    said = subprocess.run([command], input="\n".join(names), capture_output=True, text=True, check=True)
+    said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     plain = [re.sub(r"^void ", "", line).replace("fam_ext::gpu::", "") for line in said.stdout.splitlines()]
     return [re.sub(r"\((bool|int)\)", "", re.sub(r">\(.*", ">", line)) for line in plain]
 
@@ -106,7 +112,7 @@ def compile_kernels(nvcc: Path) -> list[Kernel]:
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         found = [k for kernels in pool.map(run, sorted((ROOT / "csrc/cuda").glob("*.cu"))) for k in kernels]
-    names = demangled(nvcc, [k.name for k in found])
+    names = demangled([k.name for k in found])
     plain = [
         Kernel(k.source, name, k.architecture, k.registers, k.shared, k.stack, k.spilled)
         for k, name in zip(found, names, strict=True)
