@@ -4,7 +4,7 @@
 #   ENV=/path/to/python    an interpreter that already holds torch, setuptools and pip: nothing is downloaded, and nothing is
 #                          written to its environment (the package goes to .venv-env, which sees its packages)
 #   DEMO_ARGS, TEST_ARGS, BENCH_ARGS   passed to the demo, pytest and bench/run.py
-#   FAM_EXT_BUILD, FAM_EXT_SIMD, CXX in the environment: see setup.py
+#   FAM_EXT_BUILD, FAM_EXT_SIMD, FAM_EXT_CUDA, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CXX in the environment: see setup.py
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ENV ?=
@@ -12,8 +12,8 @@ VENV := $(if $(ENV),.venv-env,.venv)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CURVLINOPS := curvlinops-for-pytorch==3.0.1 einconv einops opt_einsum linear_operator
-SOURCES := setup.py $(shell find csrc -type f)
-WANTED := $(VENV) $(ENV) $(FAM_EXT_BUILD) $(FAM_EXT_SIMD)
+SOURCES := setup.py tools/build_config.py $(shell find csrc -type f)
+WANTED := $(VENV) $(ENV) $(FAM_EXT_BUILD) $(FAM_EXT_SIMD) $(FAM_EXT_CUDA) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-triton lint bench bench-tools bench-readme clean setup FORCE

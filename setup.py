@@ -2,7 +2,9 @@
 
 FAM_EXT_BUILD=0                         pure Python, nothing is compiled
 FAM_EXT_SIMD=native|avx512|avx2|default the instruction set; native is what torch finds on this machine
-CXX                                     the C++ compiler
+FAM_EXT_CUDA=0                          no CUDA kernels, which are compiled where nvcc and a torch with CUDA are
+FORCE_CUDA=1                            CUDA kernels, or an error that says why not
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX    as torch reads them
 """
 
 import json
@@ -17,6 +19,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+sys.path.insert(0, os.path.abspath("tools"))
+import build_config
+
 try:
     import torch
     from torch.utils import cpp_extension
@@ -26,25 +31,6 @@ except ImportError:
 NO_TORCH = f"""fam_ext compiles against the torch that will load it, and {sys.executable} has none.
 Install torch, then run: pip install --no-build-isolation .
 (or, for pure Python: FAM_EXT_BUILD=0 pip install .)"""
-FLAGS = (  # GCC warns about uninitialized values in its own AVX-512 header
-    "-O3 -g0 -fvisibility=hidden -fno-math-errno -fno-trapping-math "
-    "-Wall -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized"
-)
-SIMD_FLAGS = {  # as ATen compiles its own kernels, so that at::vec has the same width here
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -DCPU_CAPABILITY_AVX512",
-    "avx2": "-mavx2 -mfma -mf16c -DCPU_CAPABILITY_AVX2",
-    "default": "-DCPU_CAPABILITY_DEFAULT",
-}
-
-
-def simd_level():
-    level = os.environ.get("FAM_EXT_SIMD", "native").lower()
-    if level == "native":
-        level = torch.backends.cpu.get_cpu_capability().lower()
-        return level if level in SIMD_FLAGS else "default"  # aarch64 and others: what the compiler assumes
-    if level not in SIMD_FLAGS:
-        raise SystemExit(f"FAM_EXT_SIMD must be one of native, {', '.join(SIMD_FLAGS)}, got {level!r}")
-    return level
 
 
 def write_record(in_source, build_lib, **record):
@@ -69,15 +55,29 @@ def native():
     """setup()'s arguments for the extension. CUDA sources have csrc/cuda/ to themselves: object names differ."""
     os.environ["CXX"] = compiler  # torch and setuptools have different defaults
     version = subprocess.check_output([*shlex.split(compiler), "--version"], text=True).split("\n")[0]
-    simd, openmp = simd_level(), ["-fopenmp"] * (sys.platform == "linux")
-    flags = [*FLAGS.split(), *openmp, f"-DCPU_CAPABILITY={simd.upper()}", *SIMD_FLAGS[simd].split()]
-    flags += [f"-I{os.path.abspath('csrc')}", f'-DFAM_EXT_TORCH_VERSION="{torch.__version__}"']
-    ext = cpp_extension.CppExtension("fam_ext._C", sources, extra_compile_args=flags)
-    ext.depends = sorted(map(str, Path("csrc").rglob("*.h")))
+    simd, openmp = build_config.simd_level(torch), ["-fopenmp"] * (sys.platform == "linux")
+    flags = [
+        *build_config.FLAGS.split(),
+        *openmp,
+        f"-DCPU_CAPABILITY={simd.upper()}",
+        *build_config.SIMD_FLAGS[simd].split(),
+    ]
+    flags += [include := f"-I{os.path.abspath('csrc')}", f'-DFAM_EXT_TORCH_VERSION="{torch.__version__}"']
+    cuda, arch_list, no_cuda = build_config.cuda(torch, cpp_extension.CUDA_HOME)
+    flags += [f'-DFAM_EXT_CUDA="{cuda}"', f'-DFAM_EXT_CUDA_ARCHITECTURES="{";".join(arch_list)}"'] * bool(
+        cuda
+    )
+    every = sources + [
+        str(p) for p in sorted(Path("csrc/cuda").glob("*.c*")) if p.suffix in (".cpp", ".cu")
+    ] * bool(cuda)
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    arguments = {"cxx": flags, "nvcc": [*build_config.NVCC_FLAGS, include]}
+    ext = make("fam_ext._C", every, extra_compile_args=arguments)
+    ext.depends = sorted(str(p) for p in Path("csrc").rglob("*.*h"))
     # GCC: libgomp comes with libtorch_cpu, and linking it here could load a second OpenMP runtime
     ext.extra_link_args = openmp if "clang" in version else []
     record = {"torch": str(torch.__version__), "python": sys.version.split()[0], "compiler": version}
-    record.update(simd=simd, cuda=None, arch_list=[])
+    record.update(simd=simd, cuda=cuda, arch_list=arch_list, no_cuda=no_cuda)
 
     class Build(cpp_extension.BuildExtension):
         def run(self):

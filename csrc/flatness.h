@@ -30,4 +30,30 @@ FAM_HOST_DEVICE T squared_distance(T squared_a, T dot, T squared_b) {
   return squared_a - (dot + dot) + squared_b;
 }
 
+// Shifted form: v from sum_s p~_s |w_s|^2, <w_y, U> and |U|^2.
+template <typename T>
+FAM_HOST_DEVICE T shifted_trace(T weighted_squares, T dot, T squared_shift) {
+  return weighted_squares - (dot + dot) - squared_shift;
+}
+
+// c_i of a class index before the reduction, from the index's class weight and the sum of all.
+FAM_HOST_DEVICE double index_coefficient(double smoothing, double omega, double omega_sum, double classes) {
+  return (1 - smoothing) * omega + smoothing / classes * omega_sum;
+}
+
+// A sum whose rounding errors are summed too: shares of a distribution are often all equal, and then round the same way every time.
+template <typename T>
+class CompensatedSumOf {
+ public:
+  FAM_HOST_DEVICE void add(const T& x) {
+    const T minus = T(0) - x, next = sum_ - minus;
+    error_ = error_ + difference_error(sum_, minus, next);
+    sum_ = next;
+  }
+  FAM_HOST_DEVICE T total() const { return sum_ + error_; }
+
+ private:
+  T sum_{0}, error_{0};
+};
+
 }  // namespace fam_ext

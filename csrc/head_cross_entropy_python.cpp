@@ -33,7 +33,12 @@ bool floating(const Tensor& t) {
 }
 
 bool ordinary(const Tensor& t) {
-  return t.device().is_cpu() && t.layout() == at::kStrided && !at::isTensorSubclassLike(t);
+#ifdef FAM_EXT_CUDA
+  if (!t.is_cpu() && !t.is_cuda()) return false;
+#else
+  if (!t.is_cpu()) return false;
+#endif
+  return t.layout() == at::kStrided && !at::isTensorSubclassLike(t);
 }
 
 // Whether `a` has the shape of `b` without dimension 1, followed by `last` if that is not negative.
@@ -51,6 +56,10 @@ bool fits(const Tensor& logits, const Tensor& features, const Tensor& weight, co
   for (const Tensor* t : {&logits, &features, &weight}) {
     if (!ordinary(*t) || !floating(*t)) return false;
   }
+  for (const Tensor* t : {&features, &weight, &target}) {
+    if (t->device() != logits.device()) return false;
+  }
+  if (class_weight && class_weight->device() != logits.device()) return false;
   if (logits.dim() < 2 || weight.dim() != 2 || logits.size(1) == 0 || weight.size(0) != logits.size(1)) return false;
   if (!row_shaped(features, logits, weight.size(1)) || !ordinary(target) || target.requires_grad()) return false;
   if (floating(target) ? target.sizes() != logits.sizes()
@@ -88,8 +97,9 @@ std::optional<Values> call(const py::handle& logits_, const py::handle& features
 }  // namespace
 
 void bind_head_cross_entropy(py::module_& m) {
-  m.def("head_cross_entropy", &call,
-        "torch.ops.fam_ext.head_cross_entropy for ordinary CPU tensors that fit, None for anything else.");
+  m.def(
+      "head_cross_entropy", &call,
+      "torch.ops.fam_ext.head_cross_entropy for ordinary tensors that fit, on a device that has kernels, None for anything else.");
 }
 
 }  // namespace fam_ext

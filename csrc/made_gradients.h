@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/_foreach_mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
@@ -9,7 +10,8 @@
 
 namespace fam_ext {
 
-// The upstream gradient of a training loss is 1 almost always: then the gradients are handed out as they are.
+// The upstream gradient of a training loss is 1 almost always: then the gradients are handed out as they are. On a GPU nobody knows
+// without waiting for it.
 inline bool is_one(const at::Tensor& grad) {
   if (!grad.device().is_cpu() || at::isTensorSubclassLike(grad)) return false;
   return grad.scalar_type() == at::kFloat ? *grad.const_data_ptr<float>() == 1.0f : grad.item<double>() == 1.0;
@@ -39,9 +41,18 @@ inline void hand_out(const torch::autograd::variable_list& made, const at::Tenso
                      torch::autograd::variable_list& grads) {
   {
     const at::AutoGradMode no_graph(false);
-    const bool unchanged = is_one(upstream);
+    torch::autograd::variable_list scaled;
+    for (const at::Tensor& gradient : made) {
+      if (gradient.defined()) scaled.push_back(gradient);
+    }
+    if (upstream.is_cuda() && scaled.size() > 1) {
+      scaled = at::_foreach_mul(scaled, upstream);  // one launch, where the dtypes are the same
+    } else if (!is_one(upstream)) {
+      for (at::Tensor& gradient : scaled) gradient = gradient.mul(upstream);
+    }
+    size_t next = 0;
     for (size_t k = 0; k < made.size(); ++k) {
-      if (made[k].defined()) grads[k] = unchanged ? made[k] : made[k].mul(upstream);
+      if (made[k].defined()) grads[k] = scaled[next++];
     }
   }
   refuse_second_derivative(op, grads);

@@ -1,5 +1,5 @@
 // Every operation's schema, on one screen, and the Python module with the facts of the build.
-// Kernels register themselves: csrc/cpu/<op>.cpp with TORCH_LIBRARY_IMPL(fam_ext, CPU, m).
+// Kernels register themselves: csrc/cpu/<op>.cpp for CPU, csrc/cuda/binding_<op>.cpp for CUDA where that is compiled.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
@@ -58,6 +58,10 @@ PYBIND11_MODULE(_C, m) {
         facts["simd"] = FAM_EXT_STRING(CPU_CAPABILITY);
         facts["cuda"] = py::none();
         facts["arch_list"] = py::list();
+#ifdef FAM_EXT_CUDA
+        facts["cuda"] = FAM_EXT_CUDA;
+        facts["arch_list"] = py::str(FAM_EXT_CUDA_ARCHITECTURES).attr("split")(";");
+#endif
         return facts;
       },
       "What this library was compiled with: torch, python, compiler, simd, cuda (or None), arch_list.");

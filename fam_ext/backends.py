@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,10 +189,27 @@ def _why_not(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
     if _reason is not None:
         return _reason
     if (op, tensor.device.type) not in _kernels:
-        return f"the compiled library has no {tensor.device.type} kernel for it"
+        return _no_kernel(tensor.device.type)
     if tensor.dtype not in _checks.FLOATING:
         return f"it has no kernel for {str(tensor.dtype).removeprefix('torch.')}"
     return _TRANSFORMS
+
+
+def _no_kernel(device: str) -> str:
+    why = _record.get("no_cuda") if device == "cuda" else None
+    return f"the compiled library has no {device} kernel for it" + (f": {why}" if why else "")
+
+
+def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a library compiled for `architectures` ("8.0", "9.0+PTX") has code for a GPU of this capability: machine code
+    of the same major version and no later minor one, or PTX of any earlier version.
+    """
+    for architecture in architectures:
+        major, minor = (int(n) for n in architecture.removesuffix("+PTX").rstrip("af").split("."))
+        same = major == capability[0] and minor <= capability[1]
+        if same or (architecture.endswith("+PTX") and (major, minor) <= capability):
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -256,8 +274,16 @@ def info() -> Info:
 
 
 def _answer(op: str, device: str) -> tuple[str, str]:
-    if (op, device) in _kernels:
-        return "native", "compiled kernel, C++" if device == "cpu" else "compiled kernel, CUDA"
-    if device == "cuda" and op in TRITON_OPERATIONS and _no_triton is None:
-        return "triton", f"Triton kernel, {TRITON_EVIDENCE}"
-    return "reference", _reason or f"the compiled library has no {device} kernel for it"
+    if (op, device) not in _kernels:
+        if device == "cuda" and op in TRITON_OPERATIONS and _no_triton is None:
+            return "triton", f"Triton kernel, {TRITON_EVIDENCE}"
+        return "reference", _reason or _no_kernel(device)
+    if device == "cpu":
+        return "native", "compiled kernel, C++"
+    compiled, here = _record.get("arch_list", []), torch.cuda.get_device_capability()
+    if runs_on(compiled, here):
+        return "native", "compiled kernel, CUDA"
+    return (
+        "native",
+        f"compiled kernel, CUDA, but for {', '.join(compiled)} and not for this GPU, {here[0]}.{here[1]}",
+    )

@@ -13,6 +13,14 @@ from inputs import BACKENDS
 
 from fam_ext import backends
 
+# Their tests run on the CPU and, where there is one, on a GPU: the second time with the GPU as the default device.
+ON_DEVICES = {
+    "test_softmax_trace", "test_patch_sqnorm", "test_head_cross_entropy", "test_head_cross_entropy_autograd", "test_opcheck",
+    "test_functional", "test_heads", "test_loss", "test_general", "test_any_layer",
+}  # fmt: skip
+# Some of cuBLAS's sums repeat only with this; it is read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # The interpreter of Triton is chosen when triton is imported: its tests have a run of their own.
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton/*"]
 
@@ -48,6 +56,28 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if torch.cuda.is_available() and metafunc.module.__name__ in ON_DEVICES:
+        metafunc.parametrize("device", ["cpu", "cuda"], indirect=True, scope="function")
+
+
+@pytest.fixture(autouse=True)
+def device(request: Any) -> Iterator[str]:
+    """The device of the tensors that a test makes."""
+    name: str = getattr(request, "param", "cpu")
+    if name == "cpu":
+        yield name
+        return
+    constants = {key: value for key, value in vars(request.module).items() if isinstance(value, torch.Tensor)}
+    torch.set_default_device(name)
+    vars(request.module).update({key: value.to(name) for key, value in constants.items()})
+    try:
+        yield name
+    finally:
+        torch.set_default_device(None)
+        vars(request.module).update(constants)
 
 
 @pytest.fixture(params=BACKENDS)

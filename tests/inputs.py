@@ -17,6 +17,11 @@ needs_native = pytest.mark.skipif(not backends.native_loaded(), reason="the comp
 BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 
+def on_device(tensor: Tensor) -> Tensor:
+    """The tensor on the device of the test, which is the default one: the same numbers on every device."""
+    return tensor.to(torch.get_default_device())
+
+
 def make_input(
     shape: Sequence[int], dtype: torch.dtype = torch.float32, layout: str = "contiguous", seed: int = 0
 ) -> Tensor:
@@ -24,7 +29,7 @@ def make_input(
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+        return on_device(torch.randn(sizes, generator=generator, dtype=torch.float64, device="cpu").to(dtype))
 
     if layout == "channels_last":
         return rand(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
@@ -42,8 +47,8 @@ def make_input(
 def confident_logits(rows: int, classes: int, doubt: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """float32 logits (N, O) with max p = 1 - doubt in every row, and each row's most likely class."""
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(rows, classes, generator=generator, dtype=torch.float64)
-    y = torch.randint(0, classes, (rows,), generator=generator)
+    z = on_device(torch.randn(rows, classes, generator=generator, dtype=torch.float64, device="cpu"))
+    y = on_device(torch.randint(0, classes, (rows,), generator=generator, device="cpu"))
     others = z.scatter(1, y[:, None], -torch.inf).logsumexp(1, keepdim=True)
     return z.scatter(1, y[:, None], others + math.log((1 - doubt) / doubt)).float(), y
 

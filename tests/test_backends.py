@@ -89,6 +89,37 @@ def test_choose_is_traced_whole_by_torch_compile() -> None:
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (["8.0", "9.0"], (8, 0), True),
+        (["8.0", "9.0"], (8, 9), True),
+        (["8.6"], (8, 0), False),
+        (["8.0", "9.0"], (10, 0), False),
+        (["8.0", "9.0+PTX"], (10, 0), True),
+        (["8.0", "9.0+PTX"], (7, 5), False),
+        (["9.0a"], (9, 0), True),
+        ([], (9, 0), False),
+    ],
+)
+def test_which_gpus_a_library_has_code_for(
+    architectures: list[str], capability: tuple[int, int], runs: bool
+) -> None:
+    assert backends.runs_on(architectures, capability) is runs
+
+
+def test_why_there_is_no_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_kernels", frozenset())
+    monkeypatch.setattr(backends, "_reason", None)
+    monkeypatch.setattr(backends, "_record", {"no_cuda": "no nvcc was found (CUDA_HOME)"})
+    expected = "the compiled library has no cuda kernel for it: no nvcc was found (CUDA_HOME)"
+    assert backends._answer("patch_sqnorm", "cuda") == ("reference", expected)
+    assert backends._answer("patch_sqnorm", "cpu") == (
+        "reference",
+        "the compiled library has no cpu kernel for it",
+    )
+
+
 def test_info_says_who_serves_and_why() -> None:
     info = fam_ext.info()
     assert info.versions["fam_ext"] == fam_ext.__version__

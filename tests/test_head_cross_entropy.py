@@ -102,7 +102,7 @@ def differentiate(function: Any, inputs: Any, upstream: Tensor | None = None) ->
     loss, flatness = function(*inputs)
     assert not flatness.requires_grad
     grads = torch.autograd.grad(
-        loss, inputs, None if upstream is None else upstream.to(loss.dtype), materialize_grads=True
+        loss, inputs, None if upstream is None else upstream.to(loss), materialize_grads=True
     )
     return loss.detach(), flatness, *grads
 

@@ -40,7 +40,7 @@ def call(form: str, backend: str) -> Any:
 def differentiate(function: Any, logits: Tensor, weight: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
     logits, weight = logits.detach().requires_grad_(), weight.detach().requires_grad_()
     value = function(logits, weight)
-    return value.detach(), *torch.autograd.grad(value, (logits, weight), upstream.to(value.dtype))
+    return value.detach(), *torch.autograd.grad(value, (logits, weight), upstream.to(value))
 
 
 def check(logits: Tensor, weight: Tensor, form: str, backend: str) -> None:

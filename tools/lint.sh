@@ -22,6 +22,6 @@ check() { # check TOOL ARGUMENTS...
 check ruff check
 check ruff format --check
 check mypy --strict fam_ext
-mapfile -t sources < <(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
+mapfile -t sources < <(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 check clang-format --dry-run -Werror "${sources[@]}"
 exit $status

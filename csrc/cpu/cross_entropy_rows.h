@@ -168,7 +168,8 @@ class CrossEntropyRows {
       TORCH_CHECK_INDEX(t >= 0 && t < classes_, options_.caller, ": target must be a class index from 0 to ",
                         classes_ - 1, " or ignore_index (", options_.ignore_index, "), got ", t);
       hard_[n] = omega_ == nullptr ? T(1) : omega_[t];
-      coefficient_[n] = static_cast<T>((1 - smoothing) * hard_[n] + smoothing / classes_ * omega_sum);
+      coefficient_[n] =
+          static_cast<T>(index_coefficient(smoothing, hard_[n], omega_sum, static_cast<double>(classes_)));
       denominator += hard_[n];
     }
     empty_mean_ = options_.mean && denominator == 0;

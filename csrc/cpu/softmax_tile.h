@@ -8,20 +8,8 @@
 
 namespace fam_ext {
 
-// A sum whose rounding errors are summed too: shares of a distribution are often all equal, and then round the same way every time.
 template <typename T>
-class CompensatedSum {
- public:
-  void add(const Vec<T>& x) {
-    const Vec<T> minus = Vec<T>(0) - x, next = sum_ - minus;
-    error_ = error_ + difference_error(sum_, minus, next);
-    sum_ = next;
-  }
-  Vec<T> total() const { return sum_ + error_; }
-
- private:
-  Vec<T> sum_{T(0)}, error_{T(0)};
-};
+using CompensatedSum = CompensatedSumOf<Vec<T>>;
 
 // Per lane: the largest logit, its class y, and with e_s = exp(z_s - z_y), rest = sum_{s != y} e_s.
 template <typename T>

@@ -32,7 +32,7 @@ ShiftedRow<T> shifted_row(const T* shift, const T* wy, T r, T weighted_squares, 
     if (mean != nullptr) u.store(mean + i, static_cast<int>(count));
   }
   const T d = detail::horizontal_sum(dot), uu = detail::horizontal_sum(squared);
-  return {weighted_squares - (d + d) - uu, uu, detail::horizontal_sum(squared_mean)};
+  return {shifted_trace(weighted_squares, d, uu), uu, detail::horizontal_sum(squared_mean)};
 }
 
 // What the passes over one block of rows leave behind, by row of the block.
