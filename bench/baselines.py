@@ -22,9 +22,13 @@ from torch import Tensor, nn
 
 
 def hessian_kappa(loss: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}) from the full Hessian of `loss`; differentiable, (O I)^2 numbers are held."""
-    hessian = torch.func.hessian(loss)(weight)
-    return (torch.einsum("aibi->ab", hessian) * (weight @ weight.T)).sum()
+    """sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}) from the full Hessian of `loss`; differentiable."""
+    return (hessian_traces(loss, weight) * (weight @ weight.T)).sum()
+
+
+def hessian_traces(loss: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """Tr(H_{s,s'}), (O, O); (O I)^2 numbers are held."""
+    return torch.einsum("aibi->ab", torch.func.hessian(loss)(weight))
 
 
 def full_hessian(x: Tensor, w: Tensor, b: Tensor, t: Tensor, strength: float) -> Tensor:

@@ -5,8 +5,9 @@ the first step are compared with float64: cross-entropy, and for FAM on the head
 kappa. The plain step and FAM on the head run in every round; "by parts" is the plain step plus what FAM adds to the head and the
 criterion alone, without the body: a difference of two long times cannot show so little.
 
-The paper's procedure: the full Hessian of the head by torch.func on features of a second forward pass (where it fits in 2 GB).
-SAM: pytorch_optimizer's, two forward and backward passes. "% of ceiling" counts the plain step's FLOPs, whatever the way.
+The paper's procedure: the full Hessian of the head (where it fits in 2 GB) on features of a second forward pass, held constant
+to the gradient; computed by torch.func, with the index right. SAM: pytorch_optimizer's, two forward and backward passes.
+"% of ceiling" counts the plain step's FLOPs, whatever the way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from baselines import hessian_kappa
+from baselines import hessian_traces
 from common import Case, Settings, Variant, in_pytest, interleaved
 from common import results as results_of
 from machine import making_tensors, thread_count
@@ -134,20 +135,19 @@ class Sam(Way):
 
 
 class Paper(Way):
-    """The head's input comes from a second forward pass, as in the published code; here its gradient is kept."""
+    """As published: the head's input comes from a second forward pass, and the Hessian is a constant to the gradient."""
 
     def loss(self) -> Tensor:
-        plain = super().loss()
-        head = self.model.head
+        plain, head = super().loss(), self.model.head
         found: list[Tensor] = []
-        with head.register_forward_pre_hook(lambda _, args: found.append(args[0])):
+        with torch.no_grad(), head.register_forward_pre_hook(lambda _, args: found.append(args[0])):
             self.model(self.x)
-        features = found[0]
 
         def of_weight(weight: Tensor) -> Tensor:
-            return F.cross_entropy(F.linear(features, weight, head.bias), self.y)
+            return F.cross_entropy(F.linear(found[0], weight, head.bias), self.y)
 
-        return plain + STRENGTH * hessian_kappa(of_weight, head.weight)
+        traces = hessian_traces(of_weight, head.weight.detach())
+        return plain + STRENGTH * (traces * (head.weight @ head.weight.T)).sum()
 
 
 def ways(problem: Problem) -> dict[str, Way]:

@@ -107,8 +107,9 @@ def ceilings(threads: int, device: str = "cpu") -> tuple[float, float]:
 
 
 def _fastest(step: Callable[[], object], device: str) -> float:
-    times = []
-    for _ in range(9):
+    times: list[float] = []
+    end = time.perf_counter() + 0.5
+    while len(times) < 9 or time.perf_counter() < end:
         start = time.perf_counter()
         step()
         if device == "cuda":
