@@ -82,7 +82,7 @@ def test_several_shares_and_tiles(form: str) -> None:
     trace.check(
         make_input((1024 * 128 + 77, 2)), make_input((2, 3), seed=1), form, "native"
     ) if form == "pairwise" else None
-    trace.check(make_input((400, 3)), make_input((3, 3), seed=1), form, "native")
+    trace.check(make_input((5000, 3)), make_input((3, 3), seed=1), form, "native")
 
 
 @pytest.mark.parametrize("classes", [2, 10, 32, 33, 100])

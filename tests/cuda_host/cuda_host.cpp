@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -21,7 +22,10 @@ int order = 0, cooperative_launch = 1, processors = 64, launches = 0;
 cudaError_t last_error = cudaSuccess;
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t
+      context;  // for the first entry; later ones go by setjmp, which saves no signal mask and makes no system call
+  jmp_buf place;
+  bool begun = false;
   Thread self;
   const Barrier* waiting = nullptr;
   int64_t generation = 0;
@@ -30,15 +34,26 @@ struct Fiber {
 
 std::vector<Fiber> fibers;
 std::vector<void*> stacks;
-ucontext_t scheduler;
+jmp_buf scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* entry = nullptr;
 uint64_t random_state = 1;
 
+[[gnu::noinline]] void leave() {
+  if (_setjmp(running->place) == 0) _longjmp(scheduler, 1);
+}
+
+[[gnu::noinline]] void resume() {
+  if (_setjmp(scheduler) != 0) return;
+  if (running->begun) _longjmp(running->place, 1);
+  running->begun = true;
+  setcontext(&running->context);
+}
+
 void run_fiber() {
   (*entry)();
   running->done = true;
-  swapcontext(&running->context, &scheduler);
+  leave();
 }
 
 void begin(Fiber& fiber, void* stack) {
@@ -75,7 +90,7 @@ void run_all() {
       fiber.waiting = nullptr;
       progress = true;
       running = &fiber;
-      swapcontext(&scheduler, &fiber.context);
+      resume();
       if (fiber.done) --left;
     }
     if (!progress) {
@@ -99,7 +114,7 @@ void wait(Barrier& barrier) {
   }
   running->waiting = &barrier;
   running->generation = barrier.generation;
-  swapcontext(&running->context, &scheduler);
+  leave();
 }
 
 void launch(bool cooperative, dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel) {
@@ -130,7 +145,7 @@ void launch(bool cooperative, dim3 grid, dim3 block, size_t shared, const std::f
       auto start = reinterpret_cast<uintptr_t>(memory[b].get());
       for (size_t t = 0; t < threads; ++t) {
         Fiber& fiber = fibers[b * threads + t];
-        fiber.done = false;
+        fiber.done = fiber.begun = false;
         fiber.waiting = nullptr;
         fiber.self = Thread{};
         fiber.self.thread.x = static_cast<unsigned>(t);
