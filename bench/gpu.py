@@ -1,7 +1,8 @@
 """Time the CUDA kernels in captured graphs, with CUDA events: python bench/gpu.py [--out FOLDER]
 
 Each step is captured once and replayed; before a replay a buffer larger than the second-level cache is written, so that inputs
-come from memory; its time is not counted. Medians over replays that alternate between a step and its baseline.
+come from memory; its time is not counted. Medians over replays that alternate between a step and its baseline. Longer steps
+(bench/gpu_steps.py) run without a graph.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_steps
 import torch
 import torch.nn.functional as F
 
@@ -112,16 +114,29 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16)
     }
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    rows = []
+    rows, failed = [], False
     print(machine)
     for case, build in cases.items():
         for name, time in microseconds(build()).items():
-            rows.append((case, name, f"{time:.2f}", machine))
-            print(f"{case:38} {name:24} {time:9.2f} us")
+            rows.append((case, name, f"{time:.2f}", "", machine))
+            print(f"{case:38} {name:30} {time:10.2f} us")
+    for case, build in gpu_steps.CASES.items():
+        try:
+            found = gpu_steps.milliseconds(build())
+        except Exception as error:  # the other cases stand for themselves
+            failed = True
+            print(f"{case:38} failed: {error}")
+            continue
+        for name, (time, peak) in found.items():
+            rows.append((case, name, f"{1e3 * time:.2f}", f"{peak:.0f}", machine))
+            print(f"{case:38} {name:30} {1e3 * time:10.2f} us {peak:8.0f} MB")
+        torch.cuda.empty_cache()
     out.mkdir(parents=True, exist_ok=True)
     with (out / "gpu.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("case", "step", "microseconds", "machine"), *rows])
+        csv.writer(file).writerows([("case", "step", "microseconds", "peak_mb", "machine"), *rows])
     print(f"written: {out / 'gpu.csv'}")
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
