@@ -28,18 +28,18 @@ test: lint  ## lint, then run all tests (TEST_ARGS="-k name")
 	$(PY) -m pytest $(TEST_ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(TEST_ARGS) || test $$? = 5 # 5: TEST_ARGS left none of them
 
-test-triton: setup  ## run the Triton kernels in Triton's interpreter on the CPU, and compile them for GPUs
+test-triton: setup $(VENV)/.tools  ## run the Triton kernels in Triton's interpreter on the CPU, and compile them for GPUs
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(TEST_ARGS)
 	$(PY) -m pytest tests/test_kernel_builds.py
 
-lint: setup  ## ruff, mypy and clang-format, changing nothing
+lint: setup $(VENV)/.tools  ## ruff, mypy and clang-format, changing nothing
 	@bash tools/lint.sh $(PY) $(ENV)
 
 bench: setup bench-tools  ## time operations and training steps against their baselines (BENCH_ARGS="head_cross_entropy --quick")
 	$(PY) bench/run.py $(BENCH_ARGS)
 
 # curvlinops needs torchvision only for what the benchmark does not use, and pip would replace torch for it
-bench-tools: setup
+bench-tools: setup $(VENV)/.tools
 ifeq ($(ENV),)
 	@$(PY) -c 'import curvlinops' 2>/dev/null || $(PIP) install -q --no-deps $(CURVLINOPS) 2>/dev/null || \
 	echo "curvlinops cannot be installed here: its baseline is left out"
@@ -65,10 +65,18 @@ build/.stamp: $(VENV)/.stamp $(SOURCES) $(if $(findstring :$(WANTED):,:$(file <b
 	$(PIP) install -q "setuptools>=77" wheel ninja
 	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
 	$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > .venv/constraints.txt
+	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation -c .venv/constraints.txt -e ".[demo]"
+	@touch $@
+
+# what tests, lint and benchmarks need beside the demo
+.venv/.tools: .venv/.stamp
 	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation -c .venv/constraints.txt -e ".[demo,test,lint,bench,triton]"
 	@touch $@
 
 .venv-env/.stamp: pyproject.toml
 	bash tools/overlay.sh "$(ENV)" .venv-env
 	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation --no-deps --no-index -e .
+	@touch $@
+
+.venv-env/.tools: .venv-env/.stamp
 	@touch $@
