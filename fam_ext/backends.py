@@ -20,7 +20,7 @@ from fam_ext import _checks
 
 BACKENDS = ("auto", "reference", "native", "triton")
 OPERATIONS = ("softmax_trace", "patch_sqnorm", "head_cross_entropy", "linear_cross_entropy", "gram_trace")
-TRITON_OPERATIONS = ("gram_trace",)
+TRITON_OPERATIONS = ("linear_cross_entropy", "gram_trace")
 TRITON_EVIDENCE = "checked in Triton's interpreter and compiled ahead of time, never run on a GPU"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}

@@ -84,7 +84,63 @@ def _chain(what: str, x: str, z: str, aligned: bool = True) -> Build:
     return Build("gram_trace.chain_kernel", what, **_gram_trace("chain", pointers, aligned))
 
 
+def _rows(function: str, what: str, dtypes: dict[str, str], block: dict[str, str], **flags: bool) -> Build:
+    """A row kernel of linear_cross_entropy: pointers are float32 but for `dtypes`; `block`: its tile's names in the module."""
+
+    def constants() -> dict[str, int]:
+        kernels: Any = importlib.import_module("fam_ext.kernels.linear_cross_entropy")
+        return {**flags, **{name: getattr(kernels, size) for name, size in block.items()}}
+
+    pointers = {p: dtypes.get(p, "*fp32") for p in _POINTERS[function].split()}
+    warps = 8 if block.get("BLOCK") in ("ROW_BLOCK", "MEAN_BLOCK") else 4
+    multiples = tuple(_STRIDES[function].split())
+    return Build(
+        f"linear_cross_entropy.{function}_kernel", what, pointers, constants, (), multiples, warps=warps
+    )
+
+
+_POINTERS = {
+    "softmax_rows": "z high low bias squares omega target best stats",
+    "mean_rows": "shift weight offset features squares best stats pull means scaled found",
+    "grad_logits": "high low dots dz squares omega target best factors class_sums bias_sums",
+    "add_rows": "source classes order out",
+}
+_STRIDES = {
+    "softmax_rows": "z_row e_row",
+    "mean_rows": "fan_in weight_row",
+    "grad_logits": "e_row dot_row dz_row",
+    "add_rows": "fan_in out_row",
+}
+_INDICES = dict.fromkeys(("target", "best", "classes", "order"), "*i64")
+_EVERYTHING = {"HAS_OMEGA": True, "SMOOTH": True}
+_ROW, _MEAN, _TILE = (
+    {"BLOCK": "ROW_BLOCK"},
+    {"BLOCK": "MEAN_BLOCK"},
+    {"BLOCK_S": "CLASS_BLOCK", "BLOCK_N": "CHUNK_BLOCK"},
+)
+_COLUMNS = {"BLOCK": "COLUMN_BLOCK"}
+_PAIR = {**_INDICES, "high": "*bf16", "low": "*bf16", "dz": "*bf16"}
+_PAIR_ROWS = {**_INDICES, **dict.fromkeys(("weight", "features", "means", "scaled"), "*bf16")}
+
+LINEAR_CROSS_ENTROPY = (
+    _rows("softmax_rows", "float32, all options", _INDICES, _ROW, HAS_BIAS=True, SPLIT=False, **_EVERYTHING),
+    _rows("softmax_rows", "two bfloat16", _PAIR, _ROW, HAS_BIAS=False, HAS_OMEGA=False, SMOOTH=False, SPLIT=True),
+    _rows("mean_rows", "float32", _INDICES, _MEAN, SPLIT=False, GRADS=True),
+    _rows("mean_rows", "two bfloat16", _PAIR_ROWS, _MEAN, SPLIT=True, GRADS=True),
+    _rows(
+        "grad_logits", "float32, all options", _INDICES, _TILE, PRODUCTS=True, SPLIT=False, CLASS_SUMS=True,
+        BIAS_SUMS=True, **_EVERYTHING,
+    ),
+    _rows(
+        "grad_logits", "two bfloat16", _PAIR, _TILE, PRODUCTS=True, SPLIT=True, CLASS_SUMS=True, BIAS_SUMS=False,
+        HAS_OMEGA=False, SMOOTH=False,
+    ),
+    _rows("add_rows", "float32", _INDICES, _COLUMNS),
+    _rows("add_rows", "float32 to bfloat16", {**_INDICES, "out": "*bf16"}, _COLUMNS),
+)  # fmt: skip
+
 BUILDS = (
+    *LINEAR_CROSS_ENTROPY,
     _pair_trace("float32", "*fp32", "*fp32"),
     _pair_trace("float32, any strides", "*fp32", "*fp32", aligned=False),
     _pair_trace("bfloat16, G in float32", "*fp32", "*bf16"),

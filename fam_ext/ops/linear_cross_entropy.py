@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fam_ext.ops._linear_cross_entropy_triton as triton
 from fam_ext import _checks, backends
 from fam_ext.errors import UnsupportedError
 from fam_ext.ops._native import register_fake
@@ -42,8 +43,8 @@ def linear_cross_entropy(
               \kappa = \sum_i c_i \|\phi_i\|^2 \, \mathrm{Tr}(W^\top (\mathrm{diag}(p_i) - p_i p_i^\top) W)
 
     the relative flatness (Petzka et al. 2021, Definition 3; Adilova et al. 2023, Eq. 3) of the layer (W, b) whose output
-    cross-entropy receives, as torch.nn.functional.linear_cross_entropy computes CE alone. The native backend takes the rows in
-    chunks and never holds an (N, V) matrix; the gradients of input, weight and bias are made in the forward pass (with
+    cross-entropy receives, as torch.nn.functional.linear_cross_entropy computes CE alone. All backends but the reference take the
+    rows in chunks and never hold an (N, V) matrix; the gradients of input, weight and bias are made in the forward pass (with
     reduction="none" in the backward pass, chunk by chunk again). Rows that are ignored cost nothing. What does not require grad
     is skipped. A backward pass whose upstream gradient is not 1 scales the gradients, which needs one copy of them for its time.
     The "reference" backend, plain PyTorch, holds the logits.
@@ -62,7 +63,7 @@ def linear_cross_entropy(
         max_bytes: bound on the buffers of a chunk of rows; not less than 16 rows at a time. The more rows, the fewer passes over
             the weight's gradient. Not counted: the gradients; for a weight of less than float32, blocks of it in float32 (up to
             a quarter of max_bytes), and under accumulate="float32" its gradient in float32.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" (no float64) or "reference".
 
     Returns:
         (loss, flatness): the total, differentiable once, and kappa, detached. 0-d, or (*rows) with reduction="none". float64 if
@@ -86,11 +87,13 @@ def linear_cross_entropy(
         _checks.bad_type(_NAME, "max_bytes", "an integer", max_bytes)
     if max_bytes < 1:
         _checks.bad_value(_NAME, "max_bytes", "at least 1", max_bytes)
-    if backends.choose(_NAME, backend, input, weight) == "reference":
+    chosen = backends.choose(_NAME, backend, *(t for t in (input, weight, bias) if t is not None))
+    if chosen == "reference":
         return reference.linear_cross_entropy(
             input, weight, target, bias, class_weight, ignore_index, label_smoothing, reduction, strength, curvature_grad
         )  # fmt: skip
-    loss, flatness = torch.ops.fam_ext.linear_cross_entropy(
+    operator = torch.ops.fam_ext.linear_cross_entropy if chosen == "native" else triton.linear_cross_entropy
+    loss, flatness = operator(
         input, weight, bias, target, class_weight, ignore_index, label_smoothing, REDUCTIONS.index(reduction), strength,
         curvature_grad, max_bytes, accumulate == "input",
     )  # fmt: skip
@@ -129,10 +132,6 @@ def _check(
 
 
 def _register() -> None:
-    def values(input: Tensor, acc: torch.dtype, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
-        shape = target.shape if REDUCTIONS[reduction] == "none" else ()
-        return input.new_empty(shape, dtype=acc), input.new_empty(shape, dtype=acc)
-
     @register_fake("linear_cross_entropy")
     def _(
         input: Tensor,
@@ -145,29 +144,9 @@ def _register() -> None:
         reduction: int,
         *options: Any,
     ) -> tuple[Tensor, Tensor]:
-        return values(input, accumulation_dtype(input, weight, bias), target, reduction)
+        return triton.fake_values(input, accumulation_dtype(input, weight, bias), target, reduction)
 
-    @register_fake("linear_cross_entropy_forward")
-    def _(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        class_weight: Tensor | None,
-        row_scale: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: int,
-        *options: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        acc = accumulation_dtype(input, weight, bias)
-        dphi, dw = (
-            x.new_empty(x.shape if needed else 0)  # contiguous
-            for x, needed in zip((input, weight), options[-3:-1], strict=True)
-        )
-        dtype = acc if bias is None else bias.dtype
-        db = weight.new_empty(weight.shape[0] if options[-1] else 0, dtype=dtype)
-        return (*values(input, acc, target, reduction), dphi, dw, db)
+    register_fake("linear_cross_entropy_forward")(triton.fake_forward)
 
 
 if backends.native_loaded():
