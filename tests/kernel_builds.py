@@ -49,6 +49,7 @@ class Build:
     matrix_units: bool = False  # whether the products are of a type that they serve exactly
     warps: int = 4
     stages: int = 3
+    floats: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -84,6 +85,39 @@ def _chain(what: str, x: str, z: str, aligned: bool = True) -> Build:
     return Build("gram_trace.chain_kernel", what, **_gram_trace("chain", pointers, aligned))
 
 
+def _rows(function: str, what: str, pointers: dict[str, str], **flags: int) -> Build:
+    """A row kernel of linear_cross_entropy: no products; vocabulary and fan-in multiples of 16, as they are made to be."""
+    names = {"softmax": ("classes", "z_row", "p_row"), "gradient": ("classes", "p_row", "x_row")}
+    whole = names.get(function, ("features", "shift_row", "weight_row", "mean_row"))
+
+    def constants() -> dict[str, int]:
+        kernels: Any = importlib.import_module("fam_ext.kernels.linear_cross_entropy")
+        return {**flags, "BLOCK": kernels.BLOCK}
+
+    kernel = f"linear_cross_entropy.{function}_kernel"
+    return Build(kernel, what, pointers, constants, multiples=whole, warps=8, floats=("omega_total",))
+
+
+_ROW = dict.fromkeys(("hard", "soft", "coefficient", "omega", "squares", "rest_share"), "*fp32")
+_ROW |= {"target": "*i64", "best": "*i64"}
+
+
+def _softmax(what: str, z: str, p: str, **flags: int) -> Build:
+    return _rows("softmax", what, {**_ROW, "z": z, "p": p, "loss": "*fp32", "weighted": "*fp32"}, **flags)
+
+
+def _shift(what: str, weight: str) -> Build:
+    out = dict.fromkeys(
+        ("shift", "rest_share", "weighted", "trace", "squared_shift", "squared_mean"), "*fp32"
+    )
+    return _rows("shift", what, {**out, "weight": weight, "best": "*i64", "mean": weight})
+
+
+def _gradient(what: str, p: str, x: str, **flags: int) -> Build:
+    row = dict.fromkeys(("upstream", "trace", "squared_shift", "squared_mean"), "*fp32")
+    return _rows("gradient", what, {**_ROW, **row, "p": p, "x": x}, **flags)
+
+
 BUILDS = (
     _pair_trace("float32", "*fp32", "*fp32"),
     _pair_trace("float32, any strides", "*fp32", "*fp32", aligned=False),
@@ -97,6 +131,13 @@ BUILDS = (
     _chain("float32 by bfloat16", "*fp32", "*bf16"),
     _chain("float16", "*fp16", "*fp16"),
     _chain("float32 by float16", "*fp32", "*fp16"),
+    _softmax("float32", "*fp32", "*fp32", WEIGHTS=0, SMOOTHING=0),
+    _softmax("bfloat16, class weights, smoothing", "*bf16", "*bf16", WEIGHTS=1, SMOOTHING=1),
+    _shift("float32", "*fp32"),
+    _shift("bfloat16", "*bf16"),
+    _gradient("float32", "*fp32", "*fp32", WEIGHTS=0, CURVATURE=1),
+    _gradient("bfloat16, class weights", "*bf16", "*bf16", WEIGHTS=1, CURVATURE=1),
+    _gradient("Hessian held", "*bf16", "*bf16", WEIGHTS=0, CURVATURE=0),
 )
 
 
@@ -126,7 +167,8 @@ def compiled(number: int, target: Target) -> Compiled:
     module, name = build.kernel.split(".")
     kernel = getattr(importlib.import_module(f"fam_ext.kernels.{module}"), name)
     constants = {**build.constants(), **dict.fromkeys(build.ones, 1)}
-    signature = {a: "constexpr" if a in constants else build.pointers.get(a, "i32") for a in kernel.arg_names}
+    types = {**dict.fromkeys(build.floats, "fp32"), **build.pointers}
+    signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}
     whole = {*build.multiples, *(build.pointers if build.multiples else ())}
     attrs = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in whole}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)

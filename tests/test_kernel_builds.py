@@ -22,7 +22,7 @@ NUMBERS = pytest.mark.parametrize("number", range(len(BUILDS)), ids=lambda n: BU
 def test_build(number: int, target: Target) -> None:
     result = compiled(number, target)
     assert result.spilled == 0
-    assert 0 < result.shared <= target.shared
+    assert result.shared <= target.shared
     assert bool(result.instructions) == BUILDS[number].matrix_units
 
 
