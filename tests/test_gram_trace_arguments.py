@@ -1,0 +1,56 @@
+"""What gram_trace and its operator refuse, and with which words."""
+
+import pytest
+import torch
+from inputs import needs_native
+
+from fam_ext.ops.gram_trace import gram_trace
+
+X, S, W = torch.zeros(2, 6, 5, 7), torch.zeros(2, 4, 3, 5), torch.zeros(4, 6, 3, 3)
+ROWS, OUT, LINEAR = torch.zeros(2, 5, 6), torch.zeros(2, 5, 4), torch.zeros(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "match"),
+    [
+        ((X.long(), S, W), {}, TypeError, "input must be a float32"),
+        ((X, [1.0], W), {}, TypeError, "factors must be a float32"),
+        ((X, S, W.long()), {}, TypeError, "weight must be a float32"),
+        ((X, S.to("meta"), W), {}, ValueError, "factors must be on the device of input"),
+        ((ROWS, OUT[:, :4], LINEAR), {}, ValueError, r"factors must be \(2, 5, 4\), or K of them"),
+        ((ROWS[..., :5], OUT, LINEAR), {}, ValueError, r"input must be \(B, \*positions, 6\)"),
+        ((ROWS[0, 0], OUT[0, 0], LINEAR), {}, ValueError, "input must be .*sample unsqueezed"),
+        ((ROWS, OUT, LINEAR), {"stride": 2}, ValueError, "stride, padding.*left at their defaults"),
+        ((X, S, W[0, 0, 0]), {}, ValueError, r"weight must be \(O, I\), or"),
+        ((X, S[..., :4], W), {}, ValueError, r"factors must be \(2, 4, 3, 5\), or K of them"),
+        ((X[0], S[0], W), {}, ValueError, r"input must be \(B, 6, \*spatial\) with 2 spatial axes"),
+        ((X, S, W[:, :3]), {}, ValueError, r"input must be \(B, 3"),
+        ((X, S, W), {"groups": 3}, ValueError, "groups must be a positive divisor of the 4 neurons, got 3"),
+        ((X, S, W), {"groups": 2.0}, TypeError, "groups must be an integer"),
+        ((X, S, W), {"stride": 0}, ValueError, "stride must be at least 1"),
+        ((X, S, W), {"dilation": 3}, ValueError, "weight's kernel must be small enough"),
+        ((X, S, W), {"padding": "full"}, ValueError, "padding must be one of 'same', 'valid'"),
+        ((X, S, W), {"padding_mode": "mirror"}, ValueError, "padding_mode must be one of"),
+        ((X, S, W), {"form": "pairs"}, ValueError, "form must be one of 'auto', 'direct', 'gram'"),
+        ((X, S, W), {"max_bytes": 0}, ValueError, "max_bytes must be a positive integer, got 0"),
+        ((X, S, W), {"backend": "cuda"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_arguments(args, kwargs, error, match):
+    with pytest.raises(error, match="gram_trace: " + match):
+        gram_trace(*args, **kwargs)
+
+
+@needs_native
+def test_operator_checks_its_own_arguments():
+    x, s = torch.zeros(2, 1, 3, 5), torch.zeros(1, 2, 1, 4, 5)
+    call = lambda x, s, gram=None, form="direct": torch.ops.fam_ext.gram_trace(  # noqa: E731
+        x, s, gram, [1], [1], [0], [1], form, 1, False
+    )
+    for bad in ((x[0], s), (x, s[0]), (x[:1], s), (x, s, torch.zeros(1, 4, 3)), (x, s, None, "pairs")):
+        with pytest.raises(ValueError, match="gram_trace: "):
+            call(*bad)
+    with pytest.raises(ValueError, match="gram_trace_backward: saved must have shape"):
+        torch.ops.fam_ext.gram_trace_backward(
+            torch.zeros(1, 2), x, s, None, torch.zeros(0), [1], [1], [0], [1], "direct", 1, True, True, False
+        )
