@@ -68,9 +68,10 @@ build/.stamp: $(VENV)/.stamp $(SOURCES) $(if $(findstring :$(WANTED):,:$(file <b
 	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation -c .venv/constraints.txt -e ".[demo]"
 	@touch $@
 
-# what tests, lint and benchmarks need beside the demo
-.venv/.tools: .venv/.stamp
-	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation -c .venv/constraints.txt -e ".[demo,test,lint,bench,triton]"
+# what tests, lint and benchmarks need beside the demo; the package itself is left as it is
+.venv/.tools: .venv/.stamp tools/extras.py
+	$(PY) tools/extras.py test lint bench triton > .venv/tools.txt
+	$(PIP) install -q -c .venv/constraints.txt -r .venv/tools.txt
 	@touch $@
 
 .venv-env/.stamp: pyproject.toml
