@@ -217,6 +217,16 @@ def test_products_that_nobody_needs_are_skipped() -> None:
         )
 
 
+def test_no_allocation_holds_the_logits() -> None:
+    rows, classes = 96, 3000
+    x, w = (torch.randn(size, 8, requires_grad=True) for size in (rows, classes))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call(x, w, target=torch.arange(rows), max_bytes=2**19)[0].backward()
+    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert 0 < max(sizes) <= 2**19 < rows * classes * 4 / 2
+
+
 def test_rows_without_a_share_may_hold_anything() -> None:
     x, w, b = make_problem((20,), 5, 4)
     for options in ({}, {"label_smoothing": 0.1}, {"class_weight": torch.tensor([1.0, 0.0, 2.0, 0.5])}):
