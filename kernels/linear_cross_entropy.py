@@ -23,6 +23,7 @@ ROW_BLOCK, MEAN_BLOCK = 2048, 1024  # numbers of a row at a time
 CLASS_BLOCK, CHUNK_BLOCK = 128, 8  # classes and rows of a tile of grad_logits
 COLUMN_BLOCK = 1024  # columns of one program of add_rows
 ROW_WARPS, TILE_WARPS = 8, 4
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def block_of(size: int, most: int) -> int:
@@ -38,6 +39,15 @@ def _exp(d, error):
     rest = (d - n * 0.693359375) + n * 2.12194440e-4 + error
     power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     return tl.where(d < -87.0, 0.0, tl.exp(rest) * power)
+
+
+@triton.jit
+def _round(x, dtype: tl.constexpr):
+    """x in another dtype, to nearest: Triton's interpreter (3.9) cuts bfloat16 off instead."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -108,9 +118,9 @@ def softmax_rows_kernel(
             to_all += share * gap
             others += tl.where(s == y, 0.0, share)
         if SPLIT:
-            first = e.to(tl.bfloat16)
+            first = _round(e, tl.bfloat16)
             tl.store(high + row * e_row + s, first, mask=mask)
-            tl.store(low + row * e_row + s, (e - first.to(tl.float32)).to(tl.bfloat16), mask=mask)
+            tl.store(low + row * e_row + s, _round(e - first.to(tl.float32), tl.bfloat16), mask=mask)
         else:
             tl.store(z + s, e, mask=mask)
     size = tl.zeros((), tl.int64) + rows
@@ -179,9 +189,9 @@ def mean_rows_kernel(
         norm += phi * phi
         if GRADS:
             if SPLIT:
-                first = mean.to(tl.bfloat16)
+                first = _round(mean, tl.bfloat16)
                 tl.store(means + (begin + i), first, mask=mask)
-                rest_of = (mean - first.to(tl.float32)).to(tl.bfloat16)
+                rest_of = _round(mean - first.to(tl.float32), tl.bfloat16)
                 tl.store(means + (second + i), rest_of, mask=mask)
             else:
                 tl.store(means + (begin + i), mean, mask=mask)
@@ -204,7 +214,9 @@ def mean_rows_kernel(
             wy = tl.load(weight + i * weight_column, mask=mask, other=0.0).to(tl.float32)
             u = raw * inverse - r * wy
             mean = (wy - tl.load(offset + i, mask=mask, other=0.0)) + u
-            tl.store(scaled + (begin + i), (factor * inverse * mean).to(scaled.dtype.element_ty), mask=mask)
+            tl.store(
+                scaled + (begin + i), _round(factor * inverse * mean, scaled.dtype.element_ty), mask=mask
+            )
             tl.store(shift + (begin + i), factor * (u - r * mean), mask=mask)
 
 
@@ -281,7 +293,7 @@ def grad_logits_kernel(
             pulled += tl.where(mask, g * p, 0.0)
         if BIAS_SUMS:
             summed += tl.where(mask, out, 0.0)
-        tl.store(dz + (n * dz_row + s), out.to(dz.dtype.element_ty), mask=mask)
+        tl.store(dz + (n * dz_row + s), _round(out, dz.dtype.element_ty), mask=mask)
     if CLASS_SUMS:
         place = class_sums + s
         tl.store(place, tl.load(place, mask=inside) + tl.sum(pulled, axis=0)[None, :], mask=inside)
@@ -316,7 +328,7 @@ def add_rows_kernel(
     place = out + (y * out_row + i)
     mask = i < tl.where(leads, fan_in, 0)
     total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(place, total.to(out.dtype.element_ty), mask=mask)
+    tl.store(place, _round(total, out.dtype.element_ty), mask=mask)
 
 
 def softmax_rows(

@@ -47,6 +47,7 @@ def test_auto_takes_the_reference_where_no_kernel_is() -> None:
         ("gram_trace", "triton", torch.zeros(2, dtype=torch.float64), "no float64"),
         ("gram_trace", "triton", torch.zeros(2, device="meta"), "no meta device"),
         ("gram_trace", "triton", torch.zeros(2), "set TRITON_INTERPRET=1"),
+        ("linear_cross_entropy", "triton", torch.zeros(2), "set TRITON_INTERPRET=1"),
         ("softmax_trace", "native", torch.zeros(2, device="meta"), "no meta kernel"),
         ("softmax_trace", "native", torch.zeros(2, dtype=torch.int64), "no kernel for int64"),
         ("no_such_operation", "native", torch.zeros(2), "no cpu kernel"),

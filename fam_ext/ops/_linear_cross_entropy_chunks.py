@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,8 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, flatness and the gradients of input, weight and bias, empty where not wanted."""
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+    device = torch.cuda.device(input.device) if input.is_cuda else nullcontext()  # where Triton launches
+    with device, torch.no_grad(), torch.autocast(input.device.type, enabled=False):
         rows = _Rows(target.reshape(-1), weight.shape[0], class_weight, row_scale, options)
         x = input.reshape(target.numel(), weight.shape[1])
         chunks = _Chunks(x, weight, None if bias is None else bias.float().contiguous(), rows, options)

@@ -64,7 +64,7 @@ def check(inputs: Any, target: Tensor, options: dict[str, Any], **triton: Any) -
         if actual.dtype != F32:
             terms, roundings = 1, 6
         elif split:
-            terms, roundings = 1, 2**8 if actual.dim() == target.dim() or not actual.dim() else 2**16
+            terms, roundings = 1, 2**8
         assert_accurate(actual, plain, value, terms, roundings=roundings)
     return [relative_error(a, b) for a, b in zip(results, truth, strict=True)]
 
@@ -80,7 +80,9 @@ def test_variants(variant: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "sliced", "expanded"])
-@pytest.mark.parametrize("dtypes", [(F32,) * 3, (BF16,) * 3, (F16, BF16, F32), (BF16, F32, F16)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(F32,) * 3, (BF16, BF16, F32), (F16, BF16, F32), (BF16, F32, F16)], ids=str
+)
 def test_layouts_and_dtypes(layout: str, dtypes: Any) -> None:
     """The launcher's own blocks; weights that are converted a block of classes at a time."""
     target, options = indices((7,), 150, -100), {"strength": 0.1, "label_smoothing": 0.1}
@@ -98,14 +100,13 @@ def test_chunk_boundaries(rows: int, dtype: torch.dtype) -> None:
 
 def test_bfloat16_keeps_16_bits_of_kappa_and_rounds_gradients_once() -> None:
     """Eight bits of e or of u - m would be off by 1e-3."""
-    inputs, target = make_problem((40,), 16, 60, (BF16,) * 3), indices((40,), 60)
-    inputs[0] = inputs[0] / 4
-    errors = check(inputs, target, {"strength": 0.1}, max_bytes=2**20)
+    inputs, target = make_problem((12,), 9, 60, (BF16,) * 3), indices((12,), 60)
+    errors = check(inputs, target, {"strength": 0.1, "reduction": "none"}, max_bytes=2**20)
     assert max(errors[:2]) < 2.0**-16 and max(errors[2:]) < 2.0**-7
 
 
 def test_accumulation_in_the_weights_dtype_over_many_chunks() -> None:
-    rows = 112
+    rows = 80
     inputs, target = make_problem((rows,), 6, 9, (BF16,) * 3), indices((rows,), 9)
     truth = differentiate(lambda *t: exact(*t, target), [t.double() for t in inputs])[3]
     error = {}
@@ -113,7 +114,7 @@ def test_accumulation_in_the_weights_dtype_over_many_chunks() -> None:
         run = partial(call, target=target, accumulate=kind, max_bytes=ONE_TILE)
         error[kind] = relative_error(differentiate(run, inputs)[3], truth)
     eps = torch.finfo(BF16).eps
-    assert error["float32"] <= eps / 2 < error["input"] * 2 <= eps * (math.sqrt(2 * rows / 16) + 1)
+    assert error["float32"] * 1.5 < error["input"] <= eps / 2 * (math.sqrt(2 * rows / 16) + 1)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -138,16 +139,33 @@ def test_confident_predictions(classes: int, offset: float) -> None:
         assert errors.pop(2) <= allowed and max(errors) <= 1e-6
 
 
-def test_confident_curvature_alone() -> None:
-    """Right labels: the loss is as small as kappa, and the gradients of a large strength are kappa's alone."""
+@pytest.mark.parametrize("strength", [0.0, 1e6])
+def test_confident_and_right(strength: float) -> None:
+    """The loss and its gradients are as small as 1 - max p, alone or beside a kappa that outweighs them."""
     for digits in (4, 8):
         x, w = confident_problem(10, 10.0**-digits, 0.0)
-        x = x[:12]
+        x = x[:8]
         target = (x.double() @ w.double().T).argmax(1)
-        run = partial(call, target=target, strength=1e6)
-        truth = differentiate(lambda x, w: exact(x, w, None, target, 1e6), (x.double(), w.double()))  # noqa: B023
-        for a, b in zip(differentiate(run, (x, w)), truth, strict=True):
-            assert relative_error(a, b) <= 1e-6
+        results = differentiate(partial(call, target=target, strength=strength), (x, w))
+        double = x.double(), w.double()
+        truth = differentiate(lambda x, w: exact(x, w, None, target, strength), double)  # noqa: B023
+        assert max(relative_error(a, b) for a, b in zip(results, truth, strict=True)) <= 1e-6
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_exponentials_of_differences_that_are_rounded() -> None:
+    """Each e_s to float32's last digits, where half a unit in the last place of z_s - z_y is 1e-6 of it; down to the smallest."""
+    z = torch.randn(6, 40)
+    z[torch.arange(6), torch.arange(6) * 7] += torch.tensor([0.0, 5.0, 20.0, 40.0, 80.0, 95.0])
+    top = z.double().max(1, keepdim=True)
+    e = (z.double() - top.values).exp().scatter(1, top.indices, 0.0)
+    squares, stats, best = torch.rand(40), torch.empty(5, 6), torch.empty(6, dtype=torch.int64)
+    kernels.softmax_rows(z, None, None, squares, None, False, torch.zeros(6, dtype=torch.int64), best, stats)
+    assert torch.equal(best, top.indices.squeeze(1))
+    torch.testing.assert_close(z.double(), e, rtol=2.5e-7, atol=2e-38)
+    torch.testing.assert_close(
+        stats[:2].double(), torch.stack([e.sum(1), e @ squares.double()]), rtol=5e-7, atol=1e-36
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,6 +215,16 @@ def test_products_that_nobody_needs_are_skipped() -> None:
             == products((True, True), dtype, curvature_grad=False)
             == 4
         )
+
+
+def test_no_allocation_holds_the_logits() -> None:
+    rows, classes = 96, 3000
+    x, w = (torch.randn(size, 8, requires_grad=True) for size in (rows, classes))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call(x, w, target=torch.arange(rows), max_bytes=2**19)[0].backward()
+    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert 0 < max(sizes) <= 2**19 < rows * classes * 4 / 2
 
 
 def test_rows_without_a_share_may_hold_anything() -> None:
