@@ -1,6 +1,7 @@
 """gram_trace in both of its forms, over Q = 16 … 4096 positions and on convolutions, beside per-sample gradients by torch.func.
 
-bench_positions.py has all of them; here are those that take seconds. The remark under each table says which form `auto` takes, from counted operations, and which was faster here.
+bench_positions.py has all problems; here are those that take seconds. The remark under a table says which form `auto` takes, from
+counted operations, and which was faster here.
 """
 
 from __future__ import annotations
