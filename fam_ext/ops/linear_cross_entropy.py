@@ -18,7 +18,8 @@ from fam_ext.reference.softmax_trace import accumulation_dtype
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
 ACCUMULATE = ("float32", "input")
-MAX_BYTES = 2**27  # default bound of the buffers of a chunk of rows
+# default bound of the buffers of a chunk of rows; products of few rows keep a CPU busy, a GPU idle
+MAX_BYTES, MAX_BYTES_GPU = 2**27, 2**29
 
 
 def linear_cross_entropy(
@@ -34,7 +35,7 @@ def linear_cross_entropy(
     strength: float = 1.0,
     curvature_grad: bool = True,
     accumulate: str = "float32",
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""Cross-entropy plus strength * kappa of a linear head, from its features; for vocabularies too large to keep the logits.
@@ -60,8 +61,8 @@ def linear_cross_entropy(
         accumulate: what the weight's gradient is summed over chunks in: "float32" (float64 if an input is), or "input", the
             weight's own dtype, which halves the memory of a bfloat16 head and rounds once per chunk. Everything else is formed in
             float32 (float64) always.
-        max_bytes: bound on the buffers of a chunk of rows; not less than 16 rows at a time. The more rows, the fewer passes over
-            the weight's gradient. Not counted: the gradients; for a weight of less than float32, blocks of it in float32 (up to
+        max_bytes: bound on the buffers of a chunk of rows (default: 128 MiB on a CPU, 512 MiB on a GPU); not less than 16 rows
+            at a time. The more rows, the fewer passes over the weight's gradient. Not counted: the gradients; for a weight of less than float32, blocks of it in float32 (up to
             a quarter of max_bytes), and under accumulate="float32" its gradient in float32.
         backend: "auto", "native", "triton" (no float64) or "reference".
 
@@ -83,6 +84,8 @@ def linear_cross_entropy(
         _checks.bad_value(_NAME, "label_smoothing", "between 0 and 1", label_smoothing)
     if not -math.inf < strength < math.inf:  # unlike math.isfinite, this can be traced
         _checks.bad_value(_NAME, "strength", "a finite number", strength)
+    if max_bytes is None:
+        max_bytes = MAX_BYTES if input.device.type == "cpu" else MAX_BYTES_GPU
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
         _checks.bad_type(_NAME, "max_bytes", "an integer", max_bytes)
     if max_bytes < 1:
