@@ -62,8 +62,9 @@ def linear_cross_entropy(
             weight's own dtype, which halves the memory of a bfloat16 head and rounds once per chunk. Everything else is formed in
             float32 (float64) always.
         max_bytes: bound on the buffers of a chunk of rows (default: 128 MiB on a CPU, 512 MiB on a GPU); not less than 16 rows
-            at a time. The more rows, the fewer passes over the weight's gradient. Not counted: the gradients; for a weight of less than float32, blocks of it in float32 (up to
-            a quarter of max_bytes), and under accumulate="float32" its gradient in float32.
+            at a time. The more rows, the fewer passes over the weight's gradient. Not counted: the gradients; for a weight of
+            less than float32, blocks of it in float32 (up to a quarter of max_bytes), and under accumulate="float32" its
+            gradient in float32.
         backend: "auto", "native", "triton" (no float64) or "reference".
 
     Returns:
