@@ -91,7 +91,8 @@ def residual() -> Problem:
     torch.manual_seed(0)
     model = Block()
     x, y = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
-    return Problem("3x3 convolution 256 -> 256 at 8x8, B=32", model, model.conv2, x, y, HUTCHINSON)
+    ways = {**HUTCHINSON, "ggn": {"curvature": "ggn", "hold_statistics": True}}
+    return Problem("3x3 convolution 256 -> 256 at 8x8, B=32", model, model.conv2, x, y, ways)
 
 
 def ours(problem: Problem, options: dict[str, Any]) -> Callable[[], list[Tensor]]:

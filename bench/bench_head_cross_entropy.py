@@ -29,7 +29,7 @@ from fam_ext.reference.softmax_trace import softmax_trace as stable_trace
 OP = "head_cross_entropy"
 STRENGTH = 0.1
 SHAPES = ((64, 64, 10), (128, 512, 10), (128, 512, 100), (256, 2048, 1000))  # rows N, fan-in I, classes O
-HESSIAN_LIMIT = 5120  # O I, whose square is the number of floats in the Hessian
+HESSIAN_LIMIT = 1000  # O I, whose square is the number of floats in the Hessian; 5120 takes 2 s a step
 PROBES = 4
 FUNCTIONS, MODULES = "linear + CE (functions)", "linear + CE (modules)"
 Shape = tuple[int, int, int]
