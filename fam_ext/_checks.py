@@ -45,6 +45,14 @@ def check_choice(function: str, argument: str, value: object, choices: Sequence[
         bad_value(function, argument, "one of " + ", ".join(repr(c) for c in choices), value)
 
 
+def check_by_class(function: str, argument: str, value: object, classes: int) -> None:
+    """Raise TypeError or ValueError unless `value` is None or a floating tensor with a number for each class."""
+    if value is not None:
+        check_floating(function, argument, value)
+        if value.shape != (classes,):  # type: ignore[attr-defined]
+            bad_value(function, argument, f"of shape ({classes},)", value)
+
+
 def check_same_device(function: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless every given tensor lives on the same device."""
     first: tuple[str, Tensor] | None = None

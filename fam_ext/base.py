@@ -266,8 +266,8 @@ class LayerCriterion(nn.Module):
         curvatures = [f.part.general.curvature(f.weight, f.calls) for f in found]
         wanted = torch.is_grad_enabled()
         with self._products(loss, found, curvatures):
-            generals, between = [f.part.general for f in found], [f.between for f in found]
-            terms = hessian_terms(generals, curvatures, between, per_sample)
+            layers = [(f.part.general, c, f.between) for f, c in zip(found, curvatures, strict=True)]
+            terms = hessian_terms(layers, per_sample)
         return terms if wanted else [Estimate(term.value.detach(), term.standard_error) for term in terms]
 
     @contextmanager

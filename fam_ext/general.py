@@ -138,10 +138,10 @@ class General:
         return Plan("hutchinson", probes_level, options.probes, reason + " for all layers" * (products > own))
 
     def share(self, curvature: Curvature, summand: Tensor, per_sample: bool) -> Tensor:
-        """The sum, or the sums by sample, of a summand; with the measure's factors."""
-        shape = curvature.calls[0].shape if per_sample else ()
-        total = summand.reshape(self.layer.samples(shape), -1).sum(1) if per_sample else summand.sum()
-        return self.finish(total, curvature.weight)
+        """The sum, or the sums by sample, of a summand."""
+        if not per_sample:
+            return summand.sum()
+        return summand.reshape(self.layer.samples(curvature.calls[0].shape), -1).sum(1)
 
     def exact(self, curvature: Curvature, plan: Plan, per_sample: bool) -> Tensor:
         """The exact value of a measure that is linear in the Hessian, or of one with eigenvalues."""
@@ -154,8 +154,7 @@ class General:
         total: Any = 0
         for summand in engine.exact(curvature, str(plan.level), weighted, chunk, options.backend):
             total = total + self.share(curvature, summand, per_sample)
-        result: Tensor = total
-        return result
+        return self.finish(total, curvature.weight)
 
     def _eigenvalue(self, curvature: Curvature) -> Tensor:
         """lambda_max(H), or sum_s |w_s|^2 lambda_max(H_ss); "layerwise" is multiplied with the norm in finish."""

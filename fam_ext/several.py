@@ -16,14 +16,11 @@ from fam_ext.errors import UnsupportedError
 from fam_ext.general import General, Plan
 
 
-def hessian_terms(
-    generals: Sequence[General],
-    curvatures: Sequence[Curvature],
-    between: Sequence[list[Any]],
-    per_sample: bool,
-) -> list[Estimate]:
-    """The terms of several layers, inside fam_ext.curvature.products; the sum of those that are estimated is one estimate."""
-    found = list(zip(generals, curvatures, between, strict=True))
+def hessian_terms(found: Sequence[tuple[General, Curvature, list[Any]]], per_sample: bool) -> list[Estimate]:
+    """The terms of several layers, inside fam_ext.curvature.products; the sum of those that are estimated is one estimate.
+
+    `found` holds each layer's products, and the autograd nodes between the loss and it.
+    """
     levels = [general.level(curvature, nodes) for general, curvature, nodes in found]
     products = sum(
         engine.exact_products(general.layer, curvature, level)
@@ -56,7 +53,9 @@ def _estimate(found: Sequence[tuple[General, Curvature, str]], per_sample: bool)
     ]
     summands = engine.hutchinson(probes)
     values: Any = sum(
-        torch.stack([general.share(curvature, summand, per_sample) for summand in stack])
+        general.finish(
+            torch.stack([general.share(curvature, s, per_sample) for s in stack]), curvature.weight
+        )
         for (general, curvature, _), stack in zip(found, summands, strict=True)
     )
     return Estimate.of(values)

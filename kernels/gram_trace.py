@@ -16,9 +16,6 @@ terms have both signs; "ieee" has no matrix unit on NVIDIA, and these tiles then
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -225,11 +222,6 @@ def chain_kernel(
     tl.store(out + (n * positions + rows) * columns + cols, acc, mask=row_mask & col_mask)
 
 
-def _device_of(tensor: Tensor) -> Any:
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def pair_trace(phi: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """sum_{q,q'} <phi_q, phi_q'> <left_qk, right_q'k>, both symmetric in q and q': (N, Q, I), (N, Q, K, O) twice -> (N, K)."""
     samples, positions, fan_in = phi.shape
@@ -238,9 +230,7 @@ def pair_trace(phi: Tensor, left: Tensor, right: Tensor) -> Tensor:
     tiles = triton.cdiv(positions, blocks["BLOCK_Q"])
     pairs = tiles * (tiles + 1) // 2
     out = torch.empty(samples, factors, pairs, dtype=torch.float32, device=phi.device)
-    if not out.numel():
-        return out.sum(2)
-    with _device_of(phi):
+    if out.numel():
         pair_trace_kernel[(samples * pairs,)](
             phi, left, right, out, positions, fan_in, factors, neurons, pairs,
             *phi.stride(), *left.stride(), *right.stride(),
@@ -256,9 +246,7 @@ def chain(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     out = torch.empty(samples, positions, columns, dtype=torch.float32, device=x.device)
     blocks = chain_blocks(x.dtype, z.dtype)
     tiles = (triton.cdiv(positions, blocks["BLOCK_Q"]), triton.cdiv(columns, blocks["BLOCK_N"]))
-    if not out.numel():
-        return out
-    with _device_of(x):
+    if out.numel():
         chain_kernel[(samples * tiles[0] * tiles[1],)](
             x, y, z, out, positions, features, columns, *tiles, *x.stride(), *y.stride(), *z.stride(),
             **blocks, num_warps=WARPS, num_stages=stages(x, y, z),

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import peak_memory
 from gram_problems import PROBLEMS, apply, by_patches, oracle, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -279,17 +280,6 @@ def test_results_do_not_depend_on_the_chunks(form):
         parts = run(x, factors, weight, options, form=form, backend="native", max_bytes=max_bytes)
         for a, b in zip(parts, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def peak_memory(f):
-    """Most bytes of tensors that `f` holds at a time, beyond what was there before."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        f()
-    events = profile.profiler.kineto_results.events()
-    steps = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate((n for _, n in steps), initial=0))
 
 
 @needs_native

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import peak_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, LAYOUTS, make_input, needs_native
@@ -221,17 +222,6 @@ def test_results_do_not_depend_on_how_work_is_split(layout, groups):
         parts = [run(x[i : i + 1], (3, 1, 1, 2, groups), "native") for i in range(len(x))]
         assert torch.equal(whole, torch.cat([out for out, _ in parts]))
         assert torch.equal(grads, torch.cat([grad for _, grad in parts]))
-
-
-def peak_memory(f):
-    """Most bytes of tensors that `f` holds at a time, beyond what was there before."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        f()
-    events = profile.profiler.kineto_results.events()
-    steps = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate((n for _, n in steps), initial=0))
 
 
 @needs_native

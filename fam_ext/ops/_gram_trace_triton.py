@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fam_ext.ops._gram_trace import register
+from fam_ext.ops._native import triton_launches
 from fam_ext.reference.gram_trace import patches
 
 Ints = Sequence[int]
@@ -83,7 +84,7 @@ def _forward(
     saved = input.new_empty((0,), dtype=torch.float32)
     if not (input.numel() and factors.numel()):
         return values, saved
-    with torch.autocast(input.device.type, enabled=False):
+    with triton_launches(input):
         for part, phi, s in _chunks(input, factors, window, form, max_bytes):
             if form == "direct":
                 gamma = _gamma(phi, s)
@@ -125,7 +126,7 @@ def _backward(
     d_factors = torch.zeros_like(factors) if grad_factors else factors.new_empty((0,))
     d_gram = input.new_zeros((groups, neurons, neurons) if grad_gram else (0,), dtype=torch.float32)
     if input.numel() and factors.numel():
-        with torch.autocast(input.device.type, enabled=False):
+        with triton_launches(input):
             for part, phi, s in _chunks(input, factors, window, form, max_bytes):
                 upstream = grad[:, part].float().T.repeat_interleave(groups, 0)  # (n, K)
                 parts = _direct_backward if form == "direct" else _pairs_backward

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fam_ext.ops._native import triton_launches
 
 NONE, MEAN, SUM = range(3)
 _ALIGN = 16  # rows of buffers begin at multiples of so many numbers: the matrix units want 16 bytes
@@ -50,8 +51,7 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, flatness and the gradients of input, weight and bias, empty where not wanted."""
-    device = torch.cuda.device(input.device) if input.is_cuda else nullcontext()  # where Triton launches
-    with device, torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+    with triton_launches(input), torch.no_grad():
         rows = _Rows(target.reshape(-1), weight.shape[0], class_weight, row_scale, options)
         x = input.reshape(target.numel(), weight.shape[1])
         chunks = _Chunks(x, weight, None if bias is None else bias.float().contiguous(), rows, options)

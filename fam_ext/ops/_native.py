@@ -1,11 +1,13 @@
-"""What the registrations of the native operations share."""
+"""What the registrations of the operations share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 
 def refuse_double_backward(op: str) -> None:
@@ -18,6 +20,14 @@ def refuse_double_backward(op: str) -> None:
         )
 
     torch.library.register_autograd(f"fam_ext::{op}", refuse)
+
+
+@contextmanager
+def triton_launches(tensor: Tensor) -> Iterator[None]:
+    """Where Triton kernels run: they launch on the current device, and products between them keep their dtype."""
+    device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    with device, torch.autocast(tensor.device.type, enabled=False):
+        yield
 
 
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

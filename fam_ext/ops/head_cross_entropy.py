@@ -125,12 +125,9 @@ def _check(
     expected = logits.shape if target.is_floating_point() else rows
     if target.shape != expected:
         _checks.bad_value(name, "target", f"of shape {tuple(expected)}", target)
-    if class_weight is not None:
-        _checks.check_floating(name, "class_weight", class_weight)
-        if class_weight.shape != (classes,):
-            _checks.bad_value(name, "class_weight", f"of shape ({classes},)", class_weight)
-        if class_weight.requires_grad:
-            _checks.bad_value(name, "class_weight", "free of requires_grad", class_weight)
+    _checks.check_by_class(name, "class_weight", class_weight, classes)
+    if class_weight is not None and class_weight.requires_grad:
+        _checks.bad_value(name, "class_weight", "free of requires_grad", class_weight)
     if target.requires_grad:
         _checks.bad_value(name, "target", "free of requires_grad", target)
     _checks.check_same_device(

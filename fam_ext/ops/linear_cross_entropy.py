@@ -123,11 +123,8 @@ def _check(
         _checks.bad_type(_NAME, "target", "an int64 tensor of class indices", target)
     if target.shape != input.shape[:-1]:
         _checks.bad_value(_NAME, "target", f"of shape {tuple(input.shape[:-1])}", target)
-    for argument, value in (("bias", bias), ("class_weight", class_weight)):
-        if value is not None:
-            _checks.check_floating(_NAME, argument, value)
-            if value.shape != (classes,):
-                _checks.bad_value(_NAME, argument, f"of shape ({classes},)", value)
+    _checks.check_by_class(_NAME, "bias", bias, classes)
+    _checks.check_by_class(_NAME, "class_weight", class_weight, classes)
     if class_weight is not None and class_weight.requires_grad:
         _checks.bad_value(_NAME, "class_weight", "free of requires_grad", class_weight)
     _checks.check_same_device(
