@@ -219,6 +219,19 @@ class Captures:
             self.done()
         return capture, features, found
 
+    def only(self, outputs: Tensor) -> Capture | None:
+        """The call that returned `outputs`, this very tensor, where no other waits for a loss and nothing was changed since."""
+        node: Any = outputs.grad_fn
+        pending = self.pending
+        capture = pending[0]() if len(pending) == 1 else None
+        if node is None or capture is None or node.metadata.get((self, outputs.output_nr)) is not capture:
+            return None
+        features = capture.features
+        if features is None or capture.used[0] or capture.first is not None:
+            return None
+        same = features._version == capture.version and outputs._version == capture.output_version
+        return capture if same else None
+
     def _without_node(self, outputs: Tensor) -> tuple[Capture | None, list[Any]]:
         """z that requires no gradient carries its capture itself; a contiguous view of it has its rows in order."""
         for z in (outputs, outputs._base):

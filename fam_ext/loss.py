@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext import _checks, criteria
-from fam_ext.base import LayerCriterion, Taken
+from fam_ext import _checks
+from fam_ext.base import LayerCriterion
 from fam_ext.errors import UnsupportedError
 from fam_ext.from_features import FeatureLoss
+from fam_ext.fused import fused_step, fusible, ordinary_step
 from fam_ext.last import Last
 from fam_ext.models import find_layers
-from fam_ext.ops.head_cross_entropy import head_cross_entropy
 from fam_ext.schedules import Schedule, TargetRatio, check_strength
 from fam_ext.terms import Options
 
@@ -107,10 +107,7 @@ class FAMLoss(LayerCriterion):
         self.every = every
         self.step = 0
         self.last = Last()
-        first = self.parts[0].layer
-        self._scale = 1.0 if normalize is None else 1.0 / first.fan_in
-        # the fused operation stands for the criterion's own call, which a hook on the criterion would see
-        self._may_fuse = measure == "neuronwise" and first.linear and len(self.parts) == 1
+        self._may_fuse = measure == "neuronwise" and self.parts[0].layer.linear and len(self.parts) == 1
 
     @staticmethod
     def _check_strength(value: object) -> Any:
@@ -163,7 +160,7 @@ class FAMLoss(LayerCriterion):
 
         `closure`, for method="finite_difference": a function that computes the criterion's loss anew, model included.
         """
-        if not self.training or not all(part.module.training for part in self.parts):
+        if not self.training or not self._layers_train():
             plain: Tensor = self.criterion(outputs, *targets, **kwargs)
             return plain
         if torch.compiler.is_compiling():
@@ -243,63 +240,22 @@ class FAMLoss(LayerCriterion):
             return loss
         self._check_ready()
         bound = self._bound(targets, kwargs)
-        taken = [self._take(part, outputs, bound) for part in self.parts]
-        first = taken[0]
-        if (
-            first is not None
-            and isinstance(bound, criteria.CrossEntropy)
-            and self._fusible(outputs, bound, strength)
-        ):
-            total, kappa = self._fused(outputs, first, bound, strength)
-            self._finish(Last(None, total.detach(), kappa, strength))
-        else:
-            loss = self.criterion(outputs, *targets, **kwargs)
-            term, error = self._terms(taken, loss, outputs, bound, closure)
-            if isinstance(strength, TargetRatio):
-                strength = strength.update(loss, term)
-            total = loss + strength * term
-            self._finish(Last(loss.detach(), None, term.detach(), strength, error))
+        fused = fusible(self, outputs, bound, strength) if self._may_fuse else None
+        found = None if fused is None else ordinary_step(self, outputs, fused, strength)
+        if found is None:
+            taken = [self._take(part, outputs, bound) for part in self.parts]
+            if fused is None or taken[0] is None:
+                loss = self.criterion(outputs, *targets, **kwargs)
+                term, error = self._terms(taken, loss, outputs, bound, closure)
+                if isinstance(strength, TargetRatio):
+                    strength = strength.update(loss, term)
+                total: Tensor = loss + strength * term
+                self._finish(Last(loss.detach(), None, term.detach(), strength, error))
+                return total
+            found = fused_step(self, outputs, taken[0], fused, strength)
+        total, kappa = found
+        self._finish(Last(None, total.detach(), kappa, strength))
         return total
-
-    def _fusible(self, outputs: Tensor, bound: criteria.CrossEntropy, strength: object) -> bool:
-        target, weight = bound.target, bound.weight
-        if not self._may_fuse or not isinstance(strength, float) or outputs.dim() < 2 or target is None:
-            return False
-        if target.requires_grad or (weight is not None and weight.requires_grad):
-            return False
-        if target.dtype != torch.int64 and target.dtype != outputs.dtype:
-            return False
-        criterion = self._modules.get("criterion")  # None: a function
-        return criterion is None or not (criterion._forward_hooks or criterion._forward_pre_hooks)
-
-    def _fused(
-        self,
-        outputs: Tensor,
-        taken: Taken,
-        bound: criteria.CrossEntropy,
-        strength: float,
-    ) -> tuple[Tensor, Tensor]:
-        _, features, weight, _, rows, _ = taken
-        fan_in = features.shape[-1]
-        if rows is not None:
-            features = features.reshape(-1, fan_in)[rows]
-        elif outputs.dim() > 2 or features.dim() > 2:
-            features = features.reshape(outputs.shape[0], *outputs.shape[2:], fan_in)
-        scale = self._scale
-        total, kappa = head_cross_entropy(
-            outputs,
-            features,
-            weight,
-            bound.target,  # type: ignore[arg-type]
-            class_weight=bound.weight,
-            ignore_index=bound.ignore_index,
-            label_smoothing=bound.label_smoothing,
-            reduction=bound.reduction,
-            strength=strength * scale,
-            curvature_grad=self.options.curvature_grad,
-            backend=self.options.backend,
-        )
-        return total, kappa if scale == 1.0 else kappa * scale
 
 
 class RelativeFlatness(LayerCriterion):

@@ -335,3 +335,38 @@ def test_frozen_layer_and_features() -> None:
     moving = criterion(layer(x), y)
     moving.backward()
     torch.testing.assert_close(moving.detach(), total)
+
+
+@pytest.mark.parametrize(
+    "unusual", ["nothing", "earlier call", "second loss", "changed input", "changed output", "view", "mean"]
+)
+def test_short_and_long_way_agree(unusual: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short way of an ordinary step gives what all checks in Python give, and leaves everything else to them."""
+
+    def step() -> Tensor | str:
+        torch.manual_seed(0)
+        layer = nn.Linear(5, 4)
+        loss = nn.CrossEntropyLoss(reduction="mean" if unusual == "mean" else "sum")
+        criterion = FAMLoss(loss, layer, 0.3, method="closed_form")
+        x, y = torch.randn(6, 5).requires_grad_(), torch.arange(6) % 4
+        features = x * 1
+        out = layer(features)
+        others = [layer(x)] if unusual == "earlier call" else []
+        if unusual == "second loss":
+            criterion(out, y)
+        if unusual.startswith("changed"):
+            (features if unusual == "changed input" else out).detach().mul_(2)
+        try:
+            total = criterion(out[:] if unusual == "view" else out, y)
+        except fam_ext.UnsupportedError as error:
+            return f"{error} {len(others)}"
+        kappa = criterion.last.flatness
+        return torch.cat(
+            [t.flatten() for t in (total, kappa, *torch.autograd.grad(total, [x, layer.weight]))]
+        )
+
+    short = step()
+    monkeypatch.setattr("fam_ext.loss.ordinary_step", lambda *_: None)
+    long = step()
+    assert short == long if isinstance(long, str) else torch.equal(short, long)  # type: ignore[arg-type]
+    assert isinstance(long, str) == (unusual in ("earlier call", "changed input", "changed output"))

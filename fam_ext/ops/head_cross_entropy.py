@@ -66,17 +66,10 @@ def head_cross_entropy(
         IndexError: a class index is outside 0..O-1 and is not ignore_index.
         RuntimeError: a backend asked for by name is not available.
     """
-    if _ordinary is not None and backend in ("auto", "native") and not torch.compiler.is_compiling():
-        try:
-            classes, fan_in = weight.shape
-            pairwise = choose_form(logits.numel() // classes, fan_in, classes) == "pairwise"
-            mean = {"mean": True, "sum": False}[reduction]
-            found: tuple[Tensor, Tensor] | None = _ordinary(
-                logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean, strength, curvature_grad,
-                pairwise,
-            )  # fmt: skip
-        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
-            found = None  # reduction="none", or what the checks name
+    if backend in ("auto", "native"):
+        found = ordinary_call(
+            logits, features, weight, target, class_weight, ignore_index, label_smoothing, reduction, strength, curvature_grad
+        )  # fmt: skip
         if found is not None:
             return found
     name = "head_cross_entropy"
@@ -100,6 +93,26 @@ def head_cross_entropy(
         curvature_grad, form == "pairwise",
     )  # fmt: skip
     return loss, flatness
+
+
+def ordinary_call(
+    logits: Any, features: Any, weight: Any, target: Any, class_weight: Any, ignore_index: int, label_smoothing: float,
+    reduction: str, strength: float, curvature_grad: bool,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """The compiled operation on arguments it recognizes as right; None for all others, which are to be checked first."""
+    if _ordinary is None or torch.compiler.is_compiling():
+        return None
+    try:
+        classes, fan_in = weight.shape
+        pairwise = choose_form(logits.numel() // classes, fan_in, classes) == "pairwise"
+        mean = {"mean": True, "sum": False}[reduction]
+        found: tuple[Tensor, Tensor] | None = _ordinary(
+            logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean, strength, curvature_grad,
+            pairwise,
+        )  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None  # reduction="none", or what the checks name
+    return found
 
 
 def _check(
