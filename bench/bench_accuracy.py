@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import plots
 import pytest
 import torch
 from common import Settings, Variant, interleaved, quantiles
@@ -198,6 +199,7 @@ def run(console: Console, settings: Settings) -> list[dict[str, object]]:
         estimates = by_probes(draws, PROBES[:3] if settings.quick else PROBES, settings.seconds / 2)
     _show_probes(console, estimates)
     write_rows(settings.out / f"{OP}.csv", [*rows, *estimates])
+    plots.accuracy(rows, estimates, settings.out / f"{OP}.png")
     return rows
 
 

@@ -64,10 +64,10 @@ class Problem:
 
 PROBLEMS = (
     Problem("ResNet-18, 32x32, B=64", ResNet18, (64, 3, 32, 32), 10),
-    Problem("WideResNet-28-2, 32x32, B=64", WideResNet, (64, 3, 32, 32), 10),
-    Problem("ViT-tiny, 32x32, B=32", ViT, (32, 3, 32, 32), 10),
-    Problem("BERT-base head on 2 blocks, 8x128 tokens", BertClassifier, (8, 128), 2, 28996),
-    Problem("language model, V=50257, 4x128 tokens", LanguageModel, (4, 128), 50257, 50257),
+    Problem("WideResNet-28-2, 32x32, B=32", WideResNet, (32, 3, 32, 32), 10),
+    Problem("ViT-tiny, 32x32, B=16", ViT, (16, 3, 32, 32), 10),
+    Problem("BERT-base head on 2 blocks, 4x128 tokens", BertClassifier, (4, 128), 2, 28996),
+    Problem("language model, V=50257, 2x128 tokens", LanguageModel, (2, 128), 50257, 50257),
 )
 QUICK = (
     Problem("ResNet-18 of width 8, 32x32, B=16", partial(ResNet18, width=8), (16, 3, 32, 32), 10),

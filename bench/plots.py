@@ -1,4 +1,4 @@
-"""Cost against size, log-log, from the rows that bench/bench_scaling.py writes."""
+"""Plots, log-log: cost against size (rows of bench/bench_scaling.py), error against confidence and probes (bench_accuracy.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from machine import machine_line
 
 Row = Mapping[str, Any]
 COLUMNS = 3
+SMALLEST = 1e-8  # of errors: below it float32 says nothing
 
 
 def scaling(rows: Sequence[Row], path: Path) -> None:
@@ -25,6 +26,56 @@ def scaling(rows: Sequence[Row], path: Path) -> None:
         _panel(axis, sweep, [r for r in rows if r["sweep"] == sweep])
     for axis in axes[len(sweeps) :]:
         axis.set_visible(False)
+    figure.supxlabel(machine_line(), fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def accuracy(confidence: Sequence[Row], probes: Sequence[Row], path: Path) -> None:
+    """A panel for each dtype, error of value (solid) and gradients (dashed) against 1 - max p; then error against probes."""
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(r["dtype"] for r in confidence))
+    figure = Figure(figsize=(4.4 * (len(dtypes) + 1), 3.9), layout="constrained")
+    *axes, last = figure.subplots(1, len(dtypes) + 1, squeeze=False).flatten()
+    for axis, dtype in zip(axes, dtypes, strict=True):
+        own = [r for r in confidence if r["dtype"] == dtype]
+        for number, method in enumerate(dict.fromkeys(r["method"] for r in own)):
+            rows = [r for r in own if r["method"] == method]
+            deltas = [float(r["delta"]) for r in rows]
+            for name, style in (("value_error", "o-"), ("gradient_error", "o--")):
+                errors = [max(float(r[name]), SMALLEST) for r in rows]
+                label = method if style == "o-" else None
+                axis.loglog(deltas, errors, style, color=f"C{number}", markersize=3, linewidth=1, label=label)
+        axis.set_title(f"{dtype}: value (solid), gradients (dashed)", fontsize=9)
+        axis.set_xlabel("1 - max p", fontsize=9)
+        axis.set_ylabel(f"relative error (at least {SMALLEST:g})", fontsize=9)
+        axis.invert_xaxis()
+        axis.set_ylim(SMALLEST / 2, None)
+        axis.grid(True, alpha=0.2)
+        axis.legend(fontsize=6.5)
+    for number, method in enumerate(dict.fromkeys(r["method"] for r in probes)):
+        rows = [r for r in probes if r["method"] == method]
+        counts = [int(r["probes"]) for r in rows]
+        last.loglog(
+            counts,
+            [float(r["measured_error"]) for r in rows],
+            "o",
+            color=f"C{number}",
+            label=f"{method}, measured",
+        )
+        last.loglog(
+            counts,
+            [float(r["standard_error"]) for r in rows],
+            "-",
+            color=f"C{number}",
+            label=f"{method}, std / sqrt(k)",
+        )
+    last.set_title("a hidden layer's estimate in one step", fontsize=9)
+    last.set_xlabel("probes k", fontsize=9)
+    last.set_ylabel("relative standard error", fontsize=9)
+    last.grid(True, which="both", alpha=0.2)
+    last.legend(fontsize=6.5)
     figure.supxlabel(machine_line(), fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

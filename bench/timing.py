@@ -24,7 +24,7 @@ from machine import on_gpu
 # one sample: some thousand times the clock's resolution, shorter than a scheduler's time slice
 SAMPLE_SECONDS = 2e-3
 SLOW_SECONDS = 0.05  # a step that has nothing to gain from a warm cache, and minutes to lose by repetition
-VERY_SLOW_SECONDS = 1.0
+VERY_SLOW_SECONDS = 3.0
 GPU_CALLS = 8  # a sample on a GPU
 Step = Callable[[], Any]
 
@@ -90,7 +90,7 @@ def interleaved(
     """Seconds per call of every variant (an object with `name`, `step` and perhaps `thin`) in every round.
 
     `rounds` rounds, or `least` and as many as begin within `seconds`. A variant whose `thin` is True may be left out of rounds
-    when it is slow (nan there), but for the first two, or the first one where a call takes more than a second.
+    when it is slow (nan there), but for the first two, or the first one where a call takes more than VERY_SLOW_SECONDS.
     `known`: seconds of one call of steps that are warm already.
     """
     steps = {v.name: v.step for v in variants}
