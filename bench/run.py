@@ -26,7 +26,7 @@ from compare import show_moves
 from rich.console import Console
 
 ORDER = ("head_cross_entropy", "softmax_trace", "patch_sqnorm")  # then the others by name, then reports
-BUDGET = 200.0  # seconds of rounds in all; compiling, checks and slow steps come on top
+BUDGET = 180.0  # seconds of rounds in all; compiling, checks and slow steps come on top
 
 
 def benchmarks() -> dict[str, Any]:

@@ -98,8 +98,8 @@ def gram_root(weight: Tensor, columns: int) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(gram)
     diagonal = factor.detach().diagonal(dim1=1, dim2=2)
     floor = torch.finfo(weight.dtype).eps ** 0.5 * diagonal.amax(1)
-    safe = bool((info == 0).all()) and bool((diagonal.amin(1) > floor).all())
-    return factor if safe else weight
+    safe = (info == 0) & (diagonal.amin(1) > floor)
+    return factor if bool(safe.all()) else weight  # the one number of a step that the host waits for
 
 
 def exact_products(layer: LayerMap, curvature: Curvature, level: str) -> int:

@@ -53,18 +53,21 @@ class General:
         self.plan: Plan | None = None
         self._levels: dict[Any, str] = {}
         self._apart: set[Any] = set()  # graphs found to keep samples apart
-        self._generator: torch.Generator | None = options.generator
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The user's, or one of our own: torch's global random state is left alone."""
-        if self._generator is None or self._generator.device != device:
-            if self.options.generator is not None:
+        given = self.options.generator
+        if given is not None:
+            # a generator's device may lack the index
+            if given.device.type != device.type or given.device.index not in (None, device.index):
                 raise ValueError(
-                    f"{self.options.caller}: generator must be on the layer's device ({device}), got one on "
-                    f"{self.options.generator.device}"
+                    f"{self.options.caller}: generator must be on the layer's device ({device}), got one on {given.device}"
                 )
-            self._generator = torch.Generator(device).manual_seed(_SEED)
-        return self._generator
+            return given
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(_SEED)
+        return self._generators[device]
 
     def curvature(self, weight: Tensor, calls: Sequence[LayerCall]) -> Curvature:
         """Products with the Hessian through these calls of the layer, inside fam_ext.curvature.products."""

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
+import other_device
 import pytest
 import torch
-from inputs import BACKENDS
+from inputs import BACKENDS, ON_OTHER, TRITON_ON_GPU
 
 from fam_ext import backends
 
-# Their tests run on the CPU and, where there is one, on a GPU: the second time with the GPU as the default device.
+# Their tests run on the CPU and, where there is one, on a GPU: the second time with the GPU as the default device. With
+# FAM_EXT_TEST_DEVICE=other they run on the device of other_device.py alone.
 ON_DEVICES = {
     "test_softmax_trace", "test_patch_sqnorm", "test_head_cross_entropy", "test_head_cross_entropy_autograd", "test_opcheck",
-    "test_functional", "test_heads", "test_loss", "test_general", "test_any_layer",
+    "test_functional", "test_heads", "test_loss", "test_general", "test_any_layer", "test_several_layers", "test_measure",
+    "test_from_features", "test_invariance", "test_schedules", "test_other_device",
 }  # fmt: skip
 # Some of cuBLAS's sums repeat only with this; it is read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# The interpreter of Triton is chosen when triton is imported: its tests have a run of their own.
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton/*"]
+# The tests of Triton's kernels have runs of their own: in its interpreter, which is chosen when triton is imported, or compiled
+# for a GPU, when FAM_EXT_TEST_TRITON=gpu asks for that (two files have the same name as others).
+collect_ignore_glob = [] if TRITON_ON_GPU or os.environ.get("TRITON_INTERPRET") == "1" else ["triton/*"]
 
 hypothesis.settings.register_profile(
     "local", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("local"), derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+if ON_OTHER:
+    other_device.register()
 
 
 def pytest_report_header() -> str:
@@ -52,6 +62,7 @@ def pytest_sessionstart() -> None:
 def poisoned_memory() -> Iterator[None]:
     """at::empty fills its memory with NaN (integers: the largest value), from Python and from C++ alike."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what results are compared in
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     assert torch.empty(3).isnan().all()
     yield
@@ -59,8 +70,31 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if torch.cuda.is_available() and metafunc.module.__name__ in ON_DEVICES:
-        metafunc.parametrize("device", ["cpu", "cuda"], indirect=True, scope="function")
+    if metafunc.definition.path.parent.name == "triton":
+        devices = ["cuda"] if TRITON_ON_GPU else []
+    elif metafunc.module.__name__ not in ON_DEVICES:
+        devices = []
+    elif ON_OTHER:
+        devices = [other_device.NAME]
+    else:
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else []
+    if devices:
+        metafunc.parametrize("device", devices, indirect=True, scope="function")
+
+
+def moved(value: Any) -> Any:
+    """Tensors and modules in `value` on the default device, which those of a test's parameters and module were made before."""
+    if isinstance(value, torch.Tensor):
+        return value if value.is_meta else value.to(torch.get_default_device())
+    if isinstance(value, torch.nn.Module):
+        return copy.deepcopy(value).to(torch.get_default_device())
+    if isinstance(value, functools.partial):
+        return functools.partial(value.func, *moved(value.args), **moved(value.keywords))
+    if type(value) in (tuple, list):
+        return type(value)(moved(v) for v in value)
+    if type(value) is dict:
+        return {key: moved(v) for key, v in value.items()}
+    return value
 
 
 @pytest.fixture(autouse=True)
@@ -70,14 +104,23 @@ def device(request: Any) -> Iterator[str]:
     if name == "cpu":
         yield name
         return
-    constants = {key: value for key, value in vars(request.module).items() if isinstance(value, torch.Tensor)}
+    plain = (torch.Tensor, tuple, list, dict)
+    constants = {
+        k: v for k, v in vars(request.module).items() if isinstance(v, plain) and not k.startswith("__")
+    }
     torch.set_default_device(name)
-    vars(request.module).update({key: value.to(name) for key, value in constants.items()})
+    vars(request.module).update(moved(constants))
     try:
         yield name
     finally:
         torch.set_default_device(None)
         vars(request.module).update(constants)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: Any) -> None:
+    if torch.get_default_device().type != "cpu":
+        pyfuncitem.funcargs.update(moved(pyfuncitem.funcargs))
 
 
 @pytest.fixture(params=BACKENDS)

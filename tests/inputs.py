@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -13,7 +14,15 @@ from fam_ext import UnsupportedError, backends
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last", "transposed", "strided", "sliced", "expanded"]
-needs_native = pytest.mark.skipif(not backends.native_loaded(), reason="the compiled library is not loaded")
+# every tensor on a device that is neither CPU nor GPU (tests/test_other_device.py): it has no compiled kernels
+ON_OTHER = os.environ.get("FAM_EXT_TEST_DEVICE") == "other"
+needs_native = pytest.mark.skipif(
+    not backends.native_loaded() or ON_OTHER,
+    reason="the compiled library is not loaded, or not for this device",
+)
+TRITON_ON_GPU = (
+    os.environ.get("FAM_EXT_TEST_TRITON") == "gpu"
+)  # compiled kernels instead of Triton's interpreter
 BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 

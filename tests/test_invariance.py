@@ -55,7 +55,7 @@ def values(net: nn.Sequential, x: Tensor, y: Tensor, options: dict[str, Any]) ->
     """The measure at every layer, each with its own signs and draws."""
     found = []
     for layer in weighted(net):
-        generator = torch.Generator().manual_seed(5)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(5)
         criterion = RelativeFlatness(nn.CrossEntropyLoss(), layer, generator=generator, **options)
         found.append(criterion(net(x), y).detach())
         criterion.detach()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from inputs import batch, expect
+from inputs import ON_OTHER, batch, expect
 from torch import Tensor, nn
 
 import fam_ext
@@ -270,13 +270,14 @@ def test_ways_to_call_the_model(wrap: str) -> None:
         torch.testing.assert_close(p.grad, w)
 
 
-def test_autocast() -> None:
+@pytest.mark.skipif(ON_OTHER, reason="that device has no autocast")
+def test_autocast(device: str) -> None:
     net, (x, y) = network(), batch()
     for criterion in (nn.CrossEntropyLoss(), F.mse_loss):
         target = y if isinstance(criterion, nn.Module) else torch.randn(8, 4)
         famloss = FAMLoss(criterion, net[2], 0.5)
         exact = RelativeFlatness(criterion, net[2])(net(x), target)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             out = net(x)
             famloss(out if isinstance(criterion, nn.Module) else out.float(), target).backward()
         assert out.dtype == torch.bfloat16

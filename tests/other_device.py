@@ -1,0 +1,37 @@
+"""Device "other": not the CPU, but for any machine (tests/other_device.cpp). Values are the CPU's; mixing the two is an error."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.utils.cpp_extension
+
+NAME = "other"
+
+
+@cache
+def register() -> Any:
+    """Compile and register the device, once in a process; the module counts `reads` by the host."""
+    source = Path(__file__).with_suffix(".cpp")
+    library = torch.utils.cpp_extension.load("fam_ext_other_device", [str(source)], extra_cflags=["-O0"])
+    torch.utils.rename_privateuse1_backend(NAME)
+    module = SimpleNamespace(
+        device=lambda index: nullcontext(),
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        _is_in_bad_fork=lambda: False,
+        manual_seed_all=lambda seed: None,
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+        get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
+    )
+    torch._register_device_module(NAME, module)  # type: ignore[arg-type]
+    torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+    return library
