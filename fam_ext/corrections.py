@@ -3,7 +3,7 @@
 torch differentiates batch_norm (training), layer_norm and instance_norm correctly twice. Their double-backward formulas treat the
 saved mean and variance as constants, so a third derivative, which the gradient of kappa is, comes out wrong without a word.
 group_norm is right, but where several products are taken at once (vmap) it raises, or is silently wrong where dimensions happen
-to be equal. hardsigmoid and flash attention have no second derivative at all.
+to be equal. hardsigmoid and flash attention have no second derivative at all. log_softmax over a vocabulary is right but slow.
 
 While kappa is formed, a hook on each such autograd node replaces the gradients it returns by the same ones written with
 elementary operations, from which every further derivative follows. Forward pass, running statistics and the backward pass of
@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fam_ext import log_softmax
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -147,13 +149,18 @@ CORRECTED: dict[str, Correction] = {
         scaled_dot_product_attention, ("query", "key", "value", "attn_mask", "scale", "is_causal")
     ),
 }
+# torch's are right, and slow on a matrix that leaves the cache
+FASTER: dict[str, Correction] = {"LogSoftmaxBackward0": Correction(log_softmax.gradient, ("result",))}
+REPLACED = {**CORRECTED, **FASTER}
 
 
 def needs_correction(node: Any) -> bool:
-    """Whether torch's own derivatives of this autograd node are wrong or missing from the third order on, and ours are not."""
+    """Whether torch's derivatives of this autograd node are wrong, missing or slow from the third order on, and ours are not."""
     name = node.name()
-    if name not in CORRECTED:
+    if name not in REPLACED:
         return False
+    if name in FASTER:
+        return log_softmax.pays(node)
     if "BatchNorm" in name:
         return bool(getattr(node, "_saved_training", True))
     return not (name.startswith("ScaledDotProduct") and node._saved_dropout_p > 0)
@@ -167,7 +174,7 @@ def corrected(nodes: Iterable[Any], hold_statistics: bool = False) -> Iterator[N
     """
     handles = []
     for node in nodes:
-        correction = CORRECTED[node.name()]
+        correction = REPLACED[node.name()]
         if hold_statistics and correction is _BATCH_NORM:
             correction = correction._replace(formula=batch_norm_held)
         # Unpacked here and not in the hook: a checkpointed tensor can be unpacked only once in a backward pass.

@@ -140,7 +140,7 @@ def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
     correct, doubtful = [], set()
     for node in nodes:
         name = bare(full := node.name())
-        if name in VERIFIED and full not in corrections.CORRECTED:
+        if name in VERIFIED and full not in corrections.REPLACED:
             continue
         if corrections.needs_correction(node):
             correct.append(node)

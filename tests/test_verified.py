@@ -220,7 +220,7 @@ def test_corrected_gradients_agree_with_torchs_and_end_with_the_block() -> None:
     correct, _ = graph.check("kappa", between)
     (name,) = {n.name() for n in correct}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(corrections.CORRECTED, name, corrections.CORRECTED[name]._replace(formula=formula))
+        patch.setitem(corrections.REPLACED, name, corrections.CORRECTED[name]._replace(formula=formula))
         with corrections.corrected(correct):
             ours = torch.autograd.grad(loss, problem.params, retain_graph=True)
     assert len(replaced) == 1
