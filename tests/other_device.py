@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.utils.cpp_extension
 
 NAME = "other"
 
@@ -17,8 +17,14 @@ NAME = "other"
 @cache
 def register() -> Any:
     """Compile and register the device, once in a process; the module counts `reads` by the host."""
+    import ninja
+    from torch.utils import cpp_extension
+
     source = Path(__file__).with_suffix(".cpp")
-    library = torch.utils.cpp_extension.load("fam_ext_other_device", [str(source)], extra_cflags=["-O0"])
+    os.environ["PATH"] = os.pathsep.join(
+        [ninja.BIN_DIR, os.environ["PATH"]]
+    )  # an environment need not be activated
+    library = cpp_extension.load("fam_ext_other_device", [str(source)], extra_cflags=["-O0"])
     torch.utils.rename_privateuse1_backend(NAME)
     module = SimpleNamespace(
         device=lambda index: nullcontext(),
