@@ -28,9 +28,11 @@ try:
 except ImportError:
     torch = None
 
-NO_TORCH = f"""fam_ext compiles against the torch that will load it, and {sys.executable} has none.
-Install torch, then run: pip install --no-build-isolation .
-(or, for pure Python: FAM_EXT_BUILD=0 pip install .)"""
+NO_TORCH = """fam_ext compiles against the torch that will load it, and this build sees none: pip hides the installed one unless it is
+told not to, or there is none. Install torch, then run: pip install --no-build-isolation .
+(or, for pure Python: FAM_EXT_BUILD=0 pip install --no-build-isolation .)"""
+NO_COMPILE = """fam_ext: compiling failed, see above. It needs a C++20 compiler and Python's headers (python3-dev).
+For pure Python, same numbers but slower: FAM_EXT_BUILD=0 pip install --no-build-isolation ."""
 
 
 def write_record(in_source, build_lib, **record):
@@ -81,7 +83,11 @@ def native():
 
     class Build(cpp_extension.BuildExtension):
         def run(self):
-            super().run()
+            try:
+                super().run()
+            except Exception:
+                print(NO_COMPILE, file=sys.stderr)
+                raise
             write_record(self.inplace, self.build_lib, built=True, **record)
 
     return {"ext_modules": [ext], "cmdclass": {"build_ext": Build}}

@@ -47,7 +47,7 @@ def ordinary_step(
     part, options = owner.parts[0], owner.options
     # of more dimensions, the second one need not be the neurons'
     capture = part.captures.only(outputs) if outputs.dim() == 2 else None
-    if capture is None or options.curvature == "fisher" or options.backend == "reference":
+    if capture is None or options.curvature == "fisher" or options.backend not in ("auto", "native"):
         return None
     features, weight = capture.features, capture.weight
     scale = 1.0 if options.normalize is None else 1.0 / part.layer.fan_in

@@ -32,7 +32,8 @@ class LayerMap:
     def __init__(self, caller: str, module: nn.Module) -> None:
         if not isinstance(module, LAYERS):
             raise UnsupportedError(
-                f"{caller}: layer must be nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, got {type(module).__name__}"
+                f"{caller}: layer must be nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, got "
+                f"{type(module).__module__}.{type(module).__qualname__}"
             )
         self.module: Any = cast(Any, module)
         self.linear = isinstance(module, LINEAR)

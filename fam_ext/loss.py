@@ -55,7 +55,7 @@ class FAMLoss(LayerCriterion):
         norm_power: 2, or 1 for the layerwise measures (not invariant under rescaling of layers then).
         curvature_grad: False holds the Hessian constant; the gradient flows through <w_s, w_s'> only.
         every: add the term, unscaled, on training steps 0, every, 2 every, ...
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Raises:
         TypeError, ValueError: an argument does not fit.

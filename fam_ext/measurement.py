@@ -83,8 +83,9 @@ def measure(
     samples, or by the class weights of valid targets; summed for reduction="sum"): unequal batches count right.
 
     Args:
-        model: called as model(inputs), model(*inputs) for a tuple or list, or model(**inputs) for a mapping.
-        batches: of (inputs, targets), on the model's device; iterated again for each product of an eigenvalue measure and for
+        model: called as model(inputs), model(*inputs) for a tuple or list, or model(**inputs) for a mapping; it returns what the
+            criterion takes (wrap one whose output is an object with logits).
+        batches: an iterable of pairs (inputs, targets) on the model's device, a DataLoader say; iterated again for each product of an eigenvalue measure and for
             normalize_features.
         layer: a name, a glob, a module of the model, or None for its last Linear or Conv layer.
         criterion: as for FAMLoss; reduction "mean" or "sum".
@@ -130,7 +131,7 @@ def measure(
                 for term in terms.values():
                     term.parts[0].scale = scale
             sums = _Sums()
-            for inputs, targets in _shown(batches, progress):
+            for inputs, targets in _pairs(_shown(batches, progress)):
                 sums.add(_call(model, inputs), targets, criterion, linear)
             values, errors = sums.finish()
             for name in names:
@@ -227,7 +228,7 @@ def _eigenvalue(term: RelativeFlatness, model: nn.Module, batches: Iterable[Any]
 
     def product(direction: Tensor) -> Tensor:
         total, result = 0.0, torch.zeros_like(weight)
-        for inputs, targets in batches:
+        for inputs, targets in _pairs(batches):
             outputs = _call(model, inputs)
             share, counted = _weight(criterion, outputs, targets)
             total = total + counted if counted is not None else 1.0
@@ -244,6 +245,13 @@ def _eigenvalue(term: RelativeFlatness, model: nn.Module, batches: Iterable[Any]
     squares = weight.square().sum(2).flatten()
     blocks = torch.stack([largest(neuron) for neuron in range(len(squares))])
     return float(part.general.finish((squares * blocks).sum(), weight))
+
+
+def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            _checks.bad_type(_NAME, "batches", "an iterable of pairs (inputs, targets)", batch)
+        yield batch[0], batch[1]
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -294,7 +302,7 @@ def _feature_scale(model: nn.Module, part: Part, batches: Iterable[Any]) -> Tens
     handle = part.module.register_forward_pre_hook(collect, with_kwargs=True)
     try:
         with torch.no_grad():
-            for inputs, _ in batches:
+            for inputs, _ in _pairs(batches):
                 _call(model, inputs)
     finally:
         handle.remove()

@@ -95,8 +95,10 @@ class TargetRatio:
 
     strength = ratio * mean(loss) / |mean(kappa)| with exponential moving averages of the detached values, both started at the
     first value; 0 while the average of kappa is 0. The averages stay on the loss's device, nothing is copied to the host,
-    and steps where either value is not finite leave them as they are. As kappa falls the strength rises: where training can drive
-    kappa towards 0 (layers inside a network), give a `maximum`. Give each criterion a TargetRatio of its own.
+    and steps where either value is not finite leave them as they are. Give each criterion a TargetRatio of its own.
+
+    Give a `maximum` in training: the gradient is that of ratio * loss * log|kappa|, which nothing bounds from below. Where kappa
+    can be driven to 0 faster than the loss falls, early in training as a rule, the strength grows without end and only kappa is trained.
     """
 
     def __init__(self, ratio: float, momentum: float = 0.9, maximum: float = math.inf) -> None:
@@ -131,4 +133,4 @@ class TargetRatio:
         self.averages = state["averages"]
 
     def __repr__(self) -> str:
-        return f"TargetRatio({self.ratio}, momentum={self.momentum})"
+        return f"TargetRatio({self.ratio}, momentum={self.momentum}, maximum={self.maximum})"

@@ -118,7 +118,7 @@ def test_restored_without_a_trace(model: Any) -> None:
     before = [dict(vars(m)) for m in model.modules()]
     expected = model(**data)
     patch = patch_causal_lm(model, STRENGTH)
-    expect("not patched before", lambda: patch_causal_lm(model, STRENGTH))
+    expect("has been replaced, by an earlier patch", lambda: patch_causal_lm(model, STRENGTH))
     model(**data)
     patch.restore()
     patch.restore()

@@ -124,6 +124,9 @@ def test_bad_arguments() -> None:
         fam_ext.measure(net, [], None, ce, progress=False)
     with pytest.raises(ValueError, match="measures must be one of"):
         fam_ext.measure(net, [(x, y)], None, ce, ["sharpness"])
+    for batch in ({"inputs": x, "labels": y}, x, (x, y, y)):
+        with pytest.raises(TypeError, match=r"batches must be an iterable of pairs \(inputs, targets\), got"):
+            fam_ext.measure(net, [batch], None, ce, progress=False)
     with pytest.raises(TypeError, match="measures"):
         fam_ext.measure(net, [(x, y)], None, ce, "trace")
     with pytest.raises(ValueError, match="one layer"):

@@ -185,10 +185,12 @@ def patch_causal_lm(model: nn.Module, strength: Any, **options: Any) -> CausalLM
         _checks.bad_type(NAME, "model", "a transformers.PreTrainedModel", model)
     untyped: Any = model
     head = untyped.get_output_embeddings()
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    if isinstance(head, nn.Linear) and "forward" in vars(head):
         raise UnsupportedError(
-            f"{NAME}: the model's output embedding must be an nn.Linear (not patched before), got {head}"
+            f"{NAME}: the forward of the model's output embedding has been replaced, by an earlier patch perhaps: restore() that first"
         )
+    if type(head) is not nn.Linear:
+        raise UnsupportedError(f"{NAME}: the model's output embedding must be an nn.Linear, got {head}")
     if model.loss_function is not ForCausalLMLoss:
         raise UnsupportedError(
             f"{NAME}: the model's loss_function must be transformers' ForCausalLMLoss, got {model.loss_function}"
