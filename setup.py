@@ -28,8 +28,8 @@ try:
 except ImportError:
     torch = None
 
-NO_TORCH = """fam_ext compiles against the torch that will load it, and this build sees none: pip hides the installed one unless it is
-told not to, or there is none. Install torch, then run: pip install --no-build-isolation .
+NO_TORCH = """fam_ext compiles against the torch that will load it, and this build sees none: there is none, or pip hides it for
+lack of --no-build-isolation. Install torch, then run: pip install --no-build-isolation .
 (or, for pure Python: FAM_EXT_BUILD=0 pip install --no-build-isolation .)"""
 NO_COMPILE = """fam_ext: compiling failed, see above. It needs a C++20 compiler and Python's headers (python3-dev).
 For pure Python, same numbers but slower: FAM_EXT_BUILD=0 pip install --no-build-isolation ."""

@@ -85,8 +85,8 @@ def measure(
     Args:
         model: called as model(inputs), model(*inputs) for a tuple or list, or model(**inputs) for a mapping; it returns what the
             criterion takes (wrap one whose output is an object with logits).
-        batches: an iterable of pairs (inputs, targets) on the model's device, a DataLoader say; iterated again for each product of an eigenvalue measure and for
-            normalize_features.
+        batches: an iterable of pairs (inputs, targets) on the model's device, a DataLoader say; iterated again for each product
+            of an eigenvalue measure and for normalize_features.
         layer: a name, a glob, a module of the model, or None for its last Linear or Conv layer.
         criterion: as for FAMLoss; reduction "mean" or "sum".
         measures: of "neuronwise", "layerwise", "trace", "layerwise_eigenvalue", "neuronwise_eigenvalue" (see FAMLoss).

@@ -36,7 +36,9 @@ def test_loaded_library_has_the_facts_of_its_record() -> None:
 def test_a_criterion_takes_no_other_backend_than_the_one_it_was_given() -> None:
     layer, x, y = torch.nn.Linear(5, 4), torch.randn(6, 5), torch.arange(6) % 4
     criterion = fam_ext.FAMLoss(torch.nn.CrossEntropyLoss(), layer, 0.1, backend="triton")
-    with pytest.raises(RuntimeError, match="head_cross_entropy: backend 'triton' is not available: it has no Triton kernel"):
+    with pytest.raises(
+        RuntimeError, match="head_cross_entropy: backend 'triton' is not available: it has no Triton kernel"
+    ):
         criterion(layer(x), y)
 
 
