@@ -49,8 +49,8 @@ def _read_record() -> tuple[dict[str, Any], str | None]:
     except FileNotFoundError:
         if _RECORD.parents[1].joinpath("setup.py").exists():
             return {}, (
-                f"{_RECORD.parent} is the source folder and nothing was compiled in it; it hides an installed copy: start Python in "
-                "another folder, or run `pip install --no-build-isolation -e .`"
+                f"{_RECORD.parent} is the source folder and nothing was compiled in it; it hides an installed copy: start Python "
+                "in another folder, or run `pip install --no-build-isolation -e .`"
             )
         return {}, f"no compiled library beside {_RECORD.parent} ({_RECORD.name} is missing); {_REBUILD}"
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -98,8 +98,8 @@ class TargetRatio:
     and steps where either value is not finite leave them as they are. Give each criterion a TargetRatio of its own.
 
     Give a `maximum` in training: the gradient is that of ratio * loss * log|kappa|, which nothing bounds from below. Where
-    kappa can be driven to 0 faster than the loss falls, early in training as a rule, the strength grows without end and only kappa
-    is trained.
+    kappa can be driven to 0 faster than the loss falls, early in training as a rule, the strength grows without end and only
+    kappa is trained.
     """
 
     def __init__(self, ratio: float, momentum: float = 0.9, maximum: float = math.inf) -> None:

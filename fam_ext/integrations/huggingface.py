@@ -187,7 +187,7 @@ def patch_causal_lm(model: nn.Module, strength: Any, **options: Any) -> CausalLM
     head = untyped.get_output_embeddings()
     if isinstance(head, nn.Linear) and "forward" in vars(head):
         raise UnsupportedError(
-            f"{NAME}: the forward of the model's output embedding has been replaced, by an earlier patch perhaps: restore() it first"
+            f"{NAME}: the forward of the model's output embedding has been replaced, by an earlier patch perhaps: restore() it"
         )
     if type(head) is not nn.Linear:
         raise UnsupportedError(f"{NAME}: the model's output embedding must be an nn.Linear, got {head}")
