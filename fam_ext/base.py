@@ -50,7 +50,7 @@ class Part:
         self.module = module
         self.layer = Layer(options.caller, module)
         self.general = General(options, self.layer, module)
-        self.captures = Captures(str(module), self.layer.class_dim if self.layer.unusual else None)
+        self.captures = Captures(str(module), self.layer.class_dim, self.layer.unusual)
         self.handle: Any = None
         self.not_a_head: NotAHead | None = None  # why the closed form did not serve the latest loss
         self.scale: Tensor | None = (
@@ -101,15 +101,19 @@ class LayerCriterion(nn.Module):
 
     def __init__(self, criterion: Any, layer: nn.Module | Sequence[nn.Module], options: Options) -> None:
         super().__init__()
-        self.criterion = criterion
         self.options = options
-        self._read_criterion()
+        self.criterion = criterion
         modules: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
         if not modules or len({id(m) for m in modules}) != len(modules):
             _checks.bad_value(options.caller, "layer", "a module or a sequence of different modules", layer)
         # a tuple of plain objects: parameters(), state_dict() and train() must not reach the model
         self.parts = tuple(Part(options, m) for m in modules)
         self.attach()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "criterion":  # it may be replaced later: the closed form must be the new one's
+            self._read_criterion()
 
     def _read_criterion(self) -> None:
         """How to bind the criterion's arguments, where it has a closed form; else why not."""

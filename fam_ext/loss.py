@@ -107,7 +107,12 @@ class FAMLoss(LayerCriterion):
         self.every = every
         self.step = 0
         self.last = Last()
-        self._may_fuse = measure == "neuronwise" and self.parts[0].layer.linear and len(self.parts) == 1
+        self._may_fuse = (
+            options.closed_form
+            and measure == "neuronwise"
+            and self.parts[0].layer.linear
+            and len(self.parts) == 1
+        )
 
     @staticmethod
     def _check_strength(value: object) -> Any:

@@ -147,6 +147,13 @@ def test_relative_flatness_of_a_model_in_evaluation() -> None:
     with torch.no_grad():
         got = measure(net(x), y)
     torch.testing.assert_close(got, expected.detach())
+    with torch.no_grad():
+        out = net(x)
+        torch.testing.assert_close(measure(out, y), got)
+        torch.testing.assert_close(
+            measure(out, y, per_sample=True).sum(), got
+        )  # the output still holds the features
+        expect("no graph tells of casts", lambda: measure(out.double(), y))
     measure.eval()
     expect("evaluation mode", lambda: measure(net(x), y))
 
@@ -240,6 +247,47 @@ def test_forward_that_is_not_the_linear_map_is_refused() -> None:
     FAMLoss(nn.CrossEntropyLoss(), plain, 0.5)(plain(x), y)
     criterion = FAMLoss(nn.CrossEntropyLoss(), scaled, 0.5)
     expect("its forward does", lambda: criterion(scaled(x), y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_hook_that_changes_the_output_is_refused(dtype: torch.dtype) -> None:
+    x, y = batch()
+    for change in (lambda z: 2 * z, lambda z: z.mul_(2)):
+        layer = nn.Linear(5, 4)
+        layer.register_forward_hook(lambda m, args, z, change=change: change(z))
+        criterion = FAMLoss(nn.CrossEntropyLoss(), layer, 0.5)
+        out = layer(x)
+        expect("a forward hook on it", lambda c=criterion, z=out: c(z, y))
+    for harmless in (lambda z: None, lambda z: z.float()):
+        layer = nn.Linear(5, 4).to(dtype)
+        layer.register_forward_hook(lambda m, args, z, harmless=harmless: harmless(z))
+        criterion = FAMLoss(nn.CrossEntropyLoss(), layer, 0.5, method="closed_form")
+        criterion(layer(x.to(dtype)), y)
+
+
+def test_the_criterion_may_be_replaced() -> None:
+    net, (x, y) = network(), batch()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5)
+    target = torch.randn(len(y), 4)
+    for loss, t in (
+        (nn.CrossEntropyLoss(label_smoothing=0.2), y),
+        (nn.MSELoss(), target),
+        (nn.HuberLoss(), target),
+    ):
+        criterion.criterion = loss
+        total, fresh = criterion(net(x), t), FAMLoss(loss, net[2], 0.5)
+        torch.testing.assert_close(total, fresh(net(x), t))
+        fresh.detach()
+
+
+@pytest.mark.parametrize("method", ["exact", "hutchinson", "finite_difference"])
+def test_a_method_asked_for_is_taken_on_a_head_too(method: str) -> None:
+    net, (x, y) = network(), batch()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5, method=method, probes=2)
+    out = net(x)
+    criterion(out, y, closure=lambda: F.cross_entropy(net(x), y))
+    assert criterion.plan.method == method
+    assert (criterion.last.standard_error is None) == (method == "exact")
 
 
 @pytest.mark.parametrize(
@@ -336,6 +384,10 @@ def test_frozen_layer_and_features() -> None:
     moving = criterion(layer(x), y)
     moving.backward()
     torch.testing.assert_close(moving.detach(), total)
+    layer.bias.requires_grad_()
+    with torch.inference_mode():
+        features = x.detach().clone()  # has no version counter
+    torch.testing.assert_close(criterion(layer(features), y).detach(), total)
 
 
 @pytest.mark.parametrize(
