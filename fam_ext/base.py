@@ -208,6 +208,7 @@ class LayerCriterion(nn.Module):
             raise NotAHead(self._no_closed_form)
         check_tensor(caller, outputs)
         self.options.check_bound(bound)
+        self._check_constant(part, bound)
         capture, features, found = part.captures.take(caller, outputs, layer.class_dim)
         weight: Tensor = capture.weight  # type: ignore[assignment]
         if found is None:
@@ -225,6 +226,17 @@ class LayerCriterion(nn.Module):
         part.general.note(CLOSED_FORM)
         features, weight = part.rescaled(features, weight)
         return Taken(capture, features, weight, class_dim, rows, bound)
+
+    def _check_constant(self, part: Part, bound: criteria.Bound) -> None:
+        """The closed forms hold the criterion's target, variance and weights constant: the layer's output may not be in them."""
+        for name, value in vars(bound).items():
+            if not isinstance(value, Tensor) or value.grad_fn is None:
+                continue
+            if graph.find(value, [part.captures])[0][0]:
+                raise NotAHead(
+                    f"{self.options.caller}: the criterion's {name} depends on the layer's output as well, which the closed form "
+                    "takes for constant; detach it, or use method='auto'"
+                )
 
     def _closed(self, part: Part, outputs: Tensor, taken: Taken, per_sample: bool = False) -> Tensor:
         capture, features, weight, class_dim, rows, bound = taken

@@ -295,7 +295,8 @@ class Captures:
                 )
             return UnsupportedError(
                 f"{caller}: {self.layer} was not called since the last loss; call the model in training mode before each use of "
-                "the criterion, and check that `layer` is the very module the model uses"
+                "the criterion, and check that `layer` is the very module the model uses. Where neither it nor anything before "
+                "it requires grad, only its own output keeps a call"
             )
         if not outputs.requires_grad:
             return UnsupportedError(

@@ -265,6 +265,30 @@ def test_forward_hook_that_changes_the_output_is_refused(dtype: torch.dtype) -> 
         criterion(layer(x.to(dtype)), y)
 
 
+def test_a_target_made_from_the_layer_s_own_output() -> None:
+    net, (x, _) = network().double(), batch()
+    x = x.double()
+
+    def loss(out: Tensor) -> Tensor:
+        return F.mse_loss(out, out.flip(0))
+
+    want = RelativeFlatness(loss, net[2], method="exact")(net(x))
+    for criterion in (nn.MSELoss(), F.mse_loss):
+        term = RelativeFlatness(criterion, net[2])
+        out = net(x)
+        got = term(out, out.flip(0))
+        torch.testing.assert_close(got, want)
+        grads = [torch.autograd.grad(k, net[2].weight, retain_graph=True)[0] for k in (got, want)]
+        torch.testing.assert_close(*grads)
+        detached = net(x)
+        assert term(detached, detached.flip(0).detach()) != got
+        assert term.plan.method == "closed_form"
+    out = net(x)
+    term = RelativeFlatness(nn.MSELoss(), net[2], method="closed_form")
+    out = net(x)
+    expect("target depends on the layer's output", lambda: term(out, out.flip(0)))
+
+
 def test_the_criterion_may_be_replaced() -> None:
     net, (x, y) = network(), batch()
     criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5)
