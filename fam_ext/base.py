@@ -238,6 +238,21 @@ class LayerCriterion(nn.Module):
                     "takes for constant; detach it, or use method='auto'"
                 )
 
+    def _check_hooks(
+        self, loss: Tensor, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse a hook on the criterion that changes its loss: the closed form is that of the criterion alone."""
+        criterion: Any = self._modules.get("criterion")  # None: a function
+        if criterion is None or not (criterion._forward_hooks or criterion._forward_pre_hooks):
+            return
+        with torch.no_grad():
+            alone = criterion.forward(outputs, *targets, **kwargs)
+        if alone.shape != loss.shape or not torch.allclose(loss, alone, rtol=0, atol=0, equal_nan=True):
+            raise UnsupportedError(
+                f"{self.options.caller}: a forward hook on the criterion changes its loss, which has no closed form then; remove "
+                "it, or use method='exact' or 'hutchinson'"
+            )
+
     def _closed(self, part: Part, outputs: Tensor, taken: Taken, per_sample: bool = False) -> Tensor:
         capture, features, weight, class_dim, rows, bound = taken
         samples = part.layer.samples(capture.shape)

@@ -251,6 +251,8 @@ class FAMLoss(LayerCriterion):
             taken = [self._take(part, outputs, bound) for part in self.parts]
             if fused is None or taken[0] is None:
                 loss = self.criterion(outputs, *targets, **kwargs)
+                if any(head is not None for head in taken):
+                    self._check_hooks(loss, outputs, targets, kwargs)
                 term, error = self._terms(taken, loss, outputs, bound, closure)
                 if isinstance(strength, TargetRatio):
                     strength = strength.update(loss, term)

@@ -289,6 +289,21 @@ def test_a_target_made_from_the_layer_s_own_output() -> None:
     expect("target depends on the layer's output", lambda: term(out, out.flip(0)))
 
 
+def test_hooks_on_the_criterion() -> None:
+    net, (x, y) = network(), batch()
+    loss, calls = nn.CrossEntropyLoss(), []
+    loss.register_forward_hook(lambda m, args, value: calls.append(value))
+    criterion = FAMLoss(loss, net[2], 0.5, method="closed_form")
+    criterion(net(x), y)
+    assert len(calls) == 1
+    loss.register_forward_hook(lambda m, args, value: 3 * value)
+    expect("hook on the criterion changes", lambda: criterion(net(x), y))
+    exact = FAMLoss(loss, net[2], 0.5, method="exact")
+    exact(net(x), y)
+    three = 3 * RelativeFlatness(nn.CrossEntropyLoss(), net[2])(net(x), y)
+    torch.testing.assert_close(exact.last.flatness, three.detach())
+
+
 def test_the_criterion_may_be_replaced() -> None:
     net, (x, y) = network(), batch()
     criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5)
