@@ -50,7 +50,7 @@ class Part:
         self.module = module
         self.layer = Layer(options.caller, module)
         self.general = General(options, self.layer, module)
-        self.captures = Captures(str(module), self.layer.class_dim if self.layer.unusual else None)
+        self.captures = Captures(str(module), self.layer.class_dim, self.layer.unusual)
         self.handle: Any = None
         self.not_a_head: NotAHead | None = None  # why the closed form did not serve the latest loss
         self.scale: Tensor | None = (
@@ -101,15 +101,19 @@ class LayerCriterion(nn.Module):
 
     def __init__(self, criterion: Any, layer: nn.Module | Sequence[nn.Module], options: Options) -> None:
         super().__init__()
-        self.criterion = criterion
         self.options = options
-        self._read_criterion()
+        self.criterion = criterion
         modules: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
         if not modules or len({id(m) for m in modules}) != len(modules):
             _checks.bad_value(options.caller, "layer", "a module or a sequence of different modules", layer)
         # a tuple of plain objects: parameters(), state_dict() and train() must not reach the model
         self.parts = tuple(Part(options, m) for m in modules)
         self.attach()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "criterion":  # it may be replaced later: the closed form must be the new one's
+            self._read_criterion()
 
     def _read_criterion(self) -> None:
         """How to bind the criterion's arguments, where it has a closed form; else why not."""
@@ -204,6 +208,7 @@ class LayerCriterion(nn.Module):
             raise NotAHead(self._no_closed_form)
         check_tensor(caller, outputs)
         self.options.check_bound(bound)
+        self._check_constant(part, bound)
         capture, features, found = part.captures.take(caller, outputs, layer.class_dim)
         weight: Tensor = capture.weight  # type: ignore[assignment]
         if found is None:
@@ -221,6 +226,32 @@ class LayerCriterion(nn.Module):
         part.general.note(CLOSED_FORM)
         features, weight = part.rescaled(features, weight)
         return Taken(capture, features, weight, class_dim, rows, bound)
+
+    def _check_constant(self, part: Part, bound: criteria.Bound) -> None:
+        """The closed forms hold the criterion's target, variance and weights constant: the layer's output may not be in them."""
+        for name, value in vars(bound).items():
+            if not isinstance(value, Tensor) or value.grad_fn is None:
+                continue
+            if graph.find(value, [part.captures])[0][0]:
+                raise NotAHead(
+                    f"{self.options.caller}: the criterion's {name} depends on the layer's output as well, which the closed form "
+                    "takes for constant; detach it, or use method='auto'"
+                )
+
+    def _check_hooks(
+        self, loss: Tensor, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse a hook on the criterion that changes its loss: the closed form is that of the criterion alone."""
+        criterion: Any = self._modules.get("criterion")  # None: a function
+        if criterion is None or not (criterion._forward_hooks or criterion._forward_pre_hooks):
+            return
+        with torch.no_grad():
+            alone = criterion.forward(outputs, *targets, **kwargs)
+        if alone.shape != loss.shape or not torch.allclose(loss, alone, rtol=0, atol=0, equal_nan=True):
+            raise UnsupportedError(
+                f"{self.options.caller}: a forward hook on the criterion changes its loss, which has no closed form then; remove "
+                "it, or use method='exact' or 'hutchinson'"
+            )
 
     def _closed(self, part: Part, outputs: Tensor, taken: Taken, per_sample: bool = False) -> Tensor:
         capture, features, weight, class_dim, rows, bound = taken

@@ -24,12 +24,13 @@ class Capture:
     """One forward call of the layer: its input, its weight at that moment, the shape and version of its output."""
 
     __slots__ = (
-        "__weakref__", "dtype", "features", "features_ref", "first", "output_ref", "output_version", "shape", "used", "version",
-        "weight",
+        "__weakref__", "dtype", "features", "features_ref", "first", "on_output", "output_ref", "output_version", "shape", "used",
+        "version", "weight",
     )  # fmt: skip
 
     def __init__(self, features: Tensor | None, weight: Tensor | None, output: Tensor | None) -> None:
         self.features = features
+        self.on_output = False  # kept by the output itself, which has no graph that would hold the features
         self.features_ref: TensorWeakRef | None = None
         self.weight = weight
         self.first: Tensor | None = (
@@ -48,8 +49,8 @@ class Capture:
         return self.features is not None and not self.used[0] and self.output_ref() is not None
 
     def release(self) -> None:
-        """Keep the features by weak reference only: a second loss on the same output still finds them in the graph."""
-        if self.features is not None:
+        """Keep the features by weak reference only: a second loss on the same output still finds them in the graph, if any."""
+        if self.features is not None and not self.on_output:
             self.features_ref = TensorWeakRef(self.features)
             self.features = None
 
@@ -91,7 +92,18 @@ class LayerHook:
         if owner is None or not owner.training or not (module.training or owner.any_mode):
             return
         captures = owner.parts[self.index].captures
-        captures.record(module, args[0] if args else kwargs.get("input"), output, owner.any_mode)
+        features = args[0] if args else kwargs.get("input")
+        check = len(module._forward_hooks) > 1 and self._follows_others(module)
+        captures.record(module, features, output, owner.any_mode, check)
+
+    def _follows_others(self, module: nn.Module) -> bool:
+        """Whether a forward hook of somebody else ran before this one: it may have changed the output."""
+        for hook in module._forward_hooks.values():
+            if hook is self:
+                return False
+            if not isinstance(hook, LayerHook):
+                return True
+        return False
 
     def __reduce__(self) -> Any:
         return LayerHook, ()
@@ -126,24 +138,28 @@ def layer_weight(layer: nn.Module) -> Tensor:
 class Captures:
     """The forward calls of one criterion's layer that no loss has used yet."""
 
-    def __init__(self, layer: str, check_dim: int | None = None) -> None:
+    def __init__(self, layer: str, class_dim: int, check: bool) -> None:
         self.layer = layer  # for messages
-        self.check_dim = (
-            check_dim  # dimension of the output's neurons where its first row is to be kept for a check
-        )
+        self.class_dim = class_dim  # dimension of the output's neurons
+        self.check = check  # whether the output's first row is always to be kept for a check
         self.pending: list[weakref.ref[Capture]] = []
         self.called_without_grad = False
 
-    def record(self, layer: nn.Module, features: Any, output: Any, without_grad: bool) -> None:
+    def record(
+        self, layer: nn.Module, features: Any, output: Any, without_grad: bool, check: bool = False
+    ) -> None:
         if not torch.is_grad_enabled() and not without_grad:
             self.called_without_grad = True
             return
         if not isinstance(features, Tensor) or not isinstance(output, Tensor):
             return
         capture = Capture(features, layer_weight(layer), output)
-        if self.check_dim is not None and output.numel():
-            neurons_last = output.detach().movedim(self.check_dim, -1)
+        if (check or self.check) and output.numel() and output.dim() == features.dim():
+            neurons_last = output.detach().movedim(self.class_dim, -1)
             capture.first = neurons_last.reshape(-1, neurons_last.shape[-1])[0].clone()
+            device = output.device.type
+            if torch.is_autocast_enabled(device):  # a hook may have cast what was computed in less precision
+                capture.first = capture.first.to(torch.get_autocast_dtype(device))
         if self.pending:
             self.pending = [ref for ref in self.pending if ref() is not None]
         node = output.grad_fn
@@ -153,6 +169,7 @@ class Captures:
             used: Any = (_ATTRIBUTE, output.output_nr)
         else:
             place, key, used = output.__dict__.setdefault(_ATTRIBUTE, {}), id(self), _ATTRIBUTE
+            capture.on_output = True
         place[key] = capture
         capture.used = place.setdefault(used, capture.used)
         if torch.is_grad_enabled():
@@ -227,7 +244,7 @@ class Captures:
         if node is None or capture is None or node.metadata.get((self, outputs.output_nr)) is not capture:
             return None
         features = capture.features
-        if features is None or capture.used[0] or capture.first is not None:
+        if features is None or capture.version < 0 or capture.used[0] or capture.first is not None:
             return None
         same = features._version == capture.version and outputs._version == capture.output_version
         return capture if same else None
@@ -270,9 +287,16 @@ class Captures:
                     f"{caller}: the layer was called under torch.no_grad or inference_mode (or by reentrant checkpointing): its "
                     "output has no graph; call the model with gradients enabled, or call criterion.eval() for the plain loss"
                 )
+            if not torch.is_grad_enabled():
+                return UnsupportedError(
+                    f"{caller}: {self.layer} did not return these outputs. Without gradients they must be the very tensor that "
+                    "it returned, or under torch.no_grad a contiguous view of it: no graph tells of casts, slices and "
+                    "permutations; enable gradients"
+                )
             return UnsupportedError(
                 f"{caller}: {self.layer} was not called since the last loss; call the model in training mode before each use of "
-                "the criterion, and check that `layer` is the very module the model uses"
+                "the criterion, and check that `layer` is the very module the model uses. Where neither it nor anything before "
+                "it requires grad, only its own output keeps a call"
             )
         if not outputs.requires_grad:
             return UnsupportedError(

@@ -23,6 +23,8 @@ from torch import Tensor
 from fam_ext.curvature import Curvature, apply
 from fam_ext.layers import LayerMap
 
+LEVELS = ("rows", "samples", "batch")
+
 
 class Estimate(NamedTuple):
     """kappa (0-d, or by sample), and the standard error of the estimate over probes (None: exact, or a single probe)."""
@@ -46,10 +48,11 @@ class Estimate(NamedTuple):
         return cls(value, torch.stack(errors).square().sum(0).sqrt() if errors else None)
 
 
-def interaction(curvature: Curvature, generator: torch.Generator) -> str:
+def interaction(curvature: Curvature, generator: torch.Generator) -> str | None:
     """How far rows of z interact after the layer: "rows", "samples" or "batch".
 
-    A random direction on half of the rows (then: of the samples) must leave the products at the others at exactly zero.
+    A random direction on half of the rows (then: of the samples) must leave the products at the others at exactly zero. None
+    where all products are zero, or there are no rows: such numbers tell nothing.
     """
     if curvature.on_weight:
         return "batch"
@@ -57,6 +60,8 @@ def interaction(curvature: Curvature, generator: torch.Generator) -> str:
     samples, positions = layer.samples(call.shape), layer.positions(call.shape)
     row_shape = list(call.shape)
     row_shape[layer.class_dim] = 1
+    if samples * positions == 0:
+        return None
     direction = torch.randn(call.shape, generator=generator, device=curvature.device, dtype=curvature.dtype)
     for level, count in (("rows", samples * positions), ("samples", samples)):
         if count == 1:
@@ -65,9 +70,9 @@ def interaction(curvature: Curvature, generator: torch.Generator) -> str:
         order = torch.randperm(count, generator=generator, device=curvature.device)
         chosen[order[: (count + 1) // 2]] = True
         mask = chosen.repeat_interleave(samples * positions // count).reshape(row_shape)
-        reached = curvature.apply((direction * mask).unsqueeze(0))[0].detach() * ~mask
-        if not bool((reached != 0).any()):  # NaN counts as reached
-            return level
+        products = curvature.apply((direction * mask).unsqueeze(0))[0].detach()
+        if not bool((products * ~mask != 0).any()):  # NaN counts as reached
+            return level if bool((products != 0).any()) else None
     return "batch"
 
 

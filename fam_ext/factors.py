@@ -54,8 +54,9 @@ def _by_turns(factor: Tensor, samples: int, keep: int | None) -> Iterator[Tensor
     shape = list(factor.shape)
     if keep is not None:
         shape[keep] = 1
-    numbers = torch.arange(prod(shape), device=factor.device).reshape(shape) % (prod(shape) // samples)
-    for row in range(prod(shape) // samples):
+    turns = prod(shape) // max(samples, 1)
+    numbers = torch.arange(prod(shape), device=factor.device).reshape(shape) % max(turns, 1)
+    for row in range(turns):
         mask = numbers == row
         yield torch.where(mask, factor, 0.0)
 
@@ -128,16 +129,22 @@ def squares(
         for k, s in enumerate(pulled):
             if s is None:
                 flush(k)
-                layer, weight, call = places[k]
-                dtype = torch.promote_types(weight.dtype, torch.float32)
-                values[k].append(torch.zeros(1, layer.samples(call.shape), dtype=dtype, device=weight.device))
+                values[k].append(_zeros(places[k]))
                 continue
             waiting[k].append(s.detach() if hold else s)
             if len(waiting[k]) == together[k]:
                 flush(k)
     for k in range(len(places)):
         flush(k)
+    if not any(values):  # no rows, no factors
+        return [_zeros(place) for place in places]
     return [torch.cat(of_place) for of_place in values]
+
+
+def _zeros(place: Place) -> Tensor:
+    """(1, B), what a factor that does not reach the layer gives."""
+    dtype = torch.promote_types(place.weight.dtype, torch.float32)
+    return torch.zeros(1, place.layer.samples(place.call.shape), dtype=dtype, device=place.weight.device)
 
 
 def _of_several(place: Place, s: Tensor, weighted: bool, hold: bool, backend: str) -> Tensor:
@@ -186,11 +193,14 @@ def _by_sample(layer: LayerMap, features: Tensor, s: Tensor, samples: int, shape
     return result
 
 
-def check_samples_apart(caller: str, layer: LayerMap, call: LayerCall, outputs: Tensor) -> None:
-    """Refuse where one sample's output depends on another one's z (batch_norm in training, contrastive losses)."""
+def check_samples_apart(caller: str, layer: LayerMap, call: LayerCall, outputs: Tensor) -> bool:
+    """Refuse where one sample's output depends on another one's z (batch_norm in training, contrastive losses).
+
+    False where nothing reached z, which tells nothing: a weight may be zero yet.
+    """
     samples = layer.samples(call.shape)
     if samples < 2:
-        return
+        return True
     if outputs.shape[0] % samples:
         raise UnsupportedError(
             f"{caller}: curvature='ggn' needs the criterion's input to hold whole samples along its first dimension; "
@@ -207,3 +217,4 @@ def check_samples_apart(caller: str, layer: LayerMap, call: LayerCall, outputs: 
             f"{caller}: samples interact after the layer (batch_norm in training mode?), where curvature='ggn' and 'fisher' have "
             "no per-sample form; pass hold_statistics=True, put those layers in eval() mode or use curvature='hessian'"
         )
+    return reached is not None and bool((reached != 0).any())

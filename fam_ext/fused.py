@@ -71,7 +71,7 @@ def fused_step(
     options, fan_in = owner.options, features.shape[-1]
     if rows is not None:
         features = features.reshape(-1, fan_in)[rows]
-    elif outputs.dim() > 2 or features.dim() > 2:
+    elif outputs.dim() > 2 or features.dim() != 2:
         features = features.reshape(outputs.shape[0], *outputs.shape[2:], fan_in)
     scale = 1.0 if options.normalize is None else 1.0 / owner.parts[0].layer.fan_in
     total, kappa = head_cross_entropy(

@@ -51,8 +51,9 @@ class General:
         self.layer = layer
         self.module = module  # the layer, or the adapter around it
         self.plan: Plan | None = None
-        self._levels: dict[Any, str] = {}
+        self._levels: dict[Any, str] = {}  # the widest level found, by graph
         self._apart: set[Any] = set()  # graphs found to keep samples apart
+        self._uses: dict[Any, int] = {}  # of such a finding, by graph
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -102,15 +103,27 @@ class General:
             self.note(Plan("finite_difference", "batch", 2 * options.probes + 1, reason))
         return Estimate(self.finish(estimate.value, weight), estimate.standard_error)
 
-    def level(self, curvature: Curvature, between: list[Any]) -> str:
+    def level(self, curvature: Curvature, between: list[Any], per_sample: bool = False) -> str:
+        """How far rows interact (fam_ext.engine), "batch" where that cannot be told yet (for shares by sample: "samples")."""
         if curvature.on_weight or self.options.per_sample_probes is False:
             return "batch"
         call = curvature.calls[0]
         several = self.layer.samples(call.shape) > 1
         key = (several, call.shape[1:], *map(_signature, between))
-        if key not in self._levels:
-            self._levels[key] = engine.interaction(curvature, self.generator(curvature.device))
-        return self._levels[key]
+        known = self._levels.get(key)
+        if known != "batch" and (known is None or self._due(key)):
+            found = engine.interaction(curvature, self.generator(curvature.device))
+            if found is not None:
+                known = self._levels[key] = max(known or found, found, key=engine.LEVELS.index)
+        return known or ("samples" if per_sample else "batch")
+
+    def _due(self, key: Any) -> bool:
+        """Whether a finding about this graph is to be checked again: at the 1st, 2nd, 4th, 8th, ... use of it.
+
+        What a weight of zero hides (a gate, the gamma of a residual branch's batch_norm) shows when it has moved.
+        """
+        uses = self._uses[key] = self._uses.get(key, 0) + 1
+        return uses & (uses - 1) == 0
 
     def choose(self, curvature: Curvature, level: str, nodes: int, products: int) -> Plan:
         """How to form the term; `products` is what exact values take, those of the other layers in the sum included."""
@@ -177,8 +190,9 @@ class General:
                 f"{caller}: curvature={self.options.curvature!r} is for a layer called once; use curvature='hessian'"
             )
         key = (calls[0].shape, outputs.shape, *map(_signature, between))
-        if key not in self._apart:
-            factors.check_samples_apart(caller, self.layer, calls[0], outputs)
+        if (key not in self._apart or self._due(key)) and factors.check_samples_apart(
+            caller, self.layer, calls[0], outputs
+        ):
             self._apart.add(key)
         return factors.Place(self.layer, weight, calls[0])
 

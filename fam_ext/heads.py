@@ -99,8 +99,9 @@ class Layer(LayerMap):
     def check_unusual(
         self, caller: str, features: Tensor, weight: Tensor, got: Tensor, dtype: torch.dtype
     ) -> None:
-        """Compare `got`, (O,), the first row of the output, computed in `dtype`, with the layer's own map of the features."""
+        """Compare `got`, (O,), the first row of the output of `dtype`, with the layer's own map of the features."""
         bias = self.module.bias
+        eps = max(torch.finfo(d).eps for d in (dtype, got.dtype, features.dtype, weight.dtype))
         with torch.autocast(device_type=features.device.type, enabled=False):
             batched = features.dim() > self.spatial + 1
             x = (
@@ -110,10 +111,10 @@ class Layer(LayerMap):
             expected = z if bias is None else z + bias.double()
         scale = weight.double().norm() * x.norm() + expected.abs().max()
         error = (got.double() - expected).abs()
-        if bool(got.isfinite().all()) and bool((error > 8 * torch.finfo(dtype).eps * scale + 1e-30).any()):
+        if bool(got.isfinite().all()) and bool((error > 8 * eps * scale + 1e-30).any()):
             raise UnsupportedError(
                 f"{caller}: the output of layer ({self.kind}) is not its input times its weight plus its bias: its forward does "
-                "something else (an adapter's dropout must be 0); pass a plain Linear or Conv layer"
+                "something else, or a forward hook on it (an adapter's dropout must be 0); pass a plain Linear or Conv layer"
             )
 
 

@@ -107,7 +107,12 @@ class FAMLoss(LayerCriterion):
         self.every = every
         self.step = 0
         self.last = Last()
-        self._may_fuse = measure == "neuronwise" and self.parts[0].layer.linear and len(self.parts) == 1
+        self._may_fuse = (
+            options.closed_form
+            and measure == "neuronwise"
+            and self.parts[0].layer.linear
+            and len(self.parts) == 1
+        )
 
     @staticmethod
     def _check_strength(value: object) -> Any:
@@ -246,6 +251,8 @@ class FAMLoss(LayerCriterion):
             taken = [self._take(part, outputs, bound) for part in self.parts]
             if fused is None or taken[0] is None:
                 loss = self.criterion(outputs, *targets, **kwargs)
+                if any(head is not None for head in taken):
+                    self._check_hooks(loss, outputs, targets, kwargs)
                 term, error = self._terms(taken, loss, outputs, bound, closure)
                 if isinstance(strength, TargetRatio):
                     strength = strength.update(loss, term)

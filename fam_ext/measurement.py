@@ -88,7 +88,7 @@ def measure(
         batches: an iterable of pairs (inputs, targets) on the model's device, a DataLoader say; iterated again for each product
             of an eigenvalue measure and for normalize_features.
         layer: a name, a glob, a module of the model, or None for its last Linear or Conv layer.
-        criterion: as for FAMLoss; reduction "mean" or "sum".
+        criterion: as for FAMLoss; reduction "mean" or "sum" (one that does not tell its reduction counts as a mean over samples).
         measures: of "neuronwise", "layerwise", "trace", "layerwise_eigenvalue", "neuronwise_eigenvalue" (see FAMLoss).
         progress: show a progress bar where tqdm is installed.
         training: False measures in evaluation mode. Modes are restored; in training mode normalization statistics move.
@@ -108,6 +108,11 @@ def measure(
         _checks.bad_type(_NAME, "measures", "a sequence of names", measures)
     for name in names:
         _checks.check_choice(_NAME, "measures", name, MEASURES + EIGENVALUE_MEASURES)
+    again = normalize_features or any(name in EIGENVALUE_MEASURES for name in names)
+    if again and isinstance(batches, Iterator):  # the second pass would find nothing
+        _checks.bad_value(
+            _NAME, "batches", "a collection, not an iterator: it is gone through several times", batches
+        )
     (module,) = _one(find_layers(_NAME, model, layer))
     options: dict[str, Any] = {
         "method": method, "curvature": curvature, "probes": probes, "normalize": normalize, "generator": generator,
@@ -281,7 +286,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for module, mode in modes.items():

@@ -21,7 +21,7 @@ def hessian_terms(found: Sequence[tuple[General, Curvature, list[Any]]], per_sam
 
     `found` holds each layer's products, and the autograd nodes between the loss and it.
     """
-    levels = [general.level(curvature, nodes) for general, curvature, nodes in found]
+    levels = [general.level(curvature, nodes, per_sample) for general, curvature, nodes in found]
     products = sum(
         engine.exact_products(general.layer, curvature, level)
         for (general, curvature, _), level in zip(found, levels, strict=True)

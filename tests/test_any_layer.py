@@ -305,3 +305,71 @@ def test_evaluation_mode_is_the_plain_loss() -> None:
     criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5, method="finite_difference")
     net.eval()
     assert criterion(net(x), y, closure=lambda: None) == F.cross_entropy(net(x), y)
+
+
+@pytest.mark.parametrize("zero", ["head", "gamma", "gate"])
+def test_interaction_that_a_weight_of_zero_hides_at_first(zero: str) -> None:
+    """kappa and its gradient stay those of the full Hessian while the weight that lets rows interact leaves zero."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.norm, self.gate = nn.BatchNorm1d(3), nn.Parameter(torch.zeros(()))
+            nn.init.zeros_({"head": self.head, "gamma": self.norm, "gate": self.norm}[zero].weight)
+
+        def tail(self, x: Tensor, z: Tensor) -> Tensor:
+            if zero == "gate":
+                return self.head(torch.tanh(z + self.gate * z.mean(0)))
+            if zero == "gamma":  # batch_norm by hand: torch's third derivative is wrong
+                scaled = (z - z.mean(0)) * (z.var(0, correction=0) + self.norm.eps).rsqrt()
+                return self.head(torch.tanh(x + scaled * self.norm.weight + self.norm.bias))
+            return self.head(torch.tanh(z - z.mean(0)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if zero == "gamma":
+                return self.head(torch.tanh(x + self.norm(self.layer(x))))
+            return self.tail(x, self.layer(x))
+
+    net, x, y = Net().double(), torch.randn(6, 3).double(), torch.randint(0, 3, (6,))
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net.layer, 0.5, method="exact")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+    for step in range(3):
+        optimizer.zero_grad()
+        criterion(net(x), y).backward()
+
+        def loss(weight: Tensor) -> Tensor:
+            return F.cross_entropy(net.tail(x, F.linear(x, weight, net.layer.bias)), y)
+
+        kappa = oracle.kappa(loss, net.layer.weight)
+        torch.testing.assert_close(criterion.last.flatness, kappa.detach())
+        if step or zero != "gate":  # on its first step nothing tells of the gate
+            wanted = torch.autograd.grad(
+                loss(net.layer.weight) + 0.5 * kappa, [*net.head.parameters(), net.layer.weight]
+            )
+            got = [p.grad for p in (*net.head.parameters(), net.layer.weight)]
+            torch.testing.assert_close(got, list(wanted))
+        optimizer.step()
+
+
+def test_samples_that_a_weight_of_zero_keeps_apart_at_first() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = batch()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[0], 0.5, curvature="ggn")
+    nn.init.zeros_(net[1].weight)
+    assert criterion(net(x), y).isfinite() and criterion.last.flatness == 0
+    nn.init.ones_(net[1].weight)
+    with pytest.raises(UnsupportedError, match="samples interact"):
+        criterion(net(x), y)
+
+
+@pytest.mark.parametrize("options", [*METHODS, {"curvature": "fisher"}, {"measure": "layerwise_eigenvalue"}])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 2, 5), (3, 0, 5)])
+def test_no_rows(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    criterion = FAMLoss(nn.CrossEntropyLoss(reduction="sum"), net[0], 0.5, **options)
+    out = net(torch.randn(shape))
+    total = criterion(out.movedim(-1, 1), torch.zeros(shape[:-1], dtype=torch.int64))
+    total.backward()
+    assert total == 0 and criterion.last.flatness == 0
+    assert net[0].weight.grad is not None and not net[0].weight.grad.any()

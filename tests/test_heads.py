@@ -223,6 +223,7 @@ def test_unbatched() -> None:
     layer, x = nn.Linear(3, 4).double(), torch.randn(3).double()
     check(layer, x, lambda z: z, nn.CrossEntropyLoss(), (torch.tensor(2),))
     check(layer, x, lambda z: z, nn.MSELoss(), (real_target((4,)),))
+    check(layer, x, lambda z: z.unsqueeze(0), nn.CrossEntropyLoss(), (torch.tensor([2]),))
 
 
 @pytest.mark.parametrize("head", ["linear", "linear_shifted", "linear_masked", "conv2d", "grouped"])

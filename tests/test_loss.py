@@ -147,6 +147,13 @@ def test_relative_flatness_of_a_model_in_evaluation() -> None:
     with torch.no_grad():
         got = measure(net(x), y)
     torch.testing.assert_close(got, expected.detach())
+    with torch.no_grad():
+        out = net(x)
+        torch.testing.assert_close(measure(out, y), got)
+        torch.testing.assert_close(
+            measure(out, y, per_sample=True).sum(), got
+        )  # the output still holds the features
+        expect("no graph tells of casts", lambda: measure(out.double(), y))
     measure.eval()
     expect("evaluation mode", lambda: measure(net(x), y))
 
@@ -240,6 +247,86 @@ def test_forward_that_is_not_the_linear_map_is_refused() -> None:
     FAMLoss(nn.CrossEntropyLoss(), plain, 0.5)(plain(x), y)
     criterion = FAMLoss(nn.CrossEntropyLoss(), scaled, 0.5)
     expect("its forward does", lambda: criterion(scaled(x), y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_hook_that_changes_the_output_is_refused(dtype: torch.dtype) -> None:
+    x, y = batch()
+    for change in (lambda z: 2 * z, lambda z: z.mul_(2)):
+        layer = nn.Linear(5, 4)
+        layer.register_forward_hook(lambda m, args, z, change=change: change(z))
+        criterion = FAMLoss(nn.CrossEntropyLoss(), layer, 0.5)
+        out = layer(x)
+        expect("a forward hook on it", lambda c=criterion, z=out: c(z, y))
+    for harmless in (lambda z: None, lambda z: z.float()):
+        layer = nn.Linear(5, 4).to(dtype)
+        layer.register_forward_hook(lambda m, args, z, harmless=harmless: harmless(z))
+        criterion = FAMLoss(nn.CrossEntropyLoss(), layer, 0.5, method="closed_form")
+        criterion(layer(x.to(dtype)), y)
+
+
+def test_a_target_made_from_the_layer_s_own_output() -> None:
+    net, (x, _) = network().double(), batch()
+    x = x.double()
+
+    def loss(out: Tensor) -> Tensor:
+        return F.mse_loss(out, out.flip(0))
+
+    want = RelativeFlatness(loss, net[2], method="exact")(net(x))
+    for criterion in (nn.MSELoss(), F.mse_loss):
+        term = RelativeFlatness(criterion, net[2])
+        out = net(x)
+        got = term(out, out.flip(0))
+        torch.testing.assert_close(got, want)
+        grads = [torch.autograd.grad(k, net[2].weight, retain_graph=True)[0] for k in (got, want)]
+        torch.testing.assert_close(*grads)
+        detached = net(x)
+        assert term(detached, detached.flip(0).detach()) != got
+        assert term.plan.method == "closed_form"
+    out = net(x)
+    term = RelativeFlatness(nn.MSELoss(), net[2], method="closed_form")
+    out = net(x)
+    expect("target depends on the layer's output", lambda: term(out, out.flip(0)))
+
+
+def test_hooks_on_the_criterion() -> None:
+    net, (x, y) = network(), batch()
+    loss, calls = nn.CrossEntropyLoss(), []
+    loss.register_forward_hook(lambda m, args, value: calls.append(value))
+    criterion = FAMLoss(loss, net[2], 0.5, method="closed_form")
+    criterion(net(x), y)
+    assert len(calls) == 1
+    loss.register_forward_hook(lambda m, args, value: 3 * value)
+    expect("hook on the criterion changes", lambda: criterion(net(x), y))
+    exact = FAMLoss(loss, net[2], 0.5, method="exact")
+    exact(net(x), y)
+    three = 3 * RelativeFlatness(nn.CrossEntropyLoss(), net[2])(net(x), y)
+    torch.testing.assert_close(exact.last.flatness, three.detach())
+
+
+def test_the_criterion_may_be_replaced() -> None:
+    net, (x, y) = network(), batch()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5)
+    target = torch.randn(len(y), 4)
+    for loss, t in (
+        (nn.CrossEntropyLoss(label_smoothing=0.2), y),
+        (nn.MSELoss(), target),
+        (nn.HuberLoss(), target),
+    ):
+        criterion.criterion = loss
+        total, fresh = criterion(net(x), t), FAMLoss(loss, net[2], 0.5)
+        torch.testing.assert_close(total, fresh(net(x), t))
+        fresh.detach()
+
+
+@pytest.mark.parametrize("method", ["exact", "hutchinson", "finite_difference"])
+def test_a_method_asked_for_is_taken_on_a_head_too(method: str) -> None:
+    net, (x, y) = network(), batch()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5, method=method, probes=2)
+    out = net(x)
+    criterion(out, y, closure=lambda: F.cross_entropy(net(x), y))
+    assert criterion.plan.method == method
+    assert (criterion.last.standard_error is None) == (method == "exact")
 
 
 @pytest.mark.parametrize(
@@ -336,6 +423,10 @@ def test_frozen_layer_and_features() -> None:
     moving = criterion(layer(x), y)
     moving.backward()
     torch.testing.assert_close(moving.detach(), total)
+    layer.bias.requires_grad_()
+    with torch.inference_mode():
+        features = x.detach().clone()  # has no version counter
+    torch.testing.assert_close(criterion(layer(features), y).detach(), total)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,14 @@ def test_normalized_by_the_fan_in(name: str) -> None:
     assert report.values[name] == pytest.approx(float(whole.detach()), rel=1e-6)
 
 
+def test_inference_mode_around_it_changes_nothing() -> None:
+    net, (x, y) = network(), data()
+    arguments: Any = (net, batches(x, y), "0", nn.CrossEntropyLoss(), ["neuronwise"])
+    with torch.inference_mode():
+        got = fam_ext.measure(*arguments, progress=False)
+    assert got.values == fam_ext.measure(*arguments, progress=False).values
+
+
 def test_bad_arguments() -> None:
     net, (x, y) = network(), data()
     ce = nn.CrossEntropyLoss()
@@ -131,6 +139,9 @@ def test_bad_arguments() -> None:
         fam_ext.measure(net, [(x, y)], None, ce, "trace")
     with pytest.raises(ValueError, match="one layer"):
         fam_ext.measure(net, [(x, y)], "*", ce)
+    for options in ({"measures": ["layerwise_eigenvalue"]}, {"normalize_features": True}):
+        with pytest.raises(ValueError, match="batches must be a collection"):
+            fam_ext.measure(net, iter([(x, y)]), None, ce, progress=False, **options)
     with pytest.raises(ValueError, match="reduction"):
         fam_ext.measure(net, [(x, y)], None, nn.CrossEntropyLoss(reduction="none"), progress=False)
     assert not net[4]._forward_hooks
