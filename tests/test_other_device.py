@@ -79,7 +79,8 @@ def network() -> nn.Sequential:
                          nn.Linear(80, 4))  # fmt: skip
 
 
-# layer, options, numbers that the host waits for in each step but the first, which finds out whether samples interact
+# layer, options, numbers that the host waits for in each step but the first, which finds out whether samples interact, and the
+# 1st, 2nd, 4th, 8th, ... after it, which check that again
 STEPS: dict[str, tuple[int, dict[str, Any], int]] = {
     "head": (6, {}, 0),
     "label smoothing": (6, {"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)}, 0),
@@ -99,7 +100,7 @@ def test_the_host_waits_for_nothing_else(name: str) -> None:
         **{"criterion": nn.CrossEntropyLoss(), "layer": net[index], "strength": 0.1, **options}
     )
     step: Callable[[], Tensor] = lambda: criterion(net(x), y)  # noqa: E731
-    for _ in range(2):
+    for _ in range(5):
         step().backward()
     before = other_device.register().reads()
     for _ in range(3):
