@@ -50,6 +50,8 @@ def ordinary_step(
     if capture is None or options.curvature == "fisher" or options.backend not in ("auto", "native"):
         return None
     features, weight = capture.features, capture.weight
+    if weight.shape != part.layer.shape:  # type: ignore[union-attr]
+        return None
     scale = 1.0 if options.normalize is None else 1.0 / part.layer.fan_in
     found = ordinary_call(
         outputs, features, weight, bound.target, bound.weight, bound.ignore_index, bound.label_smoothing, bound.reduction,

@@ -430,7 +430,17 @@ def test_frozen_layer_and_features() -> None:
 
 
 @pytest.mark.parametrize(
-    "unusual", ["nothing", "earlier call", "second loss", "changed input", "changed output", "view", "mean"]
+    "unusual",
+    [
+        "nothing",
+        "earlier call",
+        "second loss",
+        "changed input",
+        "changed output",
+        "view",
+        "mean",
+        "other weight",
+    ],
 )
 def test_short_and_long_way_agree(unusual: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short way of an ordinary step gives what all checks in Python give, and leaves everything else to them."""
@@ -442,6 +452,9 @@ def test_short_and_long_way_agree(unusual: str, monkeypatch: pytest.MonkeyPatch)
         criterion = FAMLoss(loss, layer, 0.3, method="closed_form")
         x, y = torch.randn(6, 5).requires_grad_(), torch.arange(6) % 4
         features = x * 1
+        if unusual == "other weight":
+            layer.weight = nn.Parameter(torch.randn(4, 3))
+            features = features[:, :3]
         out = layer(features)
         others = [layer(x)] if unusual == "earlier call" else []
         if unusual == "second loss":
@@ -461,4 +474,6 @@ def test_short_and_long_way_agree(unusual: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("fam_ext.loss.ordinary_step", lambda *_: None)
     long = step()
     assert short == long if isinstance(long, str) else torch.equal(short, long)  # type: ignore[arg-type]
-    assert isinstance(long, str) == (unusual in ("earlier call", "changed input", "changed output"))
+    assert isinstance(long, str) == (
+        unusual in ("earlier call", "changed input", "changed output", "other weight")
+    )
