@@ -56,8 +56,9 @@ setup: build/.stamp
 
 # One library in the tree serves one environment: another one, or other build settings, compile it again.
 build/.stamp: $(VENV)/.stamp $(SOURCES) $(if $(findstring :$(WANTED):,:$(file <build/.stamp):),,FORCE)
-	$(PY) setup.py -q build_ext --inplace --force
-	@mkdir -p build && printf '%s' '$(WANTED)' > $@
+	@mkdir -p build && echo "compiling the kernels, about a minute (build/compile.log)"
+	@$(PY) setup.py -q build_ext --inplace --force > build/compile.log 2>&1 || { cat build/compile.log; exit 1; }
+	@printf '%s' '$(WANTED)' > $@
 
 .venv/.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version if sys.version_info < (3, 10) else 0)'
