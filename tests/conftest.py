@@ -20,8 +20,8 @@ from fam_ext import backends
 # FAM_EXT_TEST_DEVICE=other they run on the device of other_device.py alone.
 ON_DEVICES = {
     "test_softmax_trace", "test_patch_sqnorm", "test_head_cross_entropy", "test_head_cross_entropy_autograd", "test_opcheck",
-    "test_functional", "test_heads", "test_loss", "test_general", "test_any_layer", "test_several_layers", "test_measure",
-    "test_from_features", "test_invariance", "test_schedules", "test_other_device",
+    "test_functional", "test_heads", "test_loss", "test_calls", "test_general", "test_any_layer", "test_several_layers",
+    "test_measure", "test_from_features", "test_invariance", "test_schedules", "test_other_device",
 }  # fmt: skip
 # Some of cuBLAS's sums repeat only with this; it is read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -26,6 +26,7 @@ FILES = (
     "functional",
     "heads",
     "loss",
+    "calls",
     "general",
     "any_layer",
     "several_layers",
