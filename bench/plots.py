@@ -26,9 +26,7 @@ def scaling(rows: Sequence[Row], path: Path) -> None:
         _panel(axis, sweep, [r for r in rows if r["sweep"] == sweep])
     for axis in axes[len(sweeps) :]:
         axis.set_visible(False)
-    figure.supxlabel(machine_line(), fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def accuracy(confidence: Sequence[Row], probes: Sequence[Row], path: Path) -> None:
@@ -47,35 +45,38 @@ def accuracy(confidence: Sequence[Row], probes: Sequence[Row], path: Path) -> No
                 errors = [max(float(r[name]), SMALLEST) for r in rows]
                 label = method if style == "o-" else None
                 axis.loglog(deltas, errors, style, color=f"C{number}", markersize=3, linewidth=1, label=label)
-        axis.set_title(f"{dtype}: value (solid), gradients (dashed)", fontsize=9)
-        axis.set_xlabel("1 - max p", fontsize=9)
-        axis.set_ylabel(f"relative error (at least {SMALLEST:g})", fontsize=9)
+        _label(
+            axis,
+            f"{dtype}: value (solid), gradients (dashed)",
+            "1 - max p",
+            f"relative error (at least {SMALLEST:g})",
+        )
         axis.invert_xaxis()
         axis.set_ylim(SMALLEST / 2, None)
-        axis.grid(True, alpha=0.2)
         axis.legend(fontsize=6.5)
     for number, method in enumerate(dict.fromkeys(r["method"] for r in probes)):
         rows = [r for r in probes if r["method"] == method]
         counts = [int(r["probes"]) for r in rows]
-        last.loglog(
-            counts,
-            [float(r["measured_error"]) for r in rows],
-            "o",
-            color=f"C{number}",
-            label=f"{method}, measured",
-        )
-        last.loglog(
-            counts,
-            [float(r["standard_error"]) for r in rows],
-            "-",
-            color=f"C{number}",
-            label=f"{method}, std / sqrt(k)",
-        )
-    last.set_title("a hidden layer's estimate in one step", fontsize=9)
-    last.set_xlabel("probes k", fontsize=9)
-    last.set_ylabel("relative standard error", fontsize=9)
-    last.grid(True, which="both", alpha=0.2)
+        for name, style, what in (
+            ("measured_error", "o", "measured"),
+            ("standard_error", "-", "std / sqrt(k)"),
+        ):
+            errors = [float(r[name]) for r in rows]
+            last.loglog(counts, errors, style, color=f"C{number}", label=f"{method}, {what}")
+    _label(last, "a hidden layer's estimate in one step", "probes k", "relative standard error")
     last.legend(fontsize=6.5)
+    _save(figure, path)
+
+
+def _label(axis: Any, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.grid(True, which="both", alpha=0.2)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """With the machine below."""
     figure.supxlabel(machine_line(), fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -93,8 +94,5 @@ def _panel(axis: Any, sweep: str, rows: Sequence[Row]) -> None:
         axis.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
         law = [float(r["law"]) for r in own]
         axis.loglog(sizes, [v * times[-1] / law[-1] for v in law], ":", color=color, linewidth=1)
-    axis.set_title(sweep, fontsize=9)
-    axis.set_xlabel(rows[0]["letter"], fontsize=9)
-    axis.set_ylabel("µs", fontsize=9)
-    axis.grid(True, which="both", alpha=0.2)
+    _label(axis, sweep, rows[0]["letter"], "µs")
     axis.legend(fontsize=6.5, title="exponent of the larger sizes", title_fontsize=6.5)

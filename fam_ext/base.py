@@ -51,6 +51,9 @@ class Part:
         self.layer = Layer(options.caller, module)
         self.general = General(options, self.layer, module)
         self.captures = Captures(str(module), self.layer.class_dim, self.layer.unusual)
+        self.factor = (
+            1.0 if options.normalize is None else 1.0 / self.layer.fan_in
+        )  # of the fused operations' kappa
         self.handle: Any = None
         self.not_a_head: NotAHead | None = None  # why the closed form did not serve the latest loss
         self.scale: Tensor | None = (
@@ -238,15 +241,19 @@ class LayerCriterion(nn.Module):
                     "takes for constant; detach it, or use method='auto'"
                 )
 
+    def hooked(self) -> bool:
+        """Whether hooks stand on the criterion, which see its calls and may change its loss."""
+        criterion: Any = self._modules.get("criterion")  # None: a function
+        return criterion is not None and bool(criterion._forward_hooks or criterion._forward_pre_hooks)
+
     def _check_hooks(
         self, loss: Tensor, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Refuse a hook on the criterion that changes its loss: the closed form is that of the criterion alone."""
-        criterion: Any = self._modules.get("criterion")  # None: a function
-        if criterion is None or not (criterion._forward_hooks or criterion._forward_pre_hooks):
+        if not self.hooked():
             return
         with torch.no_grad():
-            alone = criterion.forward(outputs, *targets, **kwargs)
+            alone = self.criterion.forward(outputs, *targets, **kwargs)
         if alone.shape != loss.shape or not torch.allclose(loss, alone, rtol=0, atol=0, equal_nan=True):
             raise UnsupportedError(
                 f"{self.options.caller}: a forward hook on the criterion changes its loss, which has no closed form then; remove "

@@ -42,7 +42,7 @@ class FeatureLoss:
             )
         self.tensors = (features, weight, target)
         self.num_items = num_items
-        self.scale = 1.0 if options.normalize is None else 1.0 / layer.fan_in
+        self.factor = owner.parts[0].factor
         self.arguments: dict[str, Any] = {
             "bias": bias,
             "class_weight": bound.weight,
@@ -54,9 +54,9 @@ class FeatureLoss:
         }
 
     def __call__(self, strength: float) -> tuple[Tensor, Tensor]:
-        total, kappa = linear_cross_entropy(*self.tensors, strength=strength * self.scale, **self.arguments)
-        if self.scale != 1.0:
-            kappa = kappa * self.scale
+        total, kappa = linear_cross_entropy(*self.tensors, strength=strength * self.factor, **self.arguments)
+        if self.factor != 1.0:
+            kappa = kappa * self.factor
         return (total, kappa) if self.num_items is None else (total / self.num_items, kappa / self.num_items)
 
     @torch.no_grad()

@@ -35,9 +35,7 @@ def fusible(
         return None
     if target.dtype != torch.int64 and target.dtype != outputs.dtype:
         return None
-    criterion = owner._modules.get("criterion")  # None: a function
-    hooked = criterion is not None and (criterion._forward_hooks or criterion._forward_pre_hooks)
-    return None if hooked else bound
+    return None if owner.hooked() else bound
 
 
 def ordinary_step(
@@ -52,17 +50,16 @@ def ordinary_step(
     features, weight = capture.features, capture.weight
     if weight.shape != part.layer.shape:  # type: ignore[union-attr]
         return None
-    scale = 1.0 if options.normalize is None else 1.0 / part.layer.fan_in
     found = ordinary_call(
         outputs, features, weight, bound.target, bound.weight, bound.ignore_index, bound.label_smoothing, bound.reduction,
-        strength * scale, options.curvature_grad,
+        strength * part.factor, options.curvature_grad,
     )  # fmt: skip
     if found is None:
         return None
     part.general.note(CLOSED_FORM)
     capture.used[0] = True
     part.captures.done()
-    return found if scale == 1.0 else (found[0], found[1] * scale)
+    return found if part.factor == 1.0 else (found[0], found[1] * part.factor)
 
 
 def fused_step(
@@ -75,7 +72,7 @@ def fused_step(
         features = features.reshape(-1, fan_in)[rows]
     elif outputs.dim() > 2 or features.dim() != 2:
         features = features.reshape(outputs.shape[0], *outputs.shape[2:], fan_in)
-    scale = 1.0 if options.normalize is None else 1.0 / owner.parts[0].layer.fan_in
+    factor = owner.parts[0].factor
     total, kappa = head_cross_entropy(
         outputs,
         features,
@@ -85,8 +82,8 @@ def fused_step(
         ignore_index=bound.ignore_index,
         label_smoothing=bound.label_smoothing,
         reduction=bound.reduction,
-        strength=strength * scale,
+        strength=strength * factor,
         curvature_grad=options.curvature_grad,
         backend=options.backend,
     )
-    return total, kappa if scale == 1.0 else kappa * scale
+    return total, kappa if factor == 1.0 else kappa * factor

@@ -51,7 +51,7 @@ _RESHAPE = {
 _MAX_STEPS = 32  # a chain of layout operations is short; a longer walk is a network
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """Autograd shows negative integers as unsigned 64-bit ones."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -88,7 +88,7 @@ def _input_shape(node: Any, name: str, shape: Shape) -> Shape:
     if name == "TBackward0":
         return shape[::-1]
     if name == "UnsqueezeBackward0":
-        dim = _signed(node._saved_dim) % len(shape)
+        dim = signed(node._saved_dim) % len(shape)
         return shape[:dim] + shape[dim + 1 :]
     return tuple(node._saved_self_sym_sizes)
 
@@ -139,7 +139,7 @@ def _reshape(state: Layout, name: str, shape: Shape, out: Shape) -> Layout:
 
 
 def _dims(saved: tuple[int, ...], rank: int) -> list[int]:
-    return [_signed(d) % rank for d in saved]
+    return [signed(d) % rank for d in saved]
 
 
 def _inverse(dims: list[int]) -> list[int]:
@@ -148,7 +148,7 @@ def _inverse(dims: list[int]) -> list[int]:
 
 def _transposed(items: Any, node: Any) -> list[Any]:
     swapped = list(items)
-    a, b = (_signed(d) % len(swapped) for d in (node._saved_dim0, node._saved_dim1))
+    a, b = (signed(d) % len(swapped) for d in (node._saved_dim0, node._saved_dim1))
     swapped[a], swapped[b] = swapped[b], swapped[a]
     return swapped
 
@@ -181,7 +181,7 @@ def _on_t(state: Layout, node: Any, shape: Shape, device: torch.device) -> Layou
 
 def _row_dim(state: Layout, node: Any, shape: Shape) -> int | None:
     """The saved dimension counted among the rows' dimensions; None if it is the class dimension."""
-    dim = _signed(node._saved_dim) % len(shape)
+    dim = signed(node._saved_dim) % len(shape)
     if state.class_dim is None:
         return dim
     return None if dim == state.class_dim else dim - (dim > state.class_dim)
@@ -189,8 +189,8 @@ def _row_dim(state: Layout, node: Any, shape: Shape) -> int | None:
 
 def _on_slice(state: Layout, node: Any, shape: Shape, device: torch.device) -> Layout:
     dim = _row_dim(state, node, shape)
-    size = shape[_signed(node._saved_dim) % len(shape)]
-    selected = range(size)[_signed(node._saved_start) : _signed(node._saved_end) : node._saved_step]
+    size = shape[signed(node._saved_dim) % len(shape)]
+    selected = range(size)[signed(node._saved_start) : signed(node._saved_end) : node._saved_step]
     if len(selected) == size:
         return state
     if dim is None:
@@ -205,8 +205,8 @@ def _on_select(state: Layout, node: Any, shape: Shape, device: torch.device) -> 
         if shape[state.class_dim or 0] != 1:
             raise NotLayout(node.name())
         return Layout(None, state.rows)
-    full = _signed(node._saved_dim) % len(shape)
-    rows = _numbered(state, shape, device).select(dim, _signed(node._saved_index))
+    full = signed(node._saved_dim) % len(shape)
+    rows = _numbered(state, shape, device).select(dim, signed(node._saved_index))
     return Layout(None if state.class_dim is None else state.class_dim - (full < state.class_dim), rows)
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fam_ext.layout import signed
+
 LEAST = 1 << 20  # numbers of the matrix: smaller ones stay in the cache anyway
 _BLOCK = 1 << 17  # numbers a block
 
@@ -31,8 +33,7 @@ def pays(node: Any) -> bool:
     Half precision is left to torch, which rounds once where the blocks would round three times.
     """
     shape, dtype = node._input_metadata[0].shape, node._input_metadata[0].dtype
-    dim = node._saved_dim
-    last = (dim - (1 << 64) if dim >= 1 << 63 else dim) in (-1, len(shape) - 1)
+    last = signed(node._saved_dim) in (-1, len(shape) - 1)
     return last and prod(shape) >= LEAST and dtype in (torch.float32, torch.float64)
 
 

@@ -62,6 +62,11 @@ def confident_logits(rows: int, classes: int, doubt: float, seed: int = 0) -> tu
     return z.scatter(1, y[:, None], others + math.log((1 - doubt) / doubt)).float(), y
 
 
+def network() -> torch.nn.Sequential:
+    """Takes the features of batch()."""
+    return torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
+
+
 def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 5), torch.randint(0, 4, (8,))
 

@@ -21,9 +21,8 @@ def register() -> Any:
     from torch.utils import cpp_extension
 
     source = Path(__file__).with_suffix(".cpp")
-    os.environ["PATH"] = os.pathsep.join(
-        [ninja.BIN_DIR, os.environ["PATH"]]
-    )  # an environment need not be activated
+    # an environment need not be activated
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
     library = cpp_extension.load("fam_ext_other_device", [str(source)], extra_cflags=["-O0"])
     torch.utils.rename_privateuse1_backend(NAME)
     module = SimpleNamespace(

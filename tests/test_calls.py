@@ -5,15 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import batch, expect
+from inputs import batch, expect, network
 from torch import Tensor, nn
 
 import fam_ext
 from fam_ext import FAMLoss, RelativeFlatness
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

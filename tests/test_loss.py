@@ -11,15 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from inputs import ON_OTHER, batch, expect
+from inputs import ON_OTHER, batch, expect, network
 from torch import Tensor, nn
 
 import fam_ext
 from fam_ext import FAMLoss, RelativeFlatness, schedules
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
 
 
 def test_training_and_evaluation() -> None:
