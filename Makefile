@@ -26,11 +26,11 @@ demo: setup  ## train with SGD, SAM and FAM on handwritten digits (DEMO_ARGS=--q
 
 test: lint  ## lint, then run all tests (TEST_ARGS="-k name")
 	$(PY) -m pytest $(TEST_ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(TEST_ARGS) || test $$? = 5 # 5: TEST_ARGS left none of them
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(TEST_ARGS) || test $$? = 5 # 5: TEST_ARGS left none of them
 
 test-triton: setup $(VENV)/.tools  ## run the Triton kernels in Triton's interpreter on the CPU, and compile them for GPUs
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(TEST_ARGS)
-	$(PY) -m pytest tests/test_kernel_builds.py
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(TEST_ARGS)
+	$(PY) -m pytest tests/packaging/test_kernels.py
 
 lint: setup $(VENV)/.tools  ## ruff, mypy and clang-format, changing nothing
 	@bash tools/lint.sh $(PY) $(ENV)

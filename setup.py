@@ -36,7 +36,7 @@ For pure Python, same numbers but slower: FAM_EXT_BUILD=0 pip install --no-build
 
 
 def write_record(in_source, build_lib, **record):
-    """What was built, or why nothing was: fam_ext/backends.py reads it before it imports the library."""
+    """What was built, or why nothing was: fam_ext/ops/backends.py reads it before it imports the library."""
     Path("." if in_source else build_lib, "fam_ext", "_build.json").write_text(json.dumps(record, indent=2))
 
 

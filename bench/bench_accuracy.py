@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fam_ext
-from fam_ext import backends
 from fam_ext.functional import softmax_trace
+from fam_ext.ops import backends
 
 OP = "accuracy"
 SHARE = 0.5

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fam_ext import FAMLoss, RelativeFlatness
-from fam_ext.engine import gram_root
+from fam_ext.hessian.hutchinson import gram_root
 
 OP = "curvature"
 SHARE = 0  # minutes of its own: only when asked for

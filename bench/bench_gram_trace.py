@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from common import Case, Result, Variant, in_pytest
 from torch import Tensor
 
-from fam_ext import backends
 from fam_ext.functional import gram_trace
+from fam_ext.ops import backends
 from fam_ext.ops.gram_trace import choose_form
 
 OP = "gram_trace"

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import fam_ext
 from fam_ext.functional import head_cross_entropy
+from fam_ext.ops.reference.softmax_trace import softmax_trace as stable_trace
 from fam_ext.ops.softmax_trace import choose_form
-from fam_ext.reference.softmax_trace import softmax_trace as stable_trace
 
 OP = "head_cross_entropy"
 STRENGTH = 0.1

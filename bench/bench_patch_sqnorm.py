@@ -16,8 +16,8 @@ from common import Case, Variant, in_pytest
 from counts import patch_bytes
 from torch import Tensor
 
-from fam_ext import backends
 from fam_ext.functional import patch_sqnorm
+from fam_ext.ops import backends
 
 OP = "patch_sqnorm"
 # shape, kernel_size, stride, padding, groups, memory format

@@ -29,7 +29,7 @@ from timing import ratios
 from torch import Tensor, nn
 
 import fam_ext
-from fam_ext import backends
+from fam_ext.ops import backends
 
 OP = "scaling"
 SHARE = 1.5

@@ -14,8 +14,8 @@ from common import Case, Result, Variant, in_pytest
 from counts import trace_step
 from torch import Tensor
 
-from fam_ext import backends
 from fam_ext.functional import softmax_trace
+from fam_ext.ops import backends
 from fam_ext.ops.softmax_trace import choose_form
 
 OP = "softmax_trace"

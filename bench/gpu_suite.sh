@@ -70,14 +70,11 @@ PYTHON
 
 tests() { # the operations' files side by side: each is a process with its own log
     local status=0 file log triton pids=() files=()
-    for file in tests/test_*.py tests/triton/test_*.py; do
-        case $file in
-            */test_build.py | */test_cuda_host.py | */test_demo.py | */test_examples.py | */test_other_device.py | \
-                */test_verified.py) continue ;;
-        esac
+    for file in $(grep -rl --include='test_*.py' mark.on_devices tests) tests/cuda/test_device.py tests/kernels/test_*.py; do
+        [[ $file == tests/test_other_device.py ]] && continue
         files+=("$file")
         log=${file#tests/}
-        triton=$([[ $file == */triton/* ]] && echo gpu)
+        triton=$([[ $file == */kernels/* ]] && echo gpu)
         FAM_EXT_TEST_TRITON=$triton "$env_python" -m pytest "$file" -p no:cacheprovider -k "cuda or device" \
             >"$out/$(tr / _ <<<"${log%.py}").log" 2>&1 &
         pids+=($!)
@@ -89,7 +86,7 @@ tests() { # the operations' files side by side: each is a process with its own l
             *) status=1; echo "failed: ${files[$k]}" ;;
         esac
     done
-    grep -hE '[0-9]+ (passed|failed|error)' "$out"/test_*.log "$out"/triton_*.log | grep -oE '[0-9]+ (passed|failed|errors?|skipped)' |
+    grep -hE '[0-9]+ (passed|failed|error)' "$out"/*test_*.log | grep -oE '[0-9]+ (passed|failed|errors?|skipped)' |
         awk '{ sum[$2] += $1 } END { for (word in sum) printf "%d %s  ", sum[word], word; print "" }'
     return $status
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fam_ext import backends
+from fam_ext.ops import backends
 
 ALL_THREADS = torch.get_num_threads()
 

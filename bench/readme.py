@@ -1,7 +1,7 @@
 """The README's table of costs and its plot, from the committed run: python bench/readme.py
 
 bench/results holds the CSV files and the plot of one run of `make bench BENCH_ARGS="--out bench/results"` on a quiet machine.
-What stands between the two marks in README.md is written by this script; tests/test_bench.py compares them.
+What stands between the two marks in README.md is written by this script; tests/bench/test_bench.py compares them.
 """
 
 from __future__ import annotations

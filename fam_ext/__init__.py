@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fam_ext import functional, schedules
-from fam_ext.backends import info
+from fam_ext._version import __version__
 from fam_ext.errors import UnsupportedError
 from fam_ext.functional import relative_flatness
-from fam_ext.loss import FAMLoss, RelativeFlatness
+from fam_ext.loss.fam_loss import FAMLoss
+from fam_ext.loss.relative_flatness import RelativeFlatness
 from fam_ext.measurement import measure
+from fam_ext.ops.backends import info
 
-__version__ = "0.1.0"
 __all__ = [
     "FAMLoss",
     "RelativeFlatness",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fam_ext.backends import Info, info
+from fam_ext.ops.backends import Info, info
 
 
 def _print_rich(facts: Info) -> None:

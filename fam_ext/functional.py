@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fam_ext import _checks, criteria
-from fam_ext.heads import element_traces, row_traces, weight_factor
+from fam_ext import _checks, loss_hessians
+from fam_ext._dtypes import accumulation_dtype
+from fam_ext.head.closed_form import element_traces, row_traces, weight_factor
 from fam_ext.ops.gram_trace import gram_trace
 from fam_ext.ops.head_cross_entropy import head_cross_entropy
 from fam_ext.ops.linear_cross_entropy import linear_cross_entropy
 from fam_ext.ops.patch_sqnorm import patch_sqnorm
+from fam_ext.ops.row_coefficients import clear_rows
 from fam_ext.ops.softmax_trace import softmax_trace
-from fam_ext.reference.coefficients import clear_rows
-from fam_ext.reference.softmax_trace import accumulation_dtype
-from fam_ext.terms import Options
+from fam_ext.options import Options
 
 __all__ = [
     "gram_trace",
@@ -108,7 +108,7 @@ def relative_flatness(
                     _NAME, "target", f"of shape {tuple(logits.shape if soft else rows)}", target
                 )
             flat = None if target is None else target.reshape(-1, outputs) if soft else target.reshape(-1)
-            c = criteria.CrossEntropy(
+            c = loss_hessians.CrossEntropy(
                 flat, reduction, class_weight, ignore_index, label_smoothing
             ).coefficients(z2)
             if flat is not None and not soft:
@@ -131,14 +131,14 @@ def relative_flatness(
 
 def _elementwise(
     loss: str, target: Any, reduction: str, pos_weight: Any, element_weight: Any, variance: Any, eps: float
-) -> criteria.Bound:
+) -> loss_hessians.Bound:
     if loss == "mse":
-        return criteria.MeanSquaredError(target, reduction, element_weight)
+        return loss_hessians.MeanSquaredError(target, reduction, element_weight)
     if loss == "bce_with_logits":
-        return criteria.BinaryCrossEntropy(target, reduction, element_weight, pos_weight)
+        return loss_hessians.BinaryCrossEntropy(target, reduction, element_weight, pos_weight)
     if loss == "poisson_nll":
-        return criteria.PoissonNLL(target, reduction)
-    return criteria.GaussianNLL(target, reduction, variance, eps)
+        return loss_hessians.PoissonNLL(target, reduction)
+    return loss_hessians.GaussianNLL(target, reduction, variance, eps)
 
 
 def _check_options(

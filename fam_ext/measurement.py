@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext import _checks, criteria
-from fam_ext.base import Part
-from fam_ext.eigen import largest_direction
+from fam_ext import _checks, loss_hessians
 from fam_ext.errors import UnsupportedError
-from fam_ext.heads import EIGENVALUE_MEASURES, MEASURES
-from fam_ext.loss import RelativeFlatness
-from fam_ext.models import find_layers
+from fam_ext.hessian.eigenvalue import largest_direction
+from fam_ext.layers.find import find_layers
+from fam_ext.loss.layer_criterion import Part
+from fam_ext.loss.relative_flatness import RelativeFlatness
+from fam_ext.options import EIGENVALUE_MEASURES, MEASURES
 
 _NAME = "measure"
 
@@ -204,13 +204,13 @@ class _Sums:
 def _weight(criterion: Any, outputs: Any, targets: Any) -> tuple[float, float | None]:
     """(weight of a batch's loss in the data set's, its share of the total); the total is None for sums, where it is 1."""
     try:
-        bound: criteria.Bound | None = criteria.read(_NAME, criterion)(targets)
+        bound: loss_hessians.Bound | None = loss_hessians.read(_NAME, criterion)(targets)
     except UnsupportedError:
         bound = None
     reduction = bound.reduction if bound is not None else getattr(criterion, "reduction", "mean")
     if reduction == "sum":
         return 1.0, None
-    if isinstance(bound, criteria.CrossEntropy) and not targets.is_floating_point():
+    if isinstance(bound, loss_hessians.CrossEntropy) and not targets.is_floating_point():
         valid = targets != bound.ignore_index
         count = (
             valid.sum()
@@ -218,9 +218,9 @@ def _weight(criterion: Any, outputs: Any, targets: Any) -> tuple[float, float | 
             else bound.weight[torch.where(valid, targets, 0)].mul(valid).sum()
         )
         return float(count), float(count)
-    if isinstance(bound, criteria.MeanSquaredError) and bound.weight is not None:
+    if isinstance(bound, loss_hessians.MeanSquaredError) and bound.weight is not None:
         return float(bound.weight.sum()), float(bound.weight.sum())
-    elements = bound is not None and not isinstance(bound, criteria.CrossEntropy)
+    elements = bound is not None and not isinstance(bound, loss_hessians.CrossEntropy)
     size = float(outputs.numel() if elements else len(targets))
     return size, size
 

@@ -28,7 +28,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def pair_trace_blocks(phi: torch.dtype, left: torch.dtype, right: torch.dtype) -> dict[str, int]:
-    """Tile sizes: as large as registers allow on every target of tests/kernel_builds.py."""
+    """Tile sizes: as large as registers allow on every target of tests/helpers/kernel_builds.py."""
     steps = {torch.float32: 16, torch.float16: 32}
     wide = 64 if left == right else 32
     return {"BLOCK_Q": 64, "BLOCK_I": steps.get(phi, 64), "BLOCK_O": min(steps.get(right, wide), wide)}

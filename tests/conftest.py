@@ -14,21 +14,14 @@ import pytest
 import torch
 from inputs import BACKENDS, ON_OTHER, TRITON_ON_GPU
 
-from fam_ext import backends
+from fam_ext.ops import backends
 
-# Their tests run on the CPU and, where there is one, on a GPU: the second time with the GPU as the default device. With
-# FAM_EXT_TEST_DEVICE=other they run on the device of other_device.py alone.
-ON_DEVICES = {
-    "test_softmax_trace", "test_patch_sqnorm", "test_head_cross_entropy", "test_head_cross_entropy_autograd", "test_opcheck",
-    "test_functional", "test_heads", "test_loss", "test_calls", "test_general", "test_any_layer", "test_several_layers",
-    "test_measure", "test_from_features", "test_invariance", "test_schedules", "test_other_device",
-}  # fmt: skip
 # Some of cuBLAS's sums repeat only with this; it is read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # The tests of Triton's kernels have runs of their own: in its interpreter, which is chosen when triton is imported, or compiled
-# for a GPU, when FAM_EXT_TEST_TRITON=gpu asks for that (two files have the same name as others).
-collect_ignore_glob = [] if TRITON_ON_GPU or os.environ.get("TRITON_INTERPRET") == "1" else ["triton/*"]
+# for a GPU, when FAM_EXT_TEST_TRITON=gpu asks for that.
+collect_ignore_glob = [] if TRITON_ON_GPU or os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/*"]
 
 hypothesis.settings.register_profile(
     "local", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -70,9 +63,13 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.definition.path.parent.name == "triton":
+    """Tests marked on_devices run on the CPU and, where there is one, on a GPU as the default device.
+
+    With FAM_EXT_TEST_DEVICE=other they run on the device of helpers/other_device.py alone.
+    """
+    if metafunc.definition.path.parent.name == "kernels":
         devices = ["cuda"] if TRITON_ON_GPU else []
-    elif metafunc.module.__name__ not in ON_DEVICES:
+    elif metafunc.definition.get_closest_marker("on_devices") is None:
         devices = []
     elif ON_OTHER:
         devices = [other_device.NAME]

@@ -11,13 +11,15 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from full_hessian import layer_hessian
+from full_hessian import relative_flatness as full_hessian
 from inputs import DTYPES, LAYOUTS, confident_logits, make_input, needs_native
 from tolerance import assert_accurate, relative_error
 from torch import Tensor
 
 import fam_ext
-from fam_ext.reference.hessian import layer_hessian
-from fam_ext.reference.hessian import relative_flatness as full_hessian
+
+pytestmark = pytest.mark.on_devices
 
 D = torch.float64
 OMEGA = torch.tensor([0.5, 2.0, 1.5, 0.7], dtype=D)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from fam_ext import RelativeFlatness
 
+pytestmark = pytest.mark.on_devices
+
 INVARIANT: list[dict[str, Any]] = [
     {},
     {"measure": "layerwise"},

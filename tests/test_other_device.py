@@ -22,18 +22,8 @@ from torch import Tensor, nn
 
 from fam_ext import FAMLoss
 
-FILES = (
-    "functional",
-    "heads",
-    "loss",
-    "calls",
-    "general",
-    "any_layer",
-    "several_layers",
-    "measure",
-    "from_features",
-    "invariance",
-)
+pytestmark = pytest.mark.on_devices
+
 here = pytest.mark.skipif(not ON_OTHER, reason="test_every_way_to_kappa runs these in another process")
 
 
@@ -48,7 +38,10 @@ def test_every_way_to_kappa(tmp_path: Path) -> None:
             "pytest",
             "-p",
             "no:cacheprovider",
-            *(f"test_{name}.py" for name in (*FILES, "other_device")),
+            "-m",
+            "on_devices",
+            "--ignore=ops",
+            "--ignore=derivatives",
         ],
         env={**os.environ, "FAM_EXT_TEST_DEVICE": other_device.NAME, "TORCH_EXTENSIONS_DIR": str(tmp_path)},
         cwd=folder,

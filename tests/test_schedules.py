@@ -10,6 +10,8 @@ import torch
 
 from fam_ext.schedules import Constant, SwitchOff, TargetRatio, Warmup
 
+pytestmark = pytest.mark.on_devices
+
 
 def test_values() -> None:
     assert [Constant(0.3)(s) for s in (0, 9)] == [0.3, 0.3]

@@ -1,5 +1,5 @@
 // What every CUDA kernel stands on: dtypes, strided rows, sums over a warp and a block. No torch header is included, so nvcc alone
-// compiles the kernels; without nvcc they compile as C++ over a shim that tests/cuda_host/ provides.
+// compiles the kernels; without nvcc they compile as C++ over a shim that tests/helpers/cuda_host/ provides.
 #pragma once
 
 #ifdef __CUDACC__

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
-from fam_ext.loss import FAMLoss
+from fam_ext.loss.fam_loss import FAMLoss
 
 NAME = "patch_causal_lm"
 _IGNORED = -100  # transformers' own

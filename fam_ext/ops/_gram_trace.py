@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fam_ext import backends
-from fam_ext.ops._native import refuse_double_backward, register_fake
+from fam_ext.ops import backends
+from fam_ext.ops._registration import refuse_double_backward, register_fake
 
 
 def register(op: str, keeps: bool) -> None:

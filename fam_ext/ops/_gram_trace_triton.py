@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fam_ext.ops._gram_trace import register
-from fam_ext.ops._native import triton_launches
-from fam_ext.reference.gram_trace import patches
+from fam_ext.ops._registration import triton_launches
+from fam_ext.ops.reference.gram_trace import patches
 
 Ints = Sequence[int]
 _ARGUMENTS = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, str form, int max_bytes"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fam_ext.ops._native import triton_launches
+from fam_ext.ops._registration import triton_launches
 
 NONE, MEAN, SUM = range(3)
 _ALIGN = 16  # rows of buffers begin at multiples of so many numbers: the matrix units want 16 bytes

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fam_ext._dtypes import accumulation_dtype
 from fam_ext.ops._linear_cross_entropy_chunks import NONE, SUM, Options, forward
-from fam_ext.ops._native import register_fake
-from fam_ext.reference.softmax_trace import accumulation_dtype
+from fam_ext.ops._registration import register_fake
 
 _OP = "triton_linear_cross_entropy"
 _SCHEMA = (

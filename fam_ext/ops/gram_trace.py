@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fam_ext.ops._gram_trace_triton  # noqa: F401  with _gram_trace: registers autograd
-from fam_ext import _checks, backends
-from fam_ext.ops._windows import PADDING_MODES, Ints, check_extent, padding_of, per_axis
-from fam_ext.reference import gram_trace as reference
+from fam_ext import _checks
+from fam_ext.ops import backends
+from fam_ext.ops._conv_args import PADDING_MODES, Ints, check_extent, padding_of, per_axis
+from fam_ext.ops.reference import gram_trace as reference
 
 _NAME = "gram_trace"
 FORMS = ("auto", "direct", "gram")

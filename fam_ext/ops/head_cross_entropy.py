@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fam_ext import _checks, backends
-from fam_ext.ops._native import register_fake
+from fam_ext import _checks
+from fam_ext._dtypes import accumulation_dtype
+from fam_ext.ops import backends
+from fam_ext.ops._registration import register_fake
+from fam_ext.ops.reference import head_cross_entropy as reference
 from fam_ext.ops.softmax_trace import choose_form, softmax_trace
-from fam_ext.reference import head_cross_entropy as reference
-from fam_ext.reference.softmax_trace import accumulation_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 # the operation for an ordinary call, None otherwise: see csrc/head_cross_entropy_python.cpp

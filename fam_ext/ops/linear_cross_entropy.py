@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import fam_ext.ops._linear_cross_entropy_triton as triton
-from fam_ext import _checks, backends
+from fam_ext import _checks
+from fam_ext._dtypes import accumulation_dtype
 from fam_ext.errors import UnsupportedError
-from fam_ext.ops._native import register_fake
-from fam_ext.reference import linear_cross_entropy as reference
-from fam_ext.reference.softmax_trace import accumulation_dtype
+from fam_ext.ops import backends
+from fam_ext.ops._registration import register_fake
+from fam_ext.ops.reference import linear_cross_entropy as reference
 
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")

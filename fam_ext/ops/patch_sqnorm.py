@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fam_ext import _checks, backends
-from fam_ext.ops._native import refuse_double_backward, register_fake
-from fam_ext.ops._windows import PADDING_MODES, Ints, check_extent, padding_of, per_axis
-from fam_ext.reference import patch_sqnorm as reference
-from fam_ext.reference.softmax_trace import accumulation_dtype
+from fam_ext import _checks
+from fam_ext._dtypes import accumulation_dtype
+from fam_ext.ops import backends
+from fam_ext.ops._conv_args import PADDING_MODES, Ints, check_extent, padding_of, per_axis
+from fam_ext.ops._registration import refuse_double_backward, register_fake
+from fam_ext.ops.reference import patch_sqnorm as reference
 
 _NAME = "patch_sqnorm"
 

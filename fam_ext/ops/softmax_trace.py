@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fam_ext import _checks, backends
-from fam_ext.ops._native import refuse_double_backward, register_fake
-from fam_ext.reference import softmax_trace as reference
-from fam_ext.reference.softmax_trace import accumulation_dtype
+from fam_ext import _checks
+from fam_ext._dtypes import accumulation_dtype
+from fam_ext.ops import backends
+from fam_ext.ops._registration import refuse_double_backward, register_fake
+from fam_ext.ops.reference import softmax_trace as reference
 
 FORMS = ("auto", "shifted", "pairwise")
 

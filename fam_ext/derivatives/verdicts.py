@@ -1,0 +1,109 @@
+"""The autograd graph between a loss and the layer's output: which operations it holds, and whether they can be trusted.
+
+The gradient of kappa differentiates this part of the graph three times. Operations whose third derivative has been compared with
+finite differences are listed in VERIFIED (docs/verified-ops.md, written by the tests); those known to be wrong or missing are
+refused or corrected (fam_ext.corrections); for any other a warning is given once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from fam_ext.derivatives import corrections
+from fam_ext.derivatives.nodes import bare
+from fam_ext.derivatives.verified import VERIFIED
+from fam_ext.errors import UnsupportedError
+
+_DIFFERENCES = "use method='finite_difference'"
+
+_MATH = (
+    "run the model under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or "
+    + _DIFFERENCES
+)
+
+_NO_SECOND = "torch has no second derivative of it"
+
+REFUSED: dict[str, tuple[str, str]] = {
+    # node name without its trailing digit: (why, ways out); curvature='ggn' needs second derivatives, too
+    "ScaledDotProductFlashAttentionForCpuBackward": ("with dropout " + _NO_SECOND, _MATH),
+    "ScaledDotProductFlashAttentionBackward": (_NO_SECOND, _MATH),
+    "ScaledDotProductEfficientAttentionBackward": (_NO_SECOND, _MATH),
+    "ScaledDotProductCudnnAttentionBackward": (_NO_SECOND, _MATH),
+    "ScaledDotProductFusedAttentionOverrideableBackward": (_NO_SECOND, _MATH),
+    "FlexAttentionAutogradOpBackward": (
+        _NO_SECOND,
+        "use scaled_dot_product_attention with the MATH backend, or " + _DIFFERENCES,
+    ),
+    "CudnnRnnBackward": (
+        "cuDNN's recurrent kernels cannot be differentiated twice",
+        "set torch.backends.cudnn.enabled = False around the model, or " + _DIFFERENCES,
+    ),
+    "MiopenRnnBackward": (
+        "MIOpen's recurrent kernels cannot be differentiated twice",
+        "set torch.backends.cudnn.enabled = False around the model, or " + _DIFFERENCES,
+    ),
+    "SyncBatchNormBackward": (_NO_SECOND, "use nn.BatchNorm, or " + _DIFFERENCES),
+    "CompiledFunctionBackward": (
+        "a graph made by torch.compile cannot be differentiated twice",
+        "use the model without torch.compile, or with backend='eager', or " + _DIFFERENCES,
+    ),
+    "CheckpointFunctionBackward": (
+        "reentrant checkpointing cannot be differentiated twice",
+        "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+    ),
+    "CtcLossBackward": (_NO_SECOND, _DIFFERENCES),
+    "CudnnCtcLossBackward": (_NO_SECOND, _DIFFERENCES),
+    "MultiMarginLossBackward": (
+        _NO_SECOND,
+        "write the margins as relu(margin + z - z.gather(1, target)), or " + _DIFFERENCES,
+    ),
+    "MultilabelMarginLossBackward": (_NO_SECOND, _DIFFERENCES),
+    "CdistBackward": (
+        _NO_SECOND,
+        "write the distances as (x.unsqueeze(-2) - y.unsqueeze(-3)).norm(dim=-1), or for p=2 call torch.cdist with "
+        "compute_mode='use_mm_for_euclid_dist', or " + _DIFFERENCES,
+    ),
+    "PdistBackward": (_NO_SECOND, "write the distances as (x[i] - x[j]).norm(dim=-1), or " + _DIFFERENCES),
+    "EmbeddingBagBackward": (_NO_SECOND, "use F.embedding and a sum or mean, or " + _DIFFERENCES),
+    "SegmentReduceBackward": (_NO_SECOND, "use index_reduce or scatter_reduce, or " + _DIFFERENCES),
+    "CrossMapLRN2dBackward": (_NO_SECOND, "use nn.LocalResponseNorm, or " + _DIFFERENCES),
+    "LogcumsumexpBackward": (
+        "its third derivative is NaN",
+        "write it as (x - m).exp().cumsum(dim).log() + m with m = x.detach().amax(dim, keepdim=True), or use curvature='ggn' "
+        "or method='finite_difference'",
+    ),
+}
+
+_warned: set[str] = set()
+
+
+def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
+    """The nodes to correct, and the names of those never verified, of which it warns once.
+
+    Raises UnsupportedError for a node that cannot be differentiated right.
+    """
+    correct, doubtful = [], set()
+    for node in nodes:
+        name = bare(full := node.name())
+        if name in VERIFIED and full not in corrections.REPLACED:
+            continue
+        if corrections.needs_correction(node):
+            correct.append(node)
+        elif name in REFUSED:
+            why, way_out = REFUSED[name]
+            raise UnsupportedError(
+                f"{caller}: the graph between the layer and the loss holds {name.removesuffix('Backward')}: {why}; {way_out}"
+            )
+        elif name not in VERIFIED:
+            doubtful.add(name)
+            if name not in _warned:
+                _warned.add(name)
+                warnings.warn(
+                    f"{caller}: the third derivative of {name} (between the layer and the loss) has never been verified; kappa's "
+                    "value is right where torch's second derivative is, its gradient may not be. curvature='ggn' needs second "
+                    "derivatives only",
+                    stacklevel=2,
+                )
+    return correct, sorted(doubtful)

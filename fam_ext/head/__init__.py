@@ -1,0 +1,1 @@
+"""Relative flatness in closed form, where the layer's output is what the criterion receives."""

@@ -1,0 +1,94 @@
+"""Hutchinson's estimator of Tr(A Lambda): random directions d with E[d d^T] = A, and their products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fam_ext.hessian.estimate import rademacher
+from fam_ext.hessian.products import Curvature, apply
+
+
+def probe_root(weight: Tensor, columns: int, weighted: bool) -> Tensor:
+    """What `columns` columns of signs are multiplied with: :func:`gram_root`, or for the trace the identity."""
+    if weighted:
+        return gram_root(weight, columns)
+    return torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype).expand(len(weight), -1, -1)
+
+
+def gram_root(weight: Tensor, columns: int) -> Tensor:
+    """R with R R^T = W W^T for every group, (groups, n, r), to be multiplied with `columns` columns.
+
+    W itself, or the Gram matrix's Cholesky factor where that makes fewer operations. Cholesky needs W to have full row rank with
+    room to spare; otherwise W serves, which is always right.
+    """
+    _, neurons, fan_in = weight.shape
+    # products of the columns with W; or the Gram matrix, its factor with the factor's derivative, and products with that
+    if columns * fan_in <= neurons * fan_in + 4 * neurons**2 + columns * neurons:
+        return weight
+    gram = weight @ weight.transpose(1, 2)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    diagonal = factor.detach().diagonal(dim1=1, dim2=2)
+    floor = torch.finfo(weight.dtype).eps ** 0.5 * diagonal.amax(1)
+    safe = (info == 0) & (diagonal.amin(1) > floor)
+    return factor if bool(safe.all()) else weight  # the one number of a step that the host waits for
+
+
+class Probe(NamedTuple):
+    """A layer's share of an estimate: random directions (K, *shape), and what their products are to be multiplied with."""
+
+    curvature: Curvature
+    directions: Tensor
+    scale: Tensor | None
+
+
+def draw(
+    curvature: Curvature, level: str, weighted: bool, probes: int, generator: torch.Generator, backend: str
+) -> Probe:
+    """`probes` random directions d with E[scale d d^T] = A where rows or samples that `level` holds independent do not meet."""
+    layer = curvature.layer
+    weight = layer.canonical(curvature.weight).to(curvature.dtype)
+    groups, neurons, fan_in = weight.shape
+    rows = prod(curvature.calls[0].shape) // (groups * neurons) if level == "rows" else fan_in
+    root = probe_root(weight, probes * rows, weighted)
+    rank = root.shape[2]
+    if level == "rows":
+        shape = list(curvature.calls[0].shape)
+        shape[layer.class_dim] = groups * rank
+        noise = rademacher((probes, *shape), weight, generator)
+        directions = torch.stack([layer.mix(root, e) for e in noise])
+        return Probe(
+            curvature, directions, layer.spread(layer.norms(curvature.features, backend), groups * neurons)
+        )
+    if level == "samples":
+        samples = layer.samples(curvature.calls[0].shape)
+        noise = rademacher((probes, samples, groups, rank, fan_in), weight, generator)
+        return Probe(curvature, torch.stack([_apply_each(curvature, root, e) for e in noise]), None)
+    noise = rademacher((probes, groups, rank, fan_in), weight, generator)
+    return Probe(curvature, torch.stack([curvature.direction(root @ e) for e in noise]), None)
+
+
+def hutchinson(probes: Sequence[Probe]) -> list[Tensor]:
+    """Summands of the estimates of Tr(A Lambda) of every layer, (K, *z's shape or the weight's), with the same products for all.
+
+    One product serves all layers: directions of different layers are independent with mean zero, and so their mixed terms are.
+    """
+    products = apply([probe.curvature for probe in probes], [probe.directions for probe in probes])
+    result = []
+    for probe, product in zip(probes, products, strict=True):
+        summands = probe.directions * product
+        if probe.curvature.hold:  # both factors d still move: the gradient is twice that of the first
+            summands = 2 * summands - summands.detach()
+        result.append(summands if probe.scale is None else probe.scale * summands)
+    return result
+
+
+def _apply_each(curvature: Curvature, root: Tensor, noise: Tensor) -> Tensor:
+    shape = curvature.weight.shape
+    weights = torch.stack([curvature.layer.to_module(root @ e, shape) for e in noise])
+    features = curvature.features
+    return curvature.layer.apply_each(features, weights.to(features.dtype))

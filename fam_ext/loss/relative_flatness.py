@@ -1,0 +1,102 @@
+"""RelativeFlatness: the term that FAMLoss adds, alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fam_ext.errors import UnsupportedError
+from fam_ext.layers.find import find_layers
+from fam_ext.loss.layer_criterion import LayerCriterion
+from fam_ext.options import Options
+
+
+class RelativeFlatness(LayerCriterion):
+    """The relative flatness alone, differentiable: the term that FAMLoss adds, before its strength.
+
+    Arguments as for FAMLoss. The features are kept in the layer's evaluation mode and under torch.no_grad too, as long as the
+    layer's output lives, so that a trained model can be measured; `eval()` of this module stops that, and it cannot be called
+    then. Under torch.no_grad only heads can be measured. With reduction="none" the result is per row (elementwise losses: per
+    element). `standard_error` is that of the latest estimate from several probes, else None.
+    """
+
+    any_mode = True
+    standard_error: Tensor | None = None
+
+    def __init__(
+        self,
+        criterion: Any,
+        layer: nn.Module | Sequence[nn.Module],
+        *,
+        measure: str = "neuronwise",
+        curvature: str = "hessian",
+        method: str = "auto",
+        probes: int = 1,
+        normalize: str | None = None,
+        norm_power: int = 2,
+        curvature_grad: bool = True,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+        per_sample_probes: bool | None = None,
+        max_bytes: int = 2**30,
+        hold_statistics: bool = False,
+    ) -> None:
+        caller = "RelativeFlatness"
+        options = Options(
+            caller,
+            measure,
+            curvature,
+            method,
+            probes,
+            normalize,
+            norm_power,
+            curvature_grad,
+            generator,
+            backend,
+            per_sample_probes,
+            max_bytes,
+            hold_statistics,
+        )
+        super().__init__(criterion, layer, options)
+
+    @classmethod
+    def for_model(
+        cls, criterion: Any, model: nn.Module, layer: str | nn.Module | None = None, **options: Any
+    ) -> RelativeFlatness:
+        """RelativeFlatness on layers of `model` by name or glob pattern (several: the sum); default: the last Linear or Conv."""
+        return cls(criterion, find_layers("RelativeFlatness.for_model", model, layer), **options)
+
+    def forward(
+        self, outputs: Any, *targets: Any, per_sample: bool = False, closure: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """kappa; per_sample=True gives its summands by sample, (B,), B the first dimension of the layer's output.
+
+        `closure` as in FAMLoss.
+        """
+        if not self.training:
+            raise UnsupportedError(
+                "RelativeFlatness: in evaluation mode nothing is captured; call train() on it first"
+            )
+        if torch.compiler.is_compiling():
+            compiled: Tensor = _outside_graph(self._measure, outputs, targets, kwargs, per_sample, closure)
+            return compiled
+        return self._measure(outputs, targets, kwargs, per_sample, closure)
+
+    def _measure(
+        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool, closure: Any
+    ) -> Tensor:
+        self._check_ready()
+        bound = self._bound(targets, kwargs)
+        taken = [self._take(part, outputs, bound) for part in self.parts]
+        needs_loss = None in taken and self.options.method != "finite_difference"
+        loss = self.criterion(outputs, *targets, **kwargs) if needs_loss else None
+        term, self.standard_error = self._terms(taken, loss, outputs, bound, closure, per_sample)
+        return term
+
+
+@torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
+def _outside_graph(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)

@@ -1,0 +1,114 @@
+"""Settings of FAMLoss and RelativeFlatness, validated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fam_ext import _checks
+from fam_ext.errors import NotAHead
+from fam_ext.loss_hessians import Bound
+from fam_ext.ops.backends import BACKENDS
+
+MEASURES = ("neuronwise", "layerwise", "trace")
+EIGENVALUE_MEASURES = ("layerwise_eigenvalue", "neuronwise_eigenvalue")
+_CURVATURES = ("hessian", "ggn", "fisher")
+
+_METHODS = ("auto", "closed_form", "exact", "hutchinson", "finite_difference")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured and how; checked on construction."""
+
+    caller: str
+    measure: str = "neuronwise"
+    curvature: str = "hessian"
+    method: str = "auto"
+    probes: int = 1
+    normalize: str | None = None
+    norm_power: int = 2
+    curvature_grad: bool = True
+    generator: torch.Generator | None = None
+    backend: str = "auto"
+    per_sample_probes: bool | None = None
+    max_bytes: int = 2**30
+    hold_statistics: bool = False
+
+    def __post_init__(self) -> None:
+        caller = self.caller
+        _checks.check_choice(caller, "measure", self.measure, MEASURES + EIGENVALUE_MEASURES)
+        _checks.check_choice(caller, "curvature", self.curvature, _CURVATURES)
+        _checks.check_choice(caller, "method", self.method, _METHODS)
+        self._check_combinations()
+        if isinstance(self.probes, bool) or not isinstance(self.probes, int):
+            _checks.bad_type(caller, "probes", "an integer", self.probes)
+        if self.probes < 1:
+            _checks.bad_value(caller, "probes", "at least 1", self.probes)
+        if self.normalize not in (None, "fan_in"):
+            _checks.bad_value(caller, "normalize", "None or 'fan_in'", self.normalize)
+        if isinstance(self.norm_power, bool) or self.norm_power not in (1, 2):
+            _checks.bad_value(caller, "norm_power", "1 or 2", self.norm_power)
+        if self.norm_power == 1 and self.measure not in ("layerwise", "layerwise_eigenvalue"):
+            _checks.bad_value(
+                caller, "norm_power", f"2 with measure={self.measure!r} (1 is for the layerwise ones)", 1
+            )
+        if not isinstance(self.curvature_grad, bool):
+            _checks.bad_type(caller, "curvature_grad", "True or False", self.curvature_grad)
+        if not self.curvature_grad and self.measure == "trace":
+            _checks.bad_value(
+                caller,
+                "curvature_grad",
+                "True with measure='trace': nothing else depends on the weight",
+                False,
+            )
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            _checks.bad_type(caller, "generator", "a torch.Generator or None", self.generator)
+        if self.per_sample_probes not in (None, True, False):
+            _checks.bad_type(caller, "per_sample_probes", "None, True or False", self.per_sample_probes)
+        if isinstance(self.max_bytes, bool) or not isinstance(self.max_bytes, int) or self.max_bytes < 1:
+            _checks.bad_value(caller, "max_bytes", "a positive integer", self.max_bytes)
+        if not isinstance(self.hold_statistics, bool):
+            _checks.bad_type(caller, "hold_statistics", "True or False", self.hold_statistics)
+        if self.hold_statistics and self.curvature == "hessian":
+            _checks.bad_value(caller, "hold_statistics", "False with curvature='hessian'", True)
+        _checks.check_choice(caller, "backend", self.backend, BACKENDS)
+
+    def _check_combinations(self) -> None:
+        """Refuse a method that has no meaning for the measure or the curvature."""
+        eigenvalue = self.measure in EIGENVALUE_MEASURES
+        if eigenvalue and self.method not in ("auto", "exact"):
+            _checks.bad_value(
+                self.caller, "method", f"'auto' or 'exact' with measure={self.measure!r}", self.method
+            )
+        if self.method == "finite_difference" and not self.curvature_grad:
+            _checks.bad_value(self.caller, "curvature_grad", "True with method='finite_difference'", False)
+        if self.curvature == "hessian":
+            return
+        if eigenvalue or self.method not in ("auto", "closed_form"):
+            _checks.bad_value(
+                self.caller,
+                "curvature",
+                f"'hessian' with measure={self.measure!r} and method={self.method!r}",
+                self.curvature,
+            )
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether a closed form may serve."""
+        return self.method in ("auto", "closed_form") and self.measure in MEASURES
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "generator": None,
+        }  # generators cannot be pickled: a copy draws from its own
+
+    def check_bound(self, bound: Bound) -> None:
+        if self.curvature == "fisher" and not bound.fisher():
+            raise NotAHead(
+                f"{self.caller}: curvature='fisher' is defined for cross-entropy without class weights and label smoothing, BCE "
+                "without weights, and Poisson NLL, where it equals the Hessian; use curvature='hessian'"
+            )

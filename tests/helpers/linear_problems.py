@@ -1,0 +1,113 @@
+"""Problems of linear_cross_entropy that tests of several backends share: every option, confident rows, and float64's answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import torch
+import torch.nn.functional as F
+from inputs import make_input
+from torch import Tensor
+
+from fam_ext.ops.row_coefficients import cross_entropy_coefficients
+
+Variant = Callable[[tuple[int, ...], int], tuple[Tensor, dict[str, Any]]]
+
+
+def indices(rows: tuple[int, ...], classes: int, ignored: int | None = None) -> Tensor:
+    """Class indices; with `ignored`, every third row has that index."""
+    target = torch.randint(0, classes, rows)
+    if ignored is not None:
+        target.view(-1)[::3] = ignored
+    return target
+
+
+def omega(classes: int) -> Tensor:
+    return torch.rand(classes) + 0.1
+
+
+VARIANTS: dict[str, Variant] = {
+    "index": lambda r, v: (indices(r, v), {}),
+    "sum": lambda r, v: (indices(r, v), {"reduction": "sum"}),
+    "none": lambda r, v: (indices(r, v, -100), {"reduction": "none", "class_weight": omega(v)}),
+    "none smoothed": lambda r, v: (indices(r, v, -100), {"reduction": "none", "label_smoothing": 0.2}),
+    "ignored": lambda r, v: (indices(r, v, -100), {}),
+    "ignored class": lambda r, v: (indices(r, v, 0), {"ignore_index": 0}),
+    "weights": lambda r, v: (indices(r, v, -1), {"class_weight": omega(v), "ignore_index": -1}),
+    "smoothing": lambda r, v: (indices(r, v, -100), {"label_smoothing": 0.3}),
+    "all smoothed": lambda r, v: (indices(r, v), {"label_smoothing": 1.0, "reduction": "sum"}),
+    "smoothing weights": lambda r, v: (
+        indices(r, v, -100),
+        {"label_smoothing": 0.1, "class_weight": omega(v)},
+    ),
+    "negative": lambda r, v: (indices(r, v), {"strength": -0.7}),
+    "strength 0": lambda r, v: (indices(r, v), {"strength": 0.0}),
+    "constant": lambda r, v: (indices(r, v, -100), {"curvature_grad": False, "class_weight": omega(v)}),
+    "constant none": lambda r, v: (indices(r, v), {"curvature_grad": False, "reduction": "none"}),
+}
+
+
+def make_problem(
+    rows: tuple[int, ...],
+    fan_in: int,
+    classes: int,
+    dtypes: Any = (torch.float32,) * 3,
+    layout: str = "contiguous",
+) -> list[Tensor]:
+    """input, weight and bias."""
+    shapes = ((*rows, fan_in), (classes, fan_in), (classes,))
+    layouts = [layout if len(s) > 1 or layout in ("strided", "sliced") else "contiguous" for s in shapes]
+    return [
+        make_input(s, d, kind, seed=k)
+        for k, (s, d, kind) in enumerate(zip(shapes, dtypes, layouts, strict=True))
+    ]
+
+
+def exact(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, strength: float = 1.0, curvature_grad: bool = True,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(CE + strength kappa, kappa): torch's loss, and the covariance as it is defined, in the dtype of the inputs."""
+    options = {k: v.to(input.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+    phi, target, rows = input.reshape(target.numel(), weight.shape[1]), target.reshape(-1), target.shape
+    z = F.linear(phi, weight, bias)
+    c = cross_entropy_coefficients(z, target, **options)
+    loss = F.cross_entropy(z, target, options.pop("class_weight", None), **options)
+    if not curvature_grad:
+        z, phi = z.detach(), phi.detach()
+    kappa = c * phi.square().sum(-1) * oracle.softmax_trace(z, weight)
+    if options.get("reduction") == "none":
+        return (loss + strength * kappa).reshape(rows), kappa.detach().reshape(rows)
+    return loss + strength * kappa.sum(), kappa.detach().sum()
+
+
+def differentiate(function: Any, inputs: Any, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+    """(loss, flatness, gradients of the loss)."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    loss, flatness = function(*inputs)
+    assert not flatness.requires_grad
+    grads = torch.autograd.grad(loss, inputs, None if upstream is None else upstream.to(loss.dtype))
+    return loss.detach(), flatness, *grads
+
+
+def on_grid(*sizes: int) -> Tensor:
+    """Numbers with few digits: products and sums of them are exact in float32."""
+    return torch.randint(-8, 9, sizes).float() / 8
+
+
+def confident_problem(classes: int, doubt: float, offset: float) -> tuple[Tensor, Tensor]:
+    """input and weight whose logits are exact in float32, with max p about 1 - doubt in every row, for three classes y in turn.
+
+    Feature k is what lifts class k above the others.
+    """
+    rows, fan_in, likely = 67, 37, min(classes, 3)
+    weight, phi, y = on_grid(classes, fan_in), on_grid(rows, fan_in), torch.arange(rows) % likely
+    z = (phi @ weight.T).double()
+    others = z.scatter(1, y[:, None], -torch.inf).logsumexp(1)
+    gap = (others - math.log(doubt) - z[torch.arange(rows), y]).mul(64).round() / 64
+    phi = torch.cat([phi, gap.float()[:, None] * F.one_hot(y, likely)], 1)
+    weight = torch.cat([weight, torch.eye(classes)[:, :likely]], 1) + offset
+    return phi, weight

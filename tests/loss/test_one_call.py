@@ -1,0 +1,144 @@
+"""FAMLoss where one call is out of the ordinary: other hooks, dependent targets, a replaced criterion; and its short way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inputs import batch, expect, network
+from torch import Tensor, nn
+
+import fam_ext
+from fam_ext import FAMLoss, RelativeFlatness
+
+pytestmark = pytest.mark.on_devices
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_hook_that_changes_the_output_is_refused(dtype: torch.dtype) -> None:
+    x, y = batch()
+    for change in (lambda z: 2 * z, lambda z: z.mul_(2)):
+        layer = nn.Linear(5, 4)
+        layer.register_forward_hook(lambda m, args, z, change=change: change(z))
+        criterion = FAMLoss(nn.CrossEntropyLoss(), layer, 0.5)
+        out = layer(x)
+        expect("a forward hook on it", lambda c=criterion, z=out: c(z, y))
+    for harmless in (lambda z: None, lambda z: z.float()):
+        layer = nn.Linear(5, 4).to(dtype)
+        layer.register_forward_hook(lambda m, args, z, harmless=harmless: harmless(z))
+        criterion = FAMLoss(nn.CrossEntropyLoss(), layer, 0.5, method="closed_form")
+        criterion(layer(x.to(dtype)), y)
+
+
+def test_a_target_made_from_the_layer_s_own_output() -> None:
+    net, (x, _) = network().double(), batch()
+    x = x.double()
+
+    def loss(out: Tensor) -> Tensor:
+        return F.mse_loss(out, out.flip(0))
+
+    want = RelativeFlatness(loss, net[2], method="exact")(net(x))
+    for criterion in (nn.MSELoss(), F.mse_loss):
+        term = RelativeFlatness(criterion, net[2])
+        out = net(x)
+        got = term(out, out.flip(0))
+        torch.testing.assert_close(got, want)
+        grads = [torch.autograd.grad(k, net[2].weight, retain_graph=True)[0] for k in (got, want)]
+        torch.testing.assert_close(*grads)
+        detached = net(x)
+        assert term(detached, detached.flip(0).detach()) != got
+        assert term.plan.method == "closed_form"
+    out = net(x)
+    term = RelativeFlatness(nn.MSELoss(), net[2], method="closed_form")
+    out = net(x)
+    expect("target depends on the layer's output", lambda: term(out, out.flip(0)))
+
+
+def test_hooks_on_the_criterion() -> None:
+    net, (x, y) = network(), batch()
+    loss, calls = nn.CrossEntropyLoss(), []
+    loss.register_forward_hook(lambda m, args, value: calls.append(value))
+    criterion = FAMLoss(loss, net[2], 0.5, method="closed_form")
+    criterion(net(x), y)
+    assert len(calls) == 1
+    loss.register_forward_hook(lambda m, args, value: 3 * value)
+    expect("hook on the criterion changes", lambda: criterion(net(x), y))
+    exact = FAMLoss(loss, net[2], 0.5, method="exact")
+    exact(net(x), y)
+    three = 3 * RelativeFlatness(nn.CrossEntropyLoss(), net[2])(net(x), y)
+    torch.testing.assert_close(exact.last.flatness, three.detach())
+
+
+def test_the_criterion_may_be_replaced() -> None:
+    net, (x, y) = network(), batch()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5)
+    target = torch.randn(len(y), 4)
+    for loss, t in (
+        (nn.CrossEntropyLoss(label_smoothing=0.2), y),
+        (nn.MSELoss(), target),
+        (nn.HuberLoss(), target),
+    ):
+        criterion.criterion = loss
+        total, fresh = criterion(net(x), t), FAMLoss(loss, net[2], 0.5)
+        torch.testing.assert_close(total, fresh(net(x), t))
+        fresh.detach()
+
+
+@pytest.mark.parametrize("method", ["exact", "hutchinson", "finite_difference"])
+def test_a_method_asked_for_is_taken_on_a_head_too(method: str) -> None:
+    net, (x, y) = network(), batch()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5, method=method, probes=2)
+    out = net(x)
+    criterion(out, y, closure=lambda: F.cross_entropy(net(x), y))
+    assert criterion.plan.method == method
+    assert (criterion.last.standard_error is None) == (method == "exact")
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        "nothing",
+        "earlier call",
+        "second loss",
+        "changed input",
+        "changed output",
+        "view",
+        "mean",
+        "other weight",
+    ],
+)
+def test_short_and_long_way_agree(unusual: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short way of an ordinary step gives what all checks in Python give, and leaves everything else to them."""
+
+    def step() -> Tensor | str:
+        torch.manual_seed(0)
+        layer = nn.Linear(5, 4)
+        loss = nn.CrossEntropyLoss(reduction="mean" if unusual == "mean" else "sum")
+        criterion = FAMLoss(loss, layer, 0.3, method="closed_form")
+        x, y = torch.randn(6, 5).requires_grad_(), torch.arange(6) % 4
+        features = x * 1
+        if unusual == "other weight":
+            layer.weight = nn.Parameter(torch.randn(4, 3))
+            features = features[:, :3]
+        out = layer(features)
+        others = [layer(x)] if unusual == "earlier call" else []
+        if unusual == "second loss":
+            criterion(out, y)
+        if unusual.startswith("changed"):
+            (features if unusual == "changed input" else out).detach().mul_(2)
+        try:
+            total = criterion(out[:] if unusual == "view" else out, y)
+        except fam_ext.UnsupportedError as error:
+            return f"{error} {len(others)}"
+        kappa = criterion.last.flatness
+        return torch.cat(
+            [t.flatten() for t in (total, kappa, *torch.autograd.grad(total, [x, layer.weight]))]
+        )
+
+    short = step()
+    monkeypatch.setattr("fam_ext.loss.fam_loss.ordinary_step", lambda *_: None)
+    long = step()
+    assert short == long if isinstance(long, str) else torch.equal(short, long)  # type: ignore[arg-type]
+    assert isinstance(long, str) == (
+        unusual in ("earlier call", "changed input", "changed output", "other weight")
+    )

@@ -1,0 +1,287 @@
+"""head_cross_entropy: loss, flatness and gradients of every variant of cross-entropy against torch and float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from full_hessian import relative_flatness
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import DTYPES, LAYOUTS, confident_logits, make_input, needs_native
+from tolerance import assert_accurate, relative_error
+from torch import Tensor
+
+from fam_ext.ops import head_cross_entropy as module
+from fam_ext.ops.head_cross_entropy import head_cross_entropy
+from fam_ext.ops.row_coefficients import cross_entropy_coefficients
+
+pytestmark = pytest.mark.on_devices
+
+Variant = Callable[[tuple[int, ...]], tuple[Tensor, dict[str, Any]]]
+
+
+def indices(shape: tuple[int, ...], ignored: int | None = None) -> Tensor:
+    """Class indices of logits of `shape`; with `ignored`, every third row has that index."""
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    if ignored is not None:
+        target.view(-1)[::3] = ignored
+    return target
+
+
+def distributions(shape: tuple[int, ...]) -> Tensor:
+    return torch.rand(shape).div(torch.rand(shape).sum(1, keepdim=True))  # need not sum to 1
+
+
+def omega(shape: tuple[int, ...]) -> Tensor:
+    return torch.rand(shape[1]) + 0.1
+
+
+VARIANTS: dict[str, Variant] = {
+    "index": lambda s: (indices(s), {}),
+    "sum": lambda s: (indices(s), {"reduction": "sum"}),
+    "none": lambda s: (indices(s, -100), {"reduction": "none", "class_weight": omega(s)}),
+    "ignored": lambda s: (indices(s, -100), {}),
+    "ignored class": lambda s: (indices(s, 0), {"ignore_index": 0}),
+    "weights": lambda s: (indices(s, -1), {"class_weight": omega(s), "ignore_index": -1}),
+    "weights sum": lambda s: (indices(s), {"class_weight": omega(s), "reduction": "sum"}),
+    "smoothing": lambda s: (indices(s, -100), {"label_smoothing": 0.3}),
+    "all smoothed": lambda s: (indices(s), {"label_smoothing": 1.0}),
+    "smoothing weights": lambda s: (indices(s, -100), {"label_smoothing": 0.1, "class_weight": omega(s)}),
+    "soft": lambda s: (distributions(s), {}),
+    "soft sum": lambda s: (distributions(s), {"reduction": "sum"}),
+    "soft none": lambda s: (distributions(s), {"reduction": "none", "label_smoothing": 0.2}),
+    "soft all": lambda s: (distributions(s), {"label_smoothing": 0.2, "class_weight": omega(s)}),
+    "negative": lambda s: (indices(s), {"strength": -0.7}),
+    "strength 0": lambda s: (indices(s), {"strength": 0.0}),
+    "constant": lambda s: (indices(s, -100), {"curvature_grad": False, "class_weight": omega(s)}),
+    "constant none": lambda s: (indices(s), {"curvature_grad": False, "reduction": "none"}),
+}
+
+
+@pytest.fixture(params=["shifted", "pairwise"])
+def form(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(module, "choose_form", lambda *sizes: request.param)
+    return request.param
+
+
+def make_problem(
+    shape: tuple[int, ...], fan_in: int, dtypes: Any = (torch.float32,) * 3, layout: str = "contiguous"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits, features and weight."""
+    logits, features, weight = (
+        make_input(s, dtype, layout, seed=k)
+        for k, (s, dtype) in enumerate(
+            zip((shape, (shape[0], *shape[2:], fan_in), (shape[1], fan_in)), dtypes, strict=True)
+        )
+    )
+    return 2 * logits, features, weight
+
+
+def exact(
+    logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, strength: float = 1.0, curvature_grad: bool = True,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(CE + strength kappa, kappa): torch's loss, and the covariance as it is defined, in the dtype of the inputs."""
+    options = {k: v.to(logits.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+    target = target.to(logits.dtype) if target.is_floating_point() else target
+    c = cross_entropy_coefficients(logits, target, **options)
+    loss = F.cross_entropy(logits, target, options.pop("class_weight", None), **options)
+    z, phi = (logits, features) if curvature_grad else (logits.detach(), features.detach())
+    kappa = c * phi.square().sum(-1) * oracle.softmax_trace(z, weight)
+    kappa = kappa if options.get("reduction") == "none" else kappa.sum()
+    return loss + strength * kappa, kappa.detach()
+
+
+def differentiate(function: Any, inputs: Any, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+    """(loss, flatness, gradients of the loss); what it does not depend on has a zero one."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    loss, flatness = function(*inputs)
+    assert not flatness.requires_grad
+    grads = torch.autograd.grad(
+        loss, inputs, None if upstream is None else upstream.to(loss), materialize_grads=True
+    )
+    return loss.detach(), flatness, *grads
+
+
+def coefficient_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k not in ("strength", "curvature_grad")}
+
+
+def check(inputs: Any, target: Tensor, options: dict[str, Any], backend: str) -> None:
+    """No result is further from float64 than that of the reference, but for rounding."""
+    logits, features, weight = inputs
+    acc = torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
+    rows, (classes, fan_in) = math.prod(features.shape[:-1]), weight.shape
+    upstream = torch.rand(features.shape[:-1]) if options.get("reduction") == "none" else torch.tensor(0.7)
+    run = lambda b: differentiate(  # noqa: E731
+        lambda *t: head_cross_entropy(*t, target, backend=b, **options), inputs, upstream
+    )
+    truth = differentiate(lambda *t: exact(*t, target, **options), [t.double() for t in inputs], upstream)
+    results, base = run(backend), run("reference")
+    assert [t.dtype for t in results] == [acc, acc, logits.dtype, features.dtype, weight.dtype]
+    terms = (classes * fan_in * rows,) * 2 + (classes * fan_in,) * 2 + (classes * rows,)
+    # dz = c p - q + ... is 0 where the prediction is the target
+    c = cross_entropy_coefficients(logits.double(), target, **coefficient_options(options))
+    parts: list[Any] = [None, None, (upstream * c).unsqueeze(1) * logits.double().softmax(1), None, None]
+    for actual, plain, value, count, part in zip(results, base, truth, terms, parts, strict=True):
+        assert_accurate(actual, plain, value, count, parts=part, roundings=8)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_full_hessian(variant: str, form: str, backend: str) -> None:
+    """kappa from torch's own loss, differentiated as often as it takes; no formula of ours is in it."""
+    shape = (2, 4, 3)
+    _, phi, weight = make_problem(shape, 3, (torch.float64,) * 3)
+    target, options = VARIANTS[variant](shape)
+    target = target.double() if target.is_floating_point() else target
+    class_weight = options.pop("class_weight", None)
+    class_weight = None if class_weight is None else class_weight.double()
+    ce = {k: v for k, v in options.items() if k not in ("strength", "curvature_grad")}
+    phi, weight = phi.requires_grad_(), weight.requires_grad_()
+    strength, reduction = options.get("strength", 1.0), ce.get("reduction", "mean")
+
+    def plain(w: Tensor) -> Tensor:
+        return F.cross_entropy((phi @ w.T).movedim(-1, 1), target, class_weight, **ce)
+
+    logits = (phi @ weight.T).movedim(-1, 1)
+    loss, flatness = head_cross_entropy(
+        logits, phi, weight, target, class_weight=class_weight, backend=backend, **options
+    )
+    summed = (lambda w: plain(w).sum()) if reduction == "none" else plain
+    torch.testing.assert_close(flatness.sum(), relative_flatness(summed, weight), rtol=1e-11, atol=1e-13)
+    total = (plain(weight) + strength * flatness).sum() if reduction != "none" else loss.sum()
+    torch.testing.assert_close(loss.sum(), total, rtol=1e-11, atol=1e-13)
+    if options.get("curvature_grad", True):
+        expected = torch.autograd.grad(
+            summed(weight) + strength * oracle.kappa(summed, weight), (phi, weight)
+        )
+        torch.testing.assert_close(
+            torch.autograd.grad(loss.sum(), (phi, weight)), expected, rtol=1e-9, atol=1e-11
+        )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(37, 5), (3, 34, 2, 5), (19, 1), (21, 2)], ids=str)
+def test_variants(variant: str, shape: Any, form: str, backend: str) -> None:
+    check(make_problem(shape, 21), *VARIANTS[variant](shape), backend)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "dtypes", [*((d,) * 3 for d in DTYPES), *(DTYPES[k : k + 3] for k in range(2))], ids=str
+)
+def test_layouts_and_dtypes(layout: str, dtypes: Any, form: str) -> None:
+    for shape in ((19, 5), (2, 36, 5), (2, 4, 3, 10)):
+        check(make_problem(shape, 23, dtypes, layout), indices(shape, -100), {"strength": 0.1}, "native")
+        soft = make_input(shape, dtypes[2], layout, seed=5).abs()
+        check(make_problem(shape, 23, dtypes, layout), soft, {"label_smoothing": 0.1}, "native")
+
+
+@needs_native
+@pytest.mark.parametrize(("rows", "classes"), [(2 * 8192 + 3, 5), (127_000, 35)])
+def test_several_blocks_of_rows(rows: int, classes: int, form: str) -> None:
+    """Rows are taken in blocks: their targets, coefficients and features must be those of the block."""
+    shape = (rows, classes)
+    check(make_problem(shape, 3), indices(shape, -100), {"class_weight": omega(shape)}, "native")
+
+
+@st.composite
+def problems(draw: Any) -> Any:
+    positions = draw(st.lists(st.integers(1, 5), max_size=2))
+    shape = (draw(st.integers(1, 30)), draw(st.sampled_from([1, 2, 3, 8, 32, 33, 40])), *positions)
+    dtypes = [draw(st.sampled_from(DTYPES)) for _ in range(3)]
+    inputs = make_problem(shape, draw(st.integers(0, 40)), dtypes, draw(st.sampled_from(LAYOUTS)))
+    return inputs, *VARIANTS[draw(st.sampled_from(sorted(VARIANTS)))](shape)
+
+
+@needs_native
+@settings(max_examples=120)
+@given(problems())
+def test_any_problem(problem: Any) -> None:
+    if not (problem[1] == problem[2].get("ignore_index", -100)).all():  # the mean of nothing is nan
+        check(*problem, "native")
+
+
+@needs_native
+@pytest.mark.parametrize("strength", [1.0, 1e6])
+@pytest.mark.parametrize("classes", [2, 3, 10, 32, 33, 100, 1000])
+def test_confident_predictions(classes: int, strength: float, form: str) -> None:
+    for digits in range(2, 9):
+        z, y = confident_logits(67, classes, 10.0**-digits)
+        features, weight = torch.randn(67, 37), torch.randn(classes, 37)
+        run = lambda f: lambda *t: f(*t, y, strength=strength)  # noqa: E731, B023
+        results = differentiate(run(head_cross_entropy), (z, features, weight))
+        truth = differentiate(run(exact), (z.double(), features.double(), weight.double()))
+        assert max(relative_error(a, b) for a, b in zip(results, truth, strict=True)) <= 2e-6
+
+
+def test_all_rows_ignored(form: str, backend: str) -> None:
+    """torch's mean over nothing is nan, the sum 0; no gradient reaches anything."""
+    for shape in ((6, 4), (6, 40)):
+        target, inputs = torch.full((6,), -100), make_problem(shape, 5)
+        for reduction, value in (("mean", math.nan), ("sum", 0.0), ("none", 0.0)):
+            for smoothing in (0.0, 0.1):
+                options = {"reduction": reduction, "label_smoothing": smoothing, "backend": backend}
+                loss, flatness, *grads = differentiate(
+                    lambda *t: head_cross_entropy(*t, target, **options),  # noqa: B023
+                    inputs,
+                    torch.ones(6) if reduction == "none" else None,
+                )
+                assert torch.equal(loss.isnan(), torch.full_like(loss, value).isnan())
+                assert not loss.nan_to_num().any() and not flatness.any()
+                assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("variant", ["none", "ignored", "smoothing", "smoothing weights", "constant"])
+@pytest.mark.parametrize("shape", [(20, 4), (20, 40), (4, 3, 5)], ids=str)
+def test_ignored_rows_may_hold_anything(variant: str, shape: Any, form: str, backend: str) -> None:
+    target, options = VARIANTS[variant](shape)
+    inputs = make_problem(shape, 5)
+    upstream = torch.rand(target.shape) if options.get("reduction") == "none" else None
+    run = lambda: differentiate(  # noqa: E731
+        lambda *t: head_cross_entropy(*t, target, backend=backend, **options), inputs, upstream
+    )
+    expected = run()
+    ignored = target == -100
+    inputs[0].movedim(1, -1)[ignored] = math.nan
+    inputs[1][ignored] = math.inf
+    result = run()
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)
+    assert not result[2].movedim(1, -1)[ignored].any() and not result[3][ignored].any()
+
+
+def test_no_rows(form: str, backend: str) -> None:
+    for shape, fan_in in (((0, 3), 5), ((2, 40, 0), 5), ((4, 3), 0), ((4, 40), 0)):
+        check(make_problem(shape, fan_in), indices(shape), {"reduction": "sum"}, backend)
+    loss, flatness = head_cross_entropy(*make_problem((0, 3), 5), indices((0, 3)), backend=backend)
+    assert loss.isnan() and flatness == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_bad_numbers_come_out(bad: float, where: int, form: str, backend: str) -> None:
+    for shape in ((20, 4), (20, 40)):
+        inputs = make_problem(shape, 6)
+        inputs[where][1, 2] = bad
+        loss, flatness = head_cross_entropy(*inputs, torch.full((20,), 1), backend=backend)
+        assert not loss.isfinite() and not flatness.isfinite()
+
+
+@needs_native
+def test_masked_class(form: str) -> None:
+    """A logit of -inf that is nobody's target: the class might as well not be there."""
+    (z, phi, weight), y, keep = make_problem((20, 5), 6), torch.arange(20) % 4, [0, 1, 2, 3]
+    z[:, 4] = -math.inf
+    result = differentiate(lambda *t: head_cross_entropy(*t, y), (z, phi, weight))
+    expected = differentiate(lambda *t: head_cross_entropy(*t, y), (z[:, keep], phi, weight[keep]))
+    torch.testing.assert_close(
+        (*result[:2], result[2][:, keep], result[3], result[4][keep]), expected, rtol=1e-5, atol=1e-7
+    )
+    assert not result[2][:, 4].any() and not result[4][4].any()

@@ -1,0 +1,340 @@
+"""patch_sqnorm: values and gradients against explicit loops over the kernel in float64, on every backend."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from allocations import peak_memory
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import DTYPES, LAYOUTS, make_input, needs_native
+from tolerance import assert_accurate
+from torch import nn
+
+from fam_ext.ops.patch_sqnorm import patch_sqnorm
+
+pytestmark = pytest.mark.on_devices
+
+# shape, kernel_size, stride, padding, dilation, groups
+CASES = {
+    "1d": ((2, 4, 11), (3,), (1,), (1,), (1,), 1),
+    "1d-stride-dilation": ((2, 6, 23), (3,), (2,), (4,), (3,), 2),
+    "1d-long": ((1, 3, 20000), (5,), (1,), (2,), (1,), 1),
+    "1d-skips-inputs": ((2, 3, 17), (2,), (5,), (0,), (1,), 1),
+    "2d": ((3, 5, 7, 6), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "2d-all": ((2, 6, 9, 11), (3, 2), (2, 3), (2, 0), (2, 3), 3),
+    "2d-depthwise": ((2, 7, 8, 9), (3, 3), (1, 1), (1, 1), (1, 1), 7),
+    "2d-depthwise-stride": ((2, 20, 8, 9), (2, 3), (2, 2), (1, 1), (1, 1), 20),
+    "2d-pointwise": ((3, 37, 5, 4), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "2d-pointwise-groups": ((3, 36, 5, 4), (1, 1), (1, 1), (0, 0), (1, 1), 4),
+    "2d-pointwise-stride": ((2, 5, 7, 8), (1, 1), (2, 3), (0, 0), (1, 1), 1),
+    "2d-whole-input": ((4, 6, 5, 5), (5, 5), (1, 1), (0, 0), (1, 1), 2),
+    "2d-more-padding-than-kernel": ((2, 3, 4, 5), (2, 1), (1, 2), (5, 4), (1, 1), 1),
+    "2d-one-position": ((2, 70, 1, 1), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "3d": ((2, 4, 4, 5, 6), (3, 2, 3), (1, 1, 1), (1, 0, 1), (1, 1, 1), 1),
+    "3d-all": ((2, 6, 7, 8, 6), (2, 3, 2), (2, 1, 3), (1, 2, 0), (3, 2, 1), 2),
+    "rows": ((9, 70), (), (), (), (), 1),
+    "rows-groups": ((5, 12), (), (), (), (), 3),
+    "no-samples": ((0, 4, 6, 6), (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "no-rows": ((0, 4), (), (), (), (), 1),
+    "no-channels": ((2, 0, 5), (3,), (1,), (0,), (1,), 1),
+}
+
+
+def oracle(x, kernel_size, stride, padding, dilation, groups, upstream=None):
+    """Values in float64 by one loop over the kernel's offsets, and the gradient of sum(upstream * values)."""
+    squares = x.detach().double().square()
+    padded = F.pad(squares, [p for p in reversed(padding) for _ in (0, 1)]) if padding else squares
+    sizes = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(padded.shape[2:], kernel_size, stride, dilation, strict=True)
+    ]
+    values = torch.zeros(x.shape[0], groups, *sizes, dtype=torch.float64)
+    weights = torch.zeros_like(padded)  # sum of upstream over the outputs that see a position
+    for offset in itertools.product(*(range(k) for k in kernel_size)):
+        taps = tuple(
+            slice(j * d, j * d + s * (n - 1) + 1, s)
+            for j, d, s, n in zip(offset, dilation, stride, sizes, strict=True)
+        )
+        seen = padded[(..., *taps)]
+        values += seen.reshape(x.shape[0], groups, x.shape[1] // groups, *sizes).sum(2)
+        if upstream is not None:
+            weights[(..., *taps)] += upstream.double().repeat_interleave(x.shape[1] // groups, 1)
+    inner = tuple(slice(p, p + size) for p, size in zip(padding, x.shape[2:], strict=True))
+    return values, 2 * x.detach().double() * weights[(..., *inner)]
+
+
+def run(x, case, backend, upstream=None, **kwargs):
+    x = x.detach().requires_grad_()
+    out = patch_sqnorm(x, *case, backend=backend, **kwargs)
+    out.backward(torch.ones_like(out) if upstream is None else upstream)
+    return out.detach(), x.grad
+
+
+def check(x, case, backend):
+    """Value and gradient of one case."""
+    kernel_size, groups = case[0], case[-1]
+    values, _ = oracle(x, *case)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    upstream = make_input(
+        tuple(values.shape), acc, seed=1
+    ).abs()  # of one sign: errors are relative to each entry
+    values, gradient = oracle(x, *case, upstream)
+    out, grad = run(x, case, backend, upstream)
+    base, base_grad = run(x, case, "reference", upstream)
+    assert (out.dtype, grad.dtype) == (acc, x.dtype)
+    volume = math.prod(kernel_size)
+    assert_accurate(out, base, values, volume * max(1, x.shape[1] // groups), elementwise=True)
+    assert_accurate(grad, base_grad, gradient, volume, elementwise=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient(name, backend):
+    shape, *case = CASES[name]
+    check(make_input(shape), case, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    ["1d-stride-dilation", "2d-all", "2d-depthwise-stride", "2d-pointwise-groups", "3d-all", "rows-groups"],
+)
+def test_layouts_and_dtypes(name, layout, dtype, backend):
+    shape, *case = CASES[name]
+    check(make_input(shape, dtype, layout), case, backend)
+
+
+@st.composite
+def problems(draw):
+    rank = draw(st.integers(0, 3))
+    ints = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(rank))  # noqa: E731
+    kernel_size, stride, padding, dilation = ints(1, 4), ints(1, 3), ints(0, 4), ints(1, 3)
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    smallest = (
+        max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel_size, padding, dilation, strict=True)
+    )
+    sizes = (draw(st.integers(least, least + (40 if rank == 1 else 7))) for least in smallest)
+    shape = (draw(st.integers(0, 3)), groups * draw(st.sampled_from([0, 1, 2, 3, 7, 18, 33])), *sizes)
+    x = make_input(
+        shape, draw(st.sampled_from(DTYPES)), draw(st.sampled_from(LAYOUTS)), draw(st.integers(0, 99))
+    )
+    return x, (kernel_size, stride, padding, dilation, groups)
+
+
+@needs_native
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_any_problem(problem):
+    x, case = problem
+    check(x, case, "native")
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", ["valid", "same", 1, (2, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("kernel_size", "dilation"), [(3, 1), (2, 1), ((4, 3), (1, 2)), ((2, 4), 3)], ids=str
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_arguments_mean_what_conv_means(mode, padding, kernel_size, dilation, backend):
+    """A convolution of the squares with ones sums the squares that the layer's patches hold."""
+    conv = nn.Conv2d(
+        6, 2, kernel_size, padding=padding, dilation=dilation, groups=2, bias=False, padding_mode=mode
+    )
+    nn.init.ones_(conv.weight.data).requires_grad_(False)
+    x = make_input((2, 6, 11, 12), torch.float64).requires_grad_()
+    expected = conv.double()(x.square())
+    upstream = torch.rand_like(expected)
+    (gradient,) = torch.autograd.grad(expected, x, upstream)
+    out = patch_sqnorm(x, kernel_size, 1, padding, dilation, 2, mode, backend=backend)
+    torch.testing.assert_close(out, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(out, x, upstream)[0], gradient, rtol=1e-13, atol=1e-300)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_padding_modes_in_other_ranks(rank, mode, backend):
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](
+        2, 1, 4, padding="same", bias=False, padding_mode=mode
+    )
+    nn.init.ones_(layer.weight.data).requires_grad_(False)
+    x = make_input((2, 2, 6, 7, 8)[: rank + 2], torch.float64)
+    out = patch_sqnorm(x, 4, padding="same", padding_mode=mode, backend=backend)
+    torch.testing.assert_close(out, layer.double()(x.square()), rtol=1e-13, atol=0)
+
+
+def test_equals_unfolded_patches(backend):
+    x = make_input((2, 3, 8, 9), torch.float64)
+    patches = F.unfold(x, (3, 2), dilation=(1, 2), padding=(1, 0), stride=(2, 1))
+    out = patch_sqnorm(x, (3, 2), (2, 1), (1, 0), (1, 2), backend=backend)
+    torch.testing.assert_close(out.flatten(2), patches.square().sum(1, keepdim=True), rtol=1e-14, atol=0)
+
+
+def test_half_precision_squares_do_not_overflow(backend):
+    x = torch.full((1, 4, 5), 3000.0, dtype=torch.float16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = patch_sqnorm(x, 3, padding=1, backend=backend)
+    assert out.dtype == torch.float32
+    assert out.flatten().tolist() == [8 * 9e6, 12 * 9e6, 12 * 9e6, 12 * 9e6, 8 * 9e6]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_numbers_stay_in_their_patches(bad, backend):
+    x = make_input((1, 2, 9, 9))
+    x[0, 1, 4, 4] = bad
+    finite = patch_sqnorm(x, 3, padding=1, backend=backend)[0, 0].isfinite()
+    assert not finite[3:6, 3:6].any() and finite.sum() == 81 - 9
+
+
+def test_gradcheck(backend):
+    for name in ("1d-stride-dilation", "2d-all", "2d-pointwise-stride", "3d", "rows-groups"):
+        shape, *case = CASES[name]
+        x = make_input((2, *shape[1:]), torch.float64, "channels_last").requires_grad_()
+        assert torch.autograd.gradcheck(lambda x, case=case: patch_sqnorm(x, *case, backend=backend), x)
+
+
+@needs_native
+def test_gradient_keeps_the_memory_format():
+    x = make_input((2, 4, 5, 6), layout="channels_last").requires_grad_()
+    (grad,) = torch.autograd.grad(patch_sqnorm(x, 3, groups=2, backend="native").sum(), x)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_inputs_are_not_written(backend):
+    x = make_input((2, 4, 5, 6)).requires_grad_()
+    before, version = x.detach().clone(), x._version
+    out = patch_sqnorm(x, 3, padding=1, groups=2, backend=backend)
+    upstream = torch.rand_like(out)
+    kept, upstream_version = upstream.clone(), upstream._version
+    out.backward(upstream)
+    assert (x._version, upstream._version) == (version, upstream_version)
+    assert torch.equal(x, before) and torch.equal(upstream, kept)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_results_do_not_depend_on_how_work_is_split(layout, groups):
+    """One sample is cut in pieces for the threads, a batch is not: every sum must have the same order."""
+    for shape in ((12, 16, 40, 64), (8, 8, 20000), (8, 4, 20, 24, 24)):
+        x = make_input(shape, layout=layout)
+        whole, grads = run(x, (3, 1, 1, 2, groups), "native")
+        parts = [run(x[i : i + 1], (3, 1, 1, 2, groups), "native") for i in range(len(x))]
+        assert torch.equal(whole, torch.cat([out for out, _ in parts]))
+        assert torch.equal(grads, torch.cat([grad for _, grad in parts]))
+
+
+@needs_native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
+@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (8, 1), (8, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_is_bounded(layout, groups, stride, dtype):
+    """Beyond input and output, at most twice their size: forward, and backward with its gradient."""
+    x = make_input((4, 8, 40, 40), dtype, layout).requires_grad_()
+    out = patch_sqnorm(x, 5, stride, 2, groups=groups)
+    size = x.numel() * x.element_size() + out.numel() * out.element_size()
+    forward = peak_memory(lambda: patch_sqnorm(x, 5, stride, 2, groups=groups, backend="native"))
+    assert forward <= out.numel() * out.element_size() + 2 * size
+    backward = peak_memory(lambda: out.sum().backward())
+    assert backward <= x.numel() * x.element_size() + 2 * size
+    unfolded = peak_memory(lambda: F.unfold(x.detach().float(), 5, padding=2, stride=stride).square().sum(1))
+    assert unfolded > 2.5 * size  # the measure sees what it should
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic, backend):
+    torch._dynamo.reset()
+
+    def loss(x, mode):
+        return (
+            patch_sqnorm(x, (3, 2), padding="same", groups=2, padding_mode=mode, backend=backend)
+            .square()
+            .sum()
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size, layout, mode in (
+        (6, "contiguous", "zeros"),
+        (9, "channels_last", "zeros"),
+        (7, "contiguous", "circular"),
+    ):
+        x = make_input((3, 4, size, size + 1), torch.float64, layout).requires_grad_()
+        expected, got = loss(x, mode), compiled(x, mode)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
+
+
+@needs_native
+def test_second_derivative_is_refused():
+    x = make_input((2, 3, 5)).requires_grad_()
+    (grad,) = torch.autograd.grad(patch_sqnorm(x, 3, backend="native").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"patch_sqnorm.*once"):
+        grad.sum().backward()
+
+
+def test_reference_has_second_derivatives():
+    x = make_input((2, 3, 5), torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: patch_sqnorm(x, 3, backend="reference"), x)
+
+
+X = torch.zeros(2, 6, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "match"),
+    [
+        ((X.long(), 3), {}, TypeError, "input must be a float32"),
+        (([1.0], 3), {}, TypeError, "input must be a float32"),
+        ((X[0, 0, 0], 3), {}, ValueError, "input must be .*spatial.*shape \\(7,\\)"),
+        ((X[None, None], 3), {}, ValueError, "input must be"),
+        ((X[0, 0], 3), {}, ValueError, "kernel_size must be .*unsqueeze.*got 3"),
+        ((X[0, 0], (3,)), {}, ValueError, "kernel_size must be .*got \\(3,\\)"),
+        ((X, (3,)), {}, ValueError, "kernel_size must be an integer or 2 integers"),
+        ((X, 0), {}, ValueError, "kernel_size must be at least 1, got 0"),
+        ((X, 3.0), {}, TypeError, "kernel_size must be an integer"),
+        ((X, (3, 1.5)), {}, TypeError, "kernel_size must be made of integers"),
+        ((X, True), {}, TypeError, "kernel_size must be an integer"),
+        ((X, (6, 3)), {}, ValueError, "kernel_size must be small enough .*axis 0: extent 6, size 5"),
+        ((X, 3), {"dilation": 3}, ValueError, "kernel_size must be small enough .*extent 7, size 5"),
+        ((X[:, :, :0], 1), {}, ValueError, "kernel_size must be small enough"),
+        ((X, 3), {"stride": 0}, ValueError, "stride must be at least 1"),
+        ((X, 3), {"stride": (1, 1, 1)}, ValueError, "stride must be an integer or 2"),
+        ((X, 3), {"dilation": (1, -1)}, ValueError, "dilation must be at least 1"),
+        ((X, 3), {"padding": -1}, ValueError, "padding must be at least 0"),
+        ((X, 3), {"padding": "full"}, ValueError, "padding must be one of 'same', 'valid'"),
+        ((X, 3), {"padding": "same", "stride": 2}, ValueError, "stride must be 1 with padding='same'"),
+        ((X, 3), {"groups": 4}, ValueError, "groups must be a positive divisor of the 6 channels.*got 4"),
+        ((X, 3), {"groups": 0}, ValueError, "groups must be a positive divisor"),
+        ((X, 3), {"groups": 2.0}, TypeError, "groups must be an integer"),
+        ((X, 3), {"padding_mode": "mirror"}, ValueError, "padding_mode must be one of"),
+        (
+            (X, 3),
+            {"padding": 5, "padding_mode": "reflect"},
+            ValueError,
+            "padding must be at most 4 .*'reflect'",
+        ),
+        (
+            (X, 3),
+            {"padding": 6, "padding_mode": "circular"},
+            ValueError,
+            "padding must be at most 5 .*'circular'",
+        ),
+        ((X, 3), {"backend": "cuda"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_arguments(args, kwargs, error, match):
+    with pytest.raises(error, match="patch_sqnorm: " + match):
+        patch_sqnorm(*args, **kwargs)
+
+
+@needs_native
+def test_operator_checks_its_own_arguments():
+    op, backward = torch.ops.fam_ext.patch_sqnorm, torch.ops.fam_ext.patch_sqnorm_backward
+    ones = [1, 1]
+    for kernel, groups in (([3], 1), ([0, 3], 1), ([6, 3], 1), ([3, 3], 4), ([3, 3], 0)):
+        with pytest.raises(ValueError, match="patch_sqnorm: "):
+            op(X, kernel, ones, [0, 0], ones, groups)
+    with pytest.raises(ValueError, match="patch_sqnorm_backward: grad must have shape"):
+        backward(torch.zeros(2, 1, 5, 7), X, [3, 3], ones, [0, 0], ones, 1)
