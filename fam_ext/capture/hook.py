@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fam_ext.errors import UnsupportedError
+
+
+class _NotScriptable(UnsupportedError, AttributeError):
+    """hasattr() answers False."""
+
 
 class LayerHook:
     """Forward hook of one criterion on one of its layers. A copy of the layer carries an inert hook, tied to no criterion.
@@ -49,6 +55,13 @@ class LayerHook:
             if not isinstance(hook, LayerHook):
                 return True
         return False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__globals__":  # TorchScript is about to compile the hook
+            raise _NotScriptable(
+                "torch.jit.script compiles a module's forward hooks, and fam_ext's cannot be: call criterion.detach() first"
+            )
+        raise AttributeError(name)
 
     def __reduce__(self) -> Any:
         return LayerHook, ()

@@ -160,12 +160,13 @@ def positive_terms(
 
 def _check_factors(options: Options, hidden: HiddenCall, outputs: Tensor) -> None:
     """Refuse where the Gauss-Newton and Fisher matrices have no sum over samples."""
-    caller, call, memory = options.caller, hidden.calls[0], hidden.term.memory
+    caller, memory = options.caller, hidden.term.memory
     if len(hidden.calls) > 1 or hidden.past_calls:
         raise UnsupportedError(
             f"{caller}: curvature={options.curvature!r} is for a layer called once, on which the loss depends through that call "
             "alone; use curvature='hessian'"
         )
+    call = hidden.calls[0]
     key = ("factors", call.shape, outputs.shape, *map(signature, hidden.between))
     known = memory.levels.get(key)
     if (known is None or memory.should_recheck(key)) and gauss_newton.check_samples_apart(

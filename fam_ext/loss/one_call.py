@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_ext import _checks
+from fam_ext._dtypes import accumulation_dtype
 from fam_ext.capture import graph_walk
-from fam_ext.capture.calls import CapturedCall, check_tensor
+from fam_ext.capture.calls import CapturedCall, check_tensor, layer_weight
 from fam_ext.errors import LayerNotCalled, NoClosedForm, UnsupportedError
 from fam_ext.head.closed_form import check_class_dim, flatness
 from fam_ext.hessian.estimate import Estimate
@@ -131,7 +132,9 @@ def sum_of_terms(
             else:
                 estimates += positive_terms(options, outputs, hidden, bound, per_sample)
         elif not estimates:  # every layer was skipped in this step
-            estimates.append(Estimate(torch.zeros((), device=loss.device), None))
+            estimates.append(
+                Estimate(torch.zeros((), dtype=accumulation_dtype(loss), device=loss.device), None)
+            )
     return Estimate.total(estimates)
 
 
@@ -154,7 +157,7 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
     walks = graph_walk.find(loss, [term.captures for term in terms], parameters)
     hidden = []
     for term, walk in zip(terms, walks, strict=True):
-        if walk.calls:
+        if walk.calls or walk.past_calls:
             hidden.append(_hidden_call(caller, term, walk))
         elif term.captures.idle():
             if not term.captures.seen or term.plan is CLOSED_FORM:
@@ -166,7 +169,10 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
 
 
 def _hidden_call(caller: str, term: LayerTerm, walk: graph_walk.Walk) -> HiddenCall:
-    calls, weight = [], None
+    calls, weight = (
+        [],
+        layer_weight(term.module),
+    )  # no call where the loss holds a derivative of the layer alone
     for node, number, stored in ((c.node, c.number, c.stored) for c in walk.calls):
         features = stored.take(caller)
         stored.used[0] = True
@@ -178,7 +184,6 @@ def _hidden_call(caller: str, term: LayerTerm, walk: graph_walk.Walk) -> HiddenC
             features, weight = term.rescaled(features, weight)
         calls.append(LayerCall(GradientEdge(node, number), features, stored.shape, stored.dtype))
     term.captures.done()
-    assert weight is not None
     return HiddenCall(term, weight, calls, walk.between, walk.past_calls)
 
 
