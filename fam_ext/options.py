@@ -9,7 +9,7 @@ import torch
 
 from fam_ext import _checks
 from fam_ext.errors import NotAHead
-from fam_ext.loss_hessians import Bound
+from fam_ext.loss_hessians import LossHessian
 from fam_ext.ops.backends import BACKENDS
 
 MEASURES = ("neuronwise", "layerwise", "trace")
@@ -106,7 +106,7 @@ class Options:
             "generator": None,
         }  # generators cannot be pickled: a copy draws from its own
 
-    def check_bound(self, bound: Bound) -> None:
+    def check_bound(self, bound: LossHessian) -> None:
         if self.curvature == "fisher" and not bound.fisher():
             raise NotAHead(
                 f"{self.caller}: curvature='fisher' is defined for cross-entropy without class weights and label smoothing, BCE "

@@ -19,11 +19,11 @@ from fam_ext.ops.head_cross_entropy import head_cross_entropy, ordinary_call
 
 if TYPE_CHECKING:
     from fam_ext.loss.layer_criterion import LayerCriterion, Taken
-    from fam_ext.loss_hessians import Bound
+    from fam_ext.loss_hessians import LossHessian
 
 
 def fusible(
-    owner: LayerCriterion, outputs: object, bound: Bound | None, strength: object
+    owner: LayerCriterion, outputs: object, bound: LossHessian | None, strength: object
 ) -> CrossEntropy | None:
     """`bound` where the operation stands for criterion and term; a hook on the criterion would miss its call."""
     if not isinstance(bound, CrossEntropy) or not isinstance(strength, float):
@@ -33,8 +33,14 @@ def fusible(
         return None
     if target.requires_grad or (weight is not None and weight.requires_grad):
         return None
-    if target.dtype != torch.int64 and target.dtype != outputs.dtype:
+    if target.dtype != torch.int64 and (target.dtype != outputs.dtype or bound.ignore_index >= 0):
         return None
+    if (
+        weight is not None
+        and weight.dtype != outputs.dtype
+        and not torch.is_autocast_enabled(outputs.device.type)
+    ):
+        return None  # which the criterion alone does not take either
     return None if owner.hooked() else bound
 
 

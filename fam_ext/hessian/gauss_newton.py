@@ -22,13 +22,13 @@ from fam_ext.errors import UnsupportedError
 from fam_ext.hessian.estimate import rademacher
 from fam_ext.hessian.products import LayerCall
 from fam_ext.layers.linear_map import LinearMap
-from fam_ext.loss_hessians import Bound, CrossEntropy
+from fam_ext.loss_hessians import CrossEntropy, LossHessian
 from fam_ext.ops.gram_trace import gram_trace
 
 _TOGETHER = 2**27  # bytes of factors that are stacked for one call
 
 
-def output_factors(bound: Bound, outputs: Tensor, samples: int) -> Iterator[Tensor]:
+def output_factors(bound: LossHessian, outputs: Tensor, samples: int) -> Iterator[Tensor]:
     """u_k, each of the shape of `outputs`, with sum_k u_k u_k^T the criterion's Hessian within every sample.
 
     Cross-entropy: sqrt(c p_k) (e_k - p); elementwise losses: sqrt(h_k) e_k. A sample's rows (positions) take turns: one factor
@@ -62,7 +62,7 @@ def _by_turns(factor: Tensor, samples: int, keep: int | None) -> Iterator[Tensor
 
 
 def sampled_factors(
-    bound: Bound, outputs: Tensor, probes: int, generator: torch.Generator
+    bound: LossHessian, outputs: Tensor, probes: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
     """Random u with E[u u^T] the criterion's Hessian over all rows, elements and positions together.
 

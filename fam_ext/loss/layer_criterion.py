@@ -34,7 +34,7 @@ class Taken(NamedTuple):
     weight: Tensor
     class_dim: int | None
     rows: Tensor | None
-    bound: loss_hessians.Bound
+    bound: loss_hessians.LossHessian
 
 
 class Found(NamedTuple):
@@ -180,7 +180,7 @@ class LayerCriterion(nn.Module):
         layers = ", ".join(str(part.module) for part in self.parts)
         return f"layer={layers}, measure={self.options.measure}"
 
-    def _bound(self, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> loss_hessians.Bound | None:
+    def _bound(self, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> loss_hessians.LossHessian | None:
         return None if self._bind is None else self._bind(*targets, **kwargs)
 
     def _check_ready(self) -> None:
@@ -197,7 +197,7 @@ class LayerCriterion(nn.Module):
                 return False
         return True
 
-    def _take(self, part: Part, outputs: Any, bound: loss_hessians.Bound | None) -> Taken | None:
+    def _take(self, part: Part, outputs: Any, bound: loss_hessians.LossHessian | None) -> Taken | None:
         """What the closed form works on; None where another method must serve. Raises where nothing can."""
         if not self.options.closed_form:
             return None
@@ -209,7 +209,7 @@ class LayerCriterion(nn.Module):
             part.not_a_head = error.with_traceback(None)  # its frames would keep the batch alive
             return None
 
-    def _take_head(self, part: Part, outputs: Any, bound: loss_hessians.Bound | None) -> Taken:
+    def _take_head(self, part: Part, outputs: Any, bound: loss_hessians.LossHessian | None) -> Taken:
         caller, layer = self.options.caller, part.layer
         if bound is None:
             raise NotAHead(self._no_closed_form)
@@ -234,7 +234,7 @@ class LayerCriterion(nn.Module):
         features, weight = part.rescaled(features, weight)
         return Taken(capture, features, weight, class_dim, rows, bound)
 
-    def _check_constant(self, part: Part, bound: loss_hessians.Bound) -> None:
+    def _check_constant(self, part: Part, bound: loss_hessians.LossHessian) -> None:
         """The closed forms hold the criterion's target, variance and weights constant: the layer's output may not be in them."""
         for name, value in vars(bound).items():
             if not isinstance(value, Tensor) or value.grad_fn is None:
@@ -344,7 +344,7 @@ class LayerCriterion(nn.Module):
         taken: Sequence[Taken | None],
         loss: Tensor | None,
         outputs: Any,
-        bound: loss_hessians.Bound | None,
+        bound: loss_hessians.LossHessian | None,
         closure: Any = None,
         per_sample: bool = False,
     ) -> Estimate:

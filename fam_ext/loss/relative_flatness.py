@@ -93,6 +93,8 @@ class RelativeFlatness(LayerCriterion):
         taken = [self._take(part, outputs, bound) for part in self.parts]
         needs_loss = None in taken and self.options.method != "finite_difference"
         loss = self.criterion(outputs, *targets, **kwargs) if needs_loss else None
+        if loss is None and bound is not None:  # the criterion has not looked at them
+            bound.check_values(self.options.caller, outputs)
         term, self.standard_error = self._terms(taken, loss, outputs, bound, closure, per_sample)
         return term
 

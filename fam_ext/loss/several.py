@@ -14,7 +14,7 @@ from fam_ext.hessian import exact, gauss_newton, hutchinson
 from fam_ext.hessian.estimate import Estimate
 from fam_ext.hessian.products import Curvature, LayerCall
 from fam_ext.loss.hidden import General, Plan
-from fam_ext.loss_hessians import SUPPORTED, Bound
+from fam_ext.loss_hessians import SUPPORTED, LossHessian
 
 
 def hessian_terms(found: Sequence[tuple[General, Curvature, list[Any]]], per_sample: bool) -> list[Estimate]:
@@ -65,7 +65,7 @@ def _estimate(found: Sequence[tuple[General, Curvature, str]], per_sample: bool)
 def positive_terms(
     found: Sequence[tuple[General, Tensor, Sequence[LayerCall], list[Any]]],
     outputs: Any,
-    bound: Bound | None,
+    bound: LossHessian | None,
     per_sample: bool,
 ) -> list[Estimate]:
     """The terms of several layers for curvature="ggn" (every factor of the criterion's Hessian) or "fisher" (`probes` draws).
@@ -99,7 +99,7 @@ def _positive(
     group: Sequence[tuple[General, gauss_newton.Place]],
     samples: int,
     outputs: Tensor,
-    bound: Bound,
+    bound: LossHessian,
     per_sample: bool,
 ) -> Estimate:
     first = group[0][0]
