@@ -372,7 +372,10 @@ class LayerCriterion(nn.Module):
     @staticmethod
     def _no_graph(part: Part) -> str:
         if part.captures.called_without_grad:
-            return "the layer was called under torch.no_grad or inference_mode; call the model with gradients enabled"
+            return (
+                "the layer was called under torch.no_grad or inference_mode (or by reentrant checkpointing: set "
+                "use_reentrant=False); call the model with gradients enabled"
+            )
         return (
             f"the loss does not depend on a call of {part.module} in training mode; check that `layer` is the very module the "
             "model uses, and that it or something before it requires grad"
