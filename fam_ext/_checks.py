@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -119,7 +120,8 @@ def check_number(function: str, argument: str, value: object) -> None:
             bad_value(function, argument, "a number (a tensor's gradient would be lost; detach it)", value)
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         bad_type(function, argument, "a number", value)
-    if not -math.inf < value < math.inf:  # type: ignore[operator]  # unlike math.isfinite, this can be traced
+    # unlike math.isfinite this can be traced; an integer may be too large for a float
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # type: ignore[operator]
         bad_value(function, argument, "a finite number", value)
 
 

@@ -227,10 +227,11 @@ class FAMLoss(LayerCriterion):
             return loss(0.0)[0]
         self.reset()
         strength = self._strength_now()
-        if isinstance(strength, TargetRatio):
+        by_ratio = isinstance(strength, TargetRatio)
+        if by_ratio:
             strength = float(strength.update(*loss.values()))
         total, kappa = loss(strength)
-        if strength == 0:
+        if strength == 0 and not by_ratio:
             self._finish(Last(total.detach(), None, None, 0.0))
         else:
             self._finish(Last(None, total.detach(), kappa, strength))
