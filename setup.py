@@ -32,7 +32,7 @@ NO_TORCH = """fam_ext compiles against the torch that will load it, and this bui
 lack of --no-build-isolation. Install torch, then run: pip install --no-build-isolation .
 (or, for pure Python: FAM_EXT_BUILD=0 pip install --no-build-isolation .)"""
 NO_COMPILE = """fam_ext: compiling failed, see above. It needs Python's headers (python3-dev) and a compiler for the C++ of
-torch's headers: C++20 for torch 2.13, C++17 for torch 2.11.
+torch's headers: C++20, up to torch 2.11 C++17.
 For pure Python, same numbers but slower: FAM_EXT_BUILD=0 pip install --no-build-isolation ."""
 NO_COMPILE_CUDA = """CUDA kernels were to be compiled with the toolkit in {home}. Two ways out:
 without them: FAM_EXT_CUDA=0 pip install --no-build-isolation .
