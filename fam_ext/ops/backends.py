@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,10 +208,13 @@ def _no_kernel(device: str) -> str:
 
 def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether a library compiled for `architectures` ("8.0", "9.0+PTX") has code for a GPU of this capability: machine code
-    of the same major version and no later minor one, or PTX of any earlier version.
+    of the same major version and no later minor one, or PTX of any earlier version. Other entries (names) count as none.
     """
     for architecture in architectures:
-        major, minor = (int(n) for n in architecture.removesuffix("+PTX").rstrip("af").split("."))
+        number = architecture.removesuffix("+PTX").rstrip("af")
+        if not re.fullmatch(r"\d+\.\d+", number):
+            continue
+        major, minor = (int(n) for n in number.split("."))
         same = major == capability[0] and minor <= capability[1]
         if same or (architecture.endswith("+PTX") and (major, minor) <= capability):
             return True
