@@ -6,7 +6,9 @@
   other estimator;
 - PyHessian's procedure (Z. Yao et al., "PyHessian: Neural Networks Through the Lens of the Hessian", 2020): the gradient with its
   graph once, then one product for each Rademacher vector; written anew, as the package needs torchvision;
-- curvlinops (F. Dangel et al.): its Hessian operator with its Hutch++ (Meyer et al. 2021), where it is installed.
+- curvlinops (F. Dangel et al.): its Hessian operator with its Hutch++ (Meyer et al. 2021), where it is installed;
+- SAM along the momentum (M. Becker, F. Altrock, B. Risse, "Momentum-SAM: Sharpness Aware Minimization without Computational
+  Overhead", arXiv 2401.12033), which pytorch_optimizer does not have.
 """
 
 from __future__ import annotations
@@ -98,3 +100,26 @@ def probes_for(estimates: Tensor, mean: float, wanted: float = 0.01) -> tuple[in
     """(probes for the relative standard error `wanted`, relative standard deviation of one), from independent estimates."""
     deviation = float(estimates.detach().double().std()) / abs(mean)
     return max(1, math.ceil((deviation / wanted) ** 2)), deviation
+
+
+class MomentumSAM(torch.optim.SGD):
+    """SGD with momentum m whose gradients are taken at w + rho m / |m|: a sharpness-aware step at the price of a plain one.
+
+    The parameters stay at the perturbed point between steps, where the next gradient is taken.
+    """
+
+    def __init__(self, parameters: Any, rho: float, **options: float) -> None:
+        super().__init__(parameters, **options)
+        self.rho = rho
+        self.moved: list[Tensor] = []
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.moved:
+            torch._foreach_sub_(parameters, self.moved)
+        super().step()
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        length = torch.stack(torch._foreach_norm(momenta)).norm()
+        self.moved = list(torch._foreach_mul(momenta, self.rho / length))
+        torch._foreach_add_(parameters, self.moved)

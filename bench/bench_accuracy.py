@@ -18,13 +18,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import plots
-import pytest
 import torch
-from common import Settings, Variant, interleaved, quantiles
+from case import Settings, Variant
 from machine import making_tensors, thread_count
-from report import time_text, write_rows
+from report import table, time_text, write_rows
 from rich.console import Console
-from rich.table import Table
+from timing import interleaved, quantiles
 from torch import Tensor, nn
 
 import fam_ext
@@ -204,47 +203,29 @@ def run(console: Console, settings: Settings) -> list[dict[str, object]]:
 
 
 def _show_confidence(console: Console, rows: Sequence[dict[str, object]]) -> None:
-    table = Table(
-        title="accuracy: relative error of value / gradients", title_justify="left", title_style="bold"
-    )
-    table.add_column("dtype")
-    table.add_column("method", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
-    for delta in DELTAS:
-        table.add_column(f"max p = 1 - {delta:g}", justify="right", no_wrap=True)
+    lines: list[list[str] | None] = []
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
-        table.add_section()
+        lines.append(None)
         for method in dict.fromkeys(r["method"] for r in rows):
             own = [r for r in rows if (r["dtype"], r["method"]) == (dtype, method)]
             cells = [f"{r['value_error']:.0e} / {r['gradient_error']:.0e}" for r in own]
-            table.add_row(dtype, method, time_text(own[0]["time_us"]), *cells)
-    console.print(table)
+            lines.append([dtype, method, time_text(own[0]["time_us"]), *cells])
+    columns = ["time", *(f"max p = 1 - {delta:g}" for delta in DELTAS)]
+    title = "accuracy: relative error of value / gradients"
+    console.print(table(title, ["dtype", "method"], columns, lines))
 
 
 def _show_probes(console: Console, rows: Sequence[dict[str, object]]) -> None:
-    title = "accuracy: relative standard error of one training step's estimate, hidden layer 64 -> 32, B=128"
-    table = Table(title=title, title_justify="left", title_style="bold", min_width=len(title))
-    for name in (
-        "probes",
-        "of shared probes",
-        "measured",
-        "time",
-        "of each sample's own",
-        "measured",
-        "time",
-    ):
-        table.add_column(name, justify="right")
+    lines = []
     for k in dict.fromkeys(r["probes"] for r in rows):
         cells = [str(k)]
         for r in (r for r in rows if r["probes"] == k):
             cells += [f"{r['standard_error']:.3f}", f"{r['measured_error']:.3f}", time_text(r["time_us"])]
-        table.add_row(*cells)
-    console.print(table)
-
-
-@pytest.mark.parametrize("method", methods())
-def test_accuracy(benchmark, method):
-    benchmark.group = OP
-    trace = methods()[method]
-    check(method, torch.float32, DELTAS[-1], errors(trace, DELTAS[-1], torch.float32))
-    benchmark(partial(step, trace, *inputs(DELTAS[-1], torch.float32)))
+        lines.append(cells)
+    columns = [
+        f"{kind}{what}"
+        for kind in ("shared", "each sample's own")
+        for what in (", std / sqrt(k)", ": measured", ": time")
+    ]
+    title = "accuracy: relative standard error of one training step's estimate, hidden layer 64 -> 32, B=128"
+    console.print(table(title, ["probes"], columns, lines))

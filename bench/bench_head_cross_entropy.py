@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from baselines import full_hessian, hutchinson, hutchinson_values, probes_for
-from common import Case, Variant, in_pytest
+from case import Build, Case, Variant
 from counts import head_step, linear_step
 from torch import Tensor, nn
 
@@ -128,13 +127,5 @@ def case(shape: Shape, compiled: bool, others: bool = True) -> Case:
     return Case(f"N={rows} I={fan_in} O={classes}, forward + backward", variants, flops=added)
 
 
-def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+def cases(quick: bool = False) -> list[Build]:
     return [partial(case, shape) for shape in (SHAPES[:2] if quick else SHAPES)]
-
-
-@pytest.mark.parametrize(
-    "name", [FUNCTIONS, MODULES, "head_cross_entropy", "FAMLoss", "textbook, eager", "stable, eager"]
-)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_head_cross_entropy(benchmark, shape, name):
-    in_pytest(benchmark, OP, case(shape, compiled=False, others=False), name)
