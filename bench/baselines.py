@@ -23,6 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def textbook_trace(z: Tensor, w: Tensor) -> Tensor:
+    """sum_s p_s |w_s|^2 - |sum_s p_s w_s|^2 of every row: what one would write, without digits on confident predictions."""
+    p = z.softmax(1)
+    return p @ w.square().sum(1) - (p @ w).square().sum(1)
+
+
+def by_trace(
+    trace: Callable[[Tensor, Tensor], Tensor],
+    strength: float,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    t: Tensor,
+) -> Tensor:
+    """CE + strength * kappa of a head from `trace`(logits, weight) of every row."""
+    z = F.linear(x, w, b)
+    return F.cross_entropy(z, t) + strength * (x.square().sum(1) * trace(z, w)).mean()
+
+
 def hessian_kappa(loss: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
     """sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}) from the full Hessian of `loss`; differentiable."""
     return (hessian_traces(loss, weight) * (weight @ weight.T)).sum()

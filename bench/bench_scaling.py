@@ -52,8 +52,8 @@ class Sweep:
 
 
 def head_variants(shape: Callable[[int], head.Shape], size: int) -> list[Variant]:
-    found = head.case(shape(size), compiled=False, others=False).variants
-    return [v for v in found if v.name in HEAD_FUNCTIONS]
+    variants = head.case(shape(size), compiled=False, others=False).variants
+    return [v for v in variants if v.name in HEAD_FUNCTIONS]
 
 
 def head_law(shape: Callable[[int], head.Shape], size: int) -> dict[str, float]:
@@ -63,19 +63,16 @@ def head_law(shape: Callable[[int], head.Shape], size: int) -> dict[str, float]:
 
 
 def vocabulary_variants(shape: Callable[[int], head.Shape], size: int) -> list[Variant]:
-    """As above, with linear_cross_entropy where this build has it."""
-    found = head_variants(shape, size)
-    operation = getattr(fam_ext.functional, "linear_cross_entropy", None)
-    if operation is not None:
-        layer, x, t = head.inputs(shape(size))
+    """As above, with linear_cross_entropy."""
 
-        def step() -> tuple[Tensor, ...]:
-            loss = operation(x, layer.weight, t, bias=layer.bias, strength=head.STRENGTH)[0]
-            return loss, *torch.autograd.grad(loss, (x, layer.weight, layer.bias))
+    def loss(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        return fam_ext.functional.linear_cross_entropy(x, w, t, bias=b, strength=head.STRENGTH)[0]
 
-        exact = next(v.exact for v in found if v.name == "head_cross_entropy")
-        found.append(Variant("linear_cross_entropy", step, head.FUNCTIONS, 1e-4, exact))
-    return found
+    variants = head_variants(shape, size)
+    layer, x, t = head.inputs(shape(size))
+    step = partial(head.step, loss, x, layer.weight, layer.bias, t)
+    exact = next(v.exact for v in variants if v.name == "head_cross_entropy")
+    return [*variants, Variant("linear_cross_entropy", step, head.FUNCTIONS, 1e-4, exact)]
 
 
 def vocabulary_law(shape: Callable[[int], head.Shape], size: int) -> dict[str, float]:

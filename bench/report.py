@@ -54,8 +54,8 @@ def table(
 ) -> Table:
     """Columns of words (`left`), then columns of numbers (`right`); None among the rows is a line across."""
     made = Table(title=title, title_justify="left", title_style="bold", min_width=len(title))
-    for name in (*left, *right):
-        made.add_column(name, justify="right" if name in right else "left", no_wrap=True)
+    for k, name in enumerate((*left, *right)):
+        made.add_column(name, justify="left" if k < len(left) else "right", no_wrap=True)
     for row in rows:
         if row is None:
             made.add_section()
@@ -73,8 +73,8 @@ def show(console: Console, results: Sequence[Result]) -> None:
     for count in threads:
         columns += [
             f"{count} thread{'s' * (count > 1)}: time{spread}",
-            f"{count}: ratio{spread}",
-            f"{count}: % of\nceiling",
+            f"ratio{spread}",
+            "% of\nceiling",
         ]
     rows: list[Sequence[str] | None] = []
     for case in dict.fromkeys(r.case for r in results):
