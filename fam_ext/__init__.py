@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fam_ext import functional, schedules
+from fam_ext import functional, integrations, schedules, typing
 from fam_ext._version import __version__
 from fam_ext.errors import UnsupportedError
 from fam_ext.functional import relative_flatness
@@ -18,7 +18,14 @@ __all__ = [
     "__version__",
     "functional",
     "info",
+    "integrations",
     "measure",
     "relative_flatness",
     "schedules",
+    "typing",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names; the floors of the package are no part of its interface."""
+    return sorted(__all__)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fam_ext import _checks, loss_hessians
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian.eigenvalue import largest_direction
+from fam_ext.hessian.eigenvalue import largest_direction, neuronwise
 from fam_ext.layers.find import find_layers
-from fam_ext.loss.layer_criterion import Part
+from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.relative_flatness import RelativeFlatness
 from fam_ext.options import EIGENVALUE_MEASURES, MEASURES
 
@@ -132,9 +132,9 @@ def measure(
     try:
         with _mode(model, training):
             if normalize_features:
-                scale = _feature_scale(model, terms[names[0]].parts[0], batches)
+                scale = _feature_scale(model, terms[names[0]].terms[0], batches)
                 for term in terms.values():
-                    term.parts[0].scale = scale
+                    term.terms[0].scale = scale
             sums = _Sums()
             for inputs, targets in _pairs(_shown(batches, progress)):
                 sums.add(_call(model, inputs), targets, criterion, linear)
@@ -227,7 +227,7 @@ def _weight(criterion: Any, outputs: Any, targets: Any) -> tuple[float, float | 
 
 def _eigenvalue(term: RelativeFlatness, model: nn.Module, batches: Iterable[Any], criterion: Any) -> float:
     """Of the mean Hessian, not the mean of eigenvalues: every product goes over the data set."""
-    part = term.parts[0]
+    part = term.terms[0]
     weight = part.weight()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -246,10 +246,10 @@ def _eigenvalue(term: RelativeFlatness, model: nn.Module, batches: Iterable[Any]
         return (direction * product(direction)).sum()
 
     if term.options.measure == "layerwise_eigenvalue":
-        return float(part.general.finish(largest(), weight))
+        return float(part.scale_to_measure(largest(), weight))
     squares = weight.square().sum(2).flatten()
     blocks = torch.stack([largest(neuron) for neuron in range(len(squares))])
-    return float(part.general.finish((squares * blocks).sum(), weight))
+    return float(part.scale_to_measure(neuronwise(squares, blocks), weight))
 
 
 def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -293,7 +293,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _feature_scale(model: nn.Module, part: Part, batches: Iterable[Any]) -> Tensor:
+def _feature_scale(model: nn.Module, part: LayerTerm, batches: Iterable[Any]) -> Tensor:
     """Standard deviation of the layer's input by channel over the data set; 1 where it is constant."""
     moments: list[Tensor] = []
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fam_ext import _checks
-from fam_ext.errors import NotAHead
+from fam_ext.errors import NoClosedForm
 from fam_ext.loss_hessians import Bound
 from fam_ext.ops.backends import BACKENDS
 
@@ -108,7 +108,7 @@ class Options:
 
     def check_bound(self, bound: Bound) -> None:
         if self.curvature == "fisher" and not bound.fisher():
-            raise NotAHead(
+            raise NoClosedForm(
                 f"{self.caller}: curvature='fisher' is defined for cross-entropy without class weights and label smoothing, BCE "
                 "without weights, and Poisson NLL, where it equals the Hessian; use curvature='hessian'"
             )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext._dtypes import accumulation_dtype
-from fam_ext.errors import NotAHead
+from fam_ext.errors import NoClosedForm
 from fam_ext.layers.linear_map import LinearMap
 from fam_ext.loss_hessians import Bound, CrossEntropy
 from fam_ext.ops.row_coefficients import clear_rows
@@ -84,7 +84,7 @@ def check_class_dim(caller: str, bound: Bound, class_dim: int | None, outputs: T
     """Check that cross-entropy's class dimension is the one that holds the layer's neurons."""
     expected = 0 if outputs.dim() == 1 else 1
     if bound.softmax and class_dim != expected:
-        raise NotAHead(
+        raise NoClosedForm(
             f"{caller}: cross-entropy takes dimension {expected} of its input, of shape {tuple(outputs.shape)}, for the classes, "
             f"but the layer's outputs lie in dimension {class_dim}; flatten the rows to (N, O) or move the classes to dimension 1"
         )

@@ -1,4 +1,4 @@
-"""Positive forms of relative flatness: generalized Gauss-Newton and Fisher matrices in place of the Hessian.
+"""Positive forms of relative flatness: generalized Gauss-Newton and Fisher matrices in factored of the Hessian.
 
 With f the criterion's input and Lambda_i = sum_k u_ik u_ik^T the Hessian of sample i's loss with respect to f_i, the Gauss-Newton
 matrix of the layer is sum_ik Gamma_ik Gamma_ik^T with Gamma_ik = sum_q s_ikq phi_iq^T, s_ik = (df/dz)^T u_ik, and
@@ -44,12 +44,12 @@ def output_factors(bound: Bound, outputs: Tensor, samples: int) -> Iterator[Tens
             unit.select(dim, k).fill_(1)
             half = _root(c) * (0.5 * log_p.narrow(dim, k, 1)).exp()
             # an ignored row takes no part even where its numbers are not finite
-            yield from _by_turns(torch.where(c == 0, 0.0, half * (unit - p)), samples, dim)
+            yield from _row_by_row(torch.where(c == 0, 0.0, half * (unit - p)), samples, dim)
         return
-    yield from _by_turns(_root(bound.diagonal(outputs)), samples, None)
+    yield from _row_by_row(_root(bound.diagonal(outputs)), samples, None)
 
 
-def _by_turns(factor: Tensor, samples: int, keep: int | None) -> Iterator[Tensor]:
+def _row_by_row(factor: Tensor, samples: int, keep: int | None) -> Iterator[Tensor]:
     """`factor` restricted to one of every sample's rows at a time; dimension `keep` is whole in a row."""
     shape = list(factor.shape)
     if keep is not None:
@@ -92,7 +92,7 @@ def _root(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
-class Place(NamedTuple):
+class FactoredLayer(NamedTuple):
     """A layer called once: what its share of the matrix is made from."""
 
     layer: LinearMap
@@ -100,59 +100,66 @@ class Place(NamedTuple):
     call: LayerCall
 
 
-def squares(
-    places: Sequence[Place],
+def factor_traces(
+    layers: Sequence[FactoredLayer],
     outputs: Tensor,
     factors: Iterable[Tensor],
     weighted: bool,
-    hold: bool,
+    detached: bool,
     backend: str,
 ) -> list[Tensor]:
-    """|W^T Gamma_i|_F^2 (or |Gamma_i|_F^2) of every factor u and sample, (K, B) for each place.
+    """|W^T Gamma_i|_F^2 (or |Gamma_i|_F^2) of every factor u and sample, (K, B) for each factored.
 
     One backward pass pulls a factor back to all of them.
     """
-    values: list[list[Tensor]] = [[] for _ in places]
-    waiting: list[list[Tensor]] = [[] for _ in places]
+    values: list[list[Tensor]] = [[] for _ in layers]
+    waiting: list[list[Tensor]] = [[] for _ in layers]
 
     def flush(k: int) -> None:
         if waiting[k]:
-            values[k].append(_of_several(places[k], torch.stack(waiting[k]), weighted, hold, backend))
+            values[k].append(_of_several(layers[k], torch.stack(waiting[k]), weighted, detached, backend))
             waiting[k].clear()
 
-    together = [max(1, _TOGETHER // max(1, 4 * prod(place.call.shape))) for place in places]
-    edges = [place.call.edge for place in places]
+    together = [max(1, _TOGETHER // max(1, 4 * prod(factored.call.shape))) for factored in layers]
+    edges = [factored.call.edge for factored in layers]
     for u in factors:
         pulled = torch.autograd.grad(
-            outputs, edges, u.to(outputs.dtype), create_graph=not hold, retain_graph=True, allow_unused=True
+            outputs,
+            edges,
+            u.to(outputs.dtype),
+            create_graph=not detached,
+            retain_graph=True,
+            allow_unused=True,
         )
         for k, s in enumerate(pulled):
             if s is None:
                 flush(k)
-                values[k].append(_zeros(places[k]))
+                values[k].append(_zeros(layers[k]))
                 continue
-            waiting[k].append(s.detach() if hold else s)
+            waiting[k].append(s.detach() if detached else s)
             if len(waiting[k]) == together[k]:
                 flush(k)
-    for k in range(len(places)):
+    for k in range(len(layers)):
         flush(k)
     if not any(values):  # no rows, no factors
-        return [_zeros(place) for place in places]
+        return [_zeros(factored) for factored in layers]
     return [torch.cat(of_place) for of_place in values]
 
 
-def _zeros(place: Place) -> Tensor:
+def _zeros(factored: FactoredLayer) -> Tensor:
     """(1, B), what a factor that does not reach the layer gives."""
-    dtype = torch.promote_types(place.weight.dtype, torch.float32)
-    return torch.zeros(1, place.layer.samples(place.call.shape), dtype=dtype, device=place.weight.device)
+    dtype = torch.promote_types(factored.weight.dtype, torch.float32)
+    return torch.zeros(
+        1, factored.layer.samples(factored.call.shape), dtype=dtype, device=factored.weight.device
+    )
 
 
-def _of_several(place: Place, s: Tensor, weighted: bool, hold: bool, backend: str) -> Tensor:
+def _of_several(factored: FactoredLayer, s: Tensor, weighted: bool, detached: bool, backend: str) -> Tensor:
     """(K, B) for factors s, (K, *shape of z)."""
-    layer, weight, call = place
-    features = call.features.detach() if hold else call.features
+    layer, weight, call = factored
+    features = call.features.detach() if detached else call.features
     if layer.transposed:
-        return torch.stack([_transposed(layer, weight, call, features, t, weighted, hold) for t in s])
+        return torch.stack([_transposed(layer, weight, call, features, t, weighted, detached) for t in s])
     if len(call.shape) == 1 + layer.spatial:
         features, s = features.unsqueeze(0), s.unsqueeze(1)
     m = layer.module
@@ -167,13 +174,13 @@ def _transposed(
     features: Tensor,
     s: Tensor,
     weighted: bool,
-    hold: bool,
+    detached: bool,
 ) -> Tensor:
     """(B,) for one factor of a transposed convolution: Gamma of every sample by autograd."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     w = layer.canonical(weight).to(dtype)
     gamma = _by_sample(layer, features.to(dtype), s.to(dtype), layer.samples(call.shape), weight.shape)
-    if hold:
+    if detached:
         gamma = gamma.detach()
     by_group = torch.stack([layer.canonical(g) for g in gamma.unbind(0)])  # (B, groups, O/groups, I)
     if not weighted:
@@ -203,7 +210,7 @@ def check_samples_apart(caller: str, layer: LinearMap, call: LayerCall, outputs:
         return True
     if outputs.shape[0] % samples:
         raise UnsupportedError(
-            f"{caller}: curvature='ggn' needs the criterion's input to hold whole samples along its first dimension; "
+            f"{caller}: curvature='ggn' needs the criterion's input to detached whole samples along its first dimension; "
             f"it has {outputs.shape[0]} rows for {samples} samples"
         )
     half = samples // 2

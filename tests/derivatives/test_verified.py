@@ -22,7 +22,7 @@ from fam_ext.capture import graph_walk
 from fam_ext.derivatives import corrections, verdicts, verified
 from fam_ext.derivatives.nodes import bare
 from fam_ext.hessian import exact
-from fam_ext.hessian.products import Curvature, LayerCall, products
+from fam_ext.hessian.products import LayerCall, LayerHessian, products
 from fam_ext.layers.linear_map import LinearMap
 
 BY_ID = {case.id: case for case in CASES}
@@ -159,8 +159,8 @@ def _kappa(layer: Any, calls: list[tuple[Tensor, Tensor]], loss: Tensor, edges: 
         LayerCall(edge, features, tuple(z.shape), z.dtype)
         for edge, (features, z) in zip(edges, calls, strict=True)
     ]
-    ((_, between),) = graph_walk.find(loss, [layer])
-    curvature = Curvature(LinearMap("kappa", layer), layer.weight, found)
+    ((_, between, _),) = graph_walk.find(loss, [layer])
+    curvature = LayerHessian(LinearMap("kappa", layer), layer.weight, found)
     with products(loss, [curvature], verdicts.check("kappa", between)[0]):
         return torch.stack([s.sum() for s in exact.exact(curvature, "batch", True, 16, "auto")]).sum()
 

@@ -257,7 +257,7 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="generator must be on"):
         foreign = torch.Generator()
         one = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5, method="hutchinson", generator=foreign)
-        one.parts[0].general.generator(torch.device("meta"))
+        one.terms[0].generator(torch.device("meta"))
 
 
 def test_per_sample_shares_add_up() -> None:
@@ -288,7 +288,7 @@ def test_copies_and_pickles() -> None:
     criterion = FAMLoss(nn.CrossEntropyLoss(), [net[0], net[2]], 0.5, method="exact")
     expected = criterion(net(x), y)
     for net2, criterion2 in (copy.deepcopy((net, criterion)), pickle.loads(pickle.dumps((net, criterion)))):
-        assert criterion2.parts[1].module is net2[2] and len(net2[2]._forward_hooks) == 1
+        assert criterion2.terms[1].module is net2[2] and len(net2[2]._forward_hooks) == 1
         torch.testing.assert_close(criterion2(net2(x), y), expected)
 
 
