@@ -1,7 +1,8 @@
-"""The README's table of costs and its plot, from the committed run: python bench/readme.py
+"""The tables of costs in docs/performance.md and its plots, from the committed run: python bench/readme.py
 
-bench/results holds the CSV files and the plot of one run of `make bench BENCH_ARGS="--out bench/results"` on a quiet machine.
-What stands between the two marks in README.md is written by this script; tests/bench/test_bench.py compares them.
+bench/results holds the CSV files of one run of `make bench BENCH_ARGS="--out bench/results"` on a quiet machine. What stands
+between the two marks in the page is written by this script, and the run's plots go to docs/plots; tests/bench/test_bench.py
+compares them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from report import ratio_text, read_csv, time_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("bench/results")
+PAGE = Path("docs/performance.md")
+PLOTS = Path("docs/plots")
 MARKS = ("<!-- bench: begin (make bench-readme) -->", "<!-- bench: end -->")
 HEAD_COLUMNS = (
     ("`head_cross_entropy`", "head_cross_entropy"),
@@ -68,16 +71,20 @@ def text(folder: Path) -> str:
     one = [r for r in heads if r["threads"] == min(heads, key=lambda r: int(r["threads"]))["threads"]]
     threads = training[0]["threads"]
     lines = [
+        "### Heads",
+        "",
         f"Measured on: {heads[0]['machine']}. Times of the step without FAM; ratios to it of",
         f"linear layer + cross-entropy + FAM, forward and backward, {one[0]['threads']} thread:",
         "",
         *table(one, HEAD_COLUMNS, "linear + CE (functions)", "N, I, O"),
         "",
-        f"Whole training steps, optimizer included, {threads} thread{'s' * (threads != '1')}:",
+        "### Whole training steps",
+        "",
+        f"Optimizer included, {threads} thread{'s' * (threads != '1')}:",
         "",
         *table(training, TRAINING_COLUMNS, "plain", "network"),
         "",
-        f"![Cost against size, with fitted exponents]({RESULTS.as_posix()}/scaling.png)",
+        f"![Cost against size, with fitted exponents]({PLOTS.name}/scaling.png)",
     ]
     return "\n".join(lines)
 
@@ -89,11 +96,13 @@ def split(document: str) -> tuple[str, str, str]:
 
 
 def main() -> None:
-    folder, readme = ROOT / RESULTS, ROOT / "README.md"
+    folder, page = ROOT / RESULTS, ROOT / PAGE
     if not list(folder.glob("*.csv")):
         sys.exit(f'no run in {RESULTS}: make bench BENCH_ARGS="--out {RESULTS}" writes one')
-    before, _, after = split(readme.read_text())
-    readme.write_text(f"{before}\n{text(folder)}\n{after}")
+    before, _, after = split(page.read_text())
+    page.write_text(f"{before}\n\n{text(folder)}\n\n{after}")
+    for plot in folder.glob("*.png"):  # the site shows only what lies in docs
+        plot.replace(ROOT / PLOTS / plot.name)
 
 
 if __name__ == "__main__":

@@ -302,8 +302,8 @@ def test_readme_table_is_made_from_the_csv(tmp_path: Path) -> None:
     assert "| other | 100 µs |  |  |  |" in lines
 
 
-def test_readme_shows_the_committed_run() -> None:
-    before, shown, after = readme.split((ROOT / "README.md").read_text())
+def test_page_shows_the_committed_run() -> None:
+    before, shown, after = readme.split((ROOT / readme.PAGE).read_text())
     assert before.endswith(readme.MARKS[0])
     assert after.startswith(readme.MARKS[1])
     assert shown.strip("\n") == readme.text(ROOT / readme.RESULTS)
