@@ -11,7 +11,7 @@ from torch import Tensor
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.ops import backends
-from fam_ext.ops._registration import register_fake
+from fam_ext.ops._registration import made_gradient, register_fake
 from fam_ext.ops.reference import head_cross_entropy as reference
 from fam_ext.ops.softmax_trace import choose_form, softmax_trace
 
@@ -170,8 +170,8 @@ def _register() -> None:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         scalar = logits.new_empty((), dtype=accumulation_dtype(logits, features, weight))
         inputs = zip((logits, features), options[-3:-1], strict=True)
-        dz, dphi = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in inputs)
-        dw = weight.new_empty(weight.shape if options[-1] else 0)  # contiguous
+        dz, dphi = (made_gradient(x, needed) for x, needed in inputs)
+        dw = made_gradient(weight, options[-1]).contiguous()
         return scalar, torch.empty_like(scalar), dz, dphi, dw
 
 
