@@ -16,7 +16,6 @@ from common import Case, Result, Variant, in_pytest
 from torch import Tensor
 
 from fam_ext.functional import gram_trace
-from fam_ext.ops import backends
 from fam_ext.ops.gram_trace import choose_form
 
 OP = "gram_trace"
@@ -79,7 +78,7 @@ def case(problem: str, compiled: bool) -> Case:
     )
     ways: dict[str, Trace] = {}
     taken = chosen(*tensors)
-    for backend in ("native", "reference") if backends.native_loaded() else ("reference",):
+    for backend in ("native", "reference"):
         for form in FORMS:
             mark = " (auto)" if form == taken else ""
             ways[f"{backend} {form}{mark}"] = by_operation(form, backend, padding)
@@ -121,7 +120,5 @@ def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
 )
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_gram_trace(benchmark, problem, way):
-    if way.startswith("native") and not backends.native_loaded():
-        pytest.skip("the compiled library is not loaded")
     built = case(problem, compiled=False)
     in_pytest(benchmark, OP, built, next(v.name for v in built.variants if v.name.startswith(way)))
