@@ -16,7 +16,6 @@ from report import faster_form
 from torch import Tensor
 
 from fam_ext.functional import gram_trace
-from fam_ext.ops import backends
 from fam_ext.ops.gram_trace import choose_form
 
 OP = "gram_trace"
@@ -80,7 +79,7 @@ def case(problem: str, compiled: bool) -> Case:
     )
     ways: dict[str, Trace] = {}
     taken = chosen(*tensors)
-    for backend in ("native", "reference") if backends.native_loaded() else ("reference",):
+    for backend in ("native", "reference"):
         for form in FORMS:
             mark = " (auto)" if form == taken else ""
             ways[f"{backend} {form}{mark}"] = by_operation(form, backend, padding)
