@@ -23,11 +23,13 @@ class Walk(NamedTuple):
     past_calls: whether the loss reaches one of the layer's parameters on a way that holds none of its calls, as a weight
         penalty does, or a derivative of the network: the backward pass of a call multiplies with the weight again. `between` then
         holds the nodes on all paths to the parameters.
+    nodes: the whole graph of the loss, every node before those that follow it.
     """
 
     calls: list[Call]
     between: list[Any]
     past_calls: bool
+    nodes: list[Any]
 
 
 def find(loss: Any, keys: Sequence[object], parameters: Sequence[Sequence[Any]] = ()) -> list[Walk]:
@@ -77,8 +79,35 @@ def find(loss: Any, keys: Sequence[object], parameters: Sequence[Sequence[Any]] 
     walks = []
     for k, of_key in enumerate(calls):
         bit = 1 << k if not past >> k & 1 else (1 << k) | (1 << count + k)
-        walks.append(Walk(of_key, [n for n in order if behind[n] & bit], bool(past >> k & 1)))
+        walks.append(Walk(of_key, [n for n in order if behind[n] & bit], bool(past >> k & 1), order))
     return walks
+
+
+def inputs_of_their_own(nodes: Sequence[Any], of_calls: Sequence[tuple[Any, Any]]) -> list[bool]:
+    """For each (the node of a call, its input): whether the call alone takes that input in the graph made of `nodes`.
+
+    The gradient by the input is the call's own then. A cast between the two, as autocast makes, is part of the call.
+    """
+    inputs = [(x.grad_fn, x.output_nr) for _, x in of_calls]
+    takers = _takers(nodes, inputs)
+    sole = [takers[edge][0] if edge[0] is not None and len(takers[edge]) == 1 else None for edge in inputs]
+    casts = [(node, 0) for node in sole if node is not None and node.name() == "ToCopyBackward0"]
+    of_casts = _takers(nodes, casts)
+    return [
+        node is call or (node is not None and of_casts.get((node, 0)) == [call])
+        for node, (call, _) in zip(sole, of_calls, strict=True)
+    ]
+
+
+def _takers(nodes: Sequence[Any], edges: Sequence[Any]) -> dict[Any, list[Any]]:
+    """The nodes that hand their gradient on to each edge."""
+    takers: dict[Any, list[Any]] = {edge: [] for edge in edges}
+    if takers:
+        for node in nodes:
+            for edge in node.next_functions:
+                if edge in takers:
+                    takers[edge].append(node)
+    return takers
 
 
 def _reached_past_calls(order: Sequence[Any], here: dict[Any, int], count: int) -> int:

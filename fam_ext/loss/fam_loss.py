@@ -79,7 +79,7 @@ class FAMLoss(LayerCriterion):
         backend: str = "auto",
         per_sample_probes: bool | None = None,
         max_bytes: int = 2**30,
-        hold_statistics: bool = False,
+        hold_statistics: bool | None = None,
     ) -> None:
         options = Options(
             "FAMLoss",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fam_ext.derivatives import corrections, verdicts
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian import eigenvalue, finite_difference, gauss_newton, hutchinson
+from fam_ext.hessian import eigenvalue, finite_difference, gauss_newton, hutchinson, loss_factors
 from fam_ext.hessian.estimate import Estimate
 from fam_ext.hessian.exact import exact
 from fam_ext.hessian.products import LayerCall, LayerHessian, products
@@ -27,7 +27,8 @@ _AT_ONCE = 16
 class HiddenCall(NamedTuple):
     """A hidden layer in one loss: its weight and calls, and the autograd nodes between the loss and them.
 
-    `past_calls`: the loss depends on the weight past these calls as well (fam_ext.capture.graph_walk).
+    `past_calls`: the loss depends on the weight past these calls as well (fam_ext.capture.graph_walk). `own_input`: nothing but
+    the first call takes its input, so that the gradient by the input is the call's own.
     """
 
     term: LayerTerm
@@ -35,6 +36,7 @@ class HiddenCall(NamedTuple):
     calls: list[LayerCall]
     between: list[Any]
     past_calls: bool
+    own_input: bool = False
 
 
 def hessian_terms(
@@ -141,7 +143,9 @@ def positive_terms(
     loss_hessian: LossHessian | None,
     per_sample: bool,
 ) -> list[Estimate]:
-    """The terms of layers for curvature="ggn" (every factor of the criterion's Hessian) or "fisher" (`probes` draws)."""
+    """The terms of layers for a positive form: "ggn" (every factor of the criterion's Hessian), "fisher" (`probes` draws of
+    labels) or "empirical_fisher" (the batch's own labels). One backward pass pulls a factor back to all layers.
+    """
     caller = options.caller
     if loss_hessian is None or not isinstance(outputs, Tensor):
         raise UnsupportedError(
@@ -151,16 +155,15 @@ def positive_terms(
     options.check_fisher(loss_hessian)
     # second derivatives: what torch has none of is corrected
     correct = [node for node in _all_between(hidden) if corrections.needs_correction(node)]
-    with (
-        torch.autocast(outputs.device.type, enabled=False),
-        corrections.corrected(correct, options.hold_statistics),
-    ):
+    held = options.hold_statistics is not False and any("BatchNorm" in node.name() for node in correct)
+    with torch.autocast(outputs.device.type, enabled=False), corrections.corrected(correct, held):
         groups: dict[int, list[HiddenCall]] = {}  # by number of samples, which factors depend on
         for call in hidden:
             _check_factors(options, call, outputs)
             groups.setdefault(call.term.layer.samples(call.calls[0].shape), []).append(call)
         return [
-            _positive(group, samples, outputs, loss_hessian, per_sample) for samples, group in groups.items()
+            _positive(group, samples, outputs, loss_hessian, held, per_sample)
+            for samples, group in groups.items()
         ]
 
 
@@ -182,23 +185,40 @@ def _check_factors(options: Options, hidden: HiddenCall, outputs: Tensor) -> Non
 
 
 def _positive(
-    group: Sequence[HiddenCall], samples: int, outputs: Tensor, loss_hessian: LossHessian, per_sample: bool
+    group: Sequence[HiddenCall],
+    samples: int,
+    outputs: Tensor,
+    loss_hessian: LossHessian,
+    held: bool,
+    per_sample: bool,
 ) -> Estimate:
     options = group[0].term.options
+    generator = group[0].term.generator(outputs.device)
     if options.curvature == "ggn":
-        drawn = gauss_newton.output_factors(loss_hessian, outputs, samples)
+        factors = loss_factors.output_factors(loss_hessian, outputs, samples)
+    elif options.curvature == "fisher":
+        factors = loss_factors.sampled_factors(loss_hessian, outputs, options.probes, generator)
     else:
-        generator = group[0].term.generator(outputs.device)
-        drawn = gauss_newton.sampled_factors(loss_hessian, outputs, options.probes, generator)
-    layers = [gauss_newton.FactoredLayer(h.term.layer, h.weight, h.calls[0]) for h in group]
+        factors = loss_factors.empirical_factors(loss_hessian, outputs, samples, options.probes, generator)
+    layers = [gauss_newton.FactoredLayer(h.term.layer, h.weight, h.calls[0], h.own_input) for h in group]
+    exact = options.curvature == "ggn"
     by_layer = gauss_newton.factor_traces(
-        layers, outputs, drawn, options.measure == "neuronwise", not options.curvature_grad, options.backend
+        layers,
+        outputs,
+        factors,
+        weighted=options.measure == "neuronwise",
+        detached=not options.curvature_grad,
+        backend=options.backend,
+        generator=None if exact else generator,
     )
     total: Any = 0
-    for call, each in zip(group, by_layer, strict=True):
-        call.term.record_plan(Plan(options.curvature, "samples", len(each), "asked for"))
+    for call, layer, each in zip(group, layers, by_layer, strict=True):
+        reason = "asked for" + "; batch statistics held constant" * held
+        if not exact and not layer.one_row:
+            reason += "; along a random direction of the input for each draw"
+        call.term.record_plan(Plan(options.curvature, "samples", len(each), reason))
         total = total + call.term.scale_to_measure(each if per_sample else each.sum(1), call.weight)
-    return Estimate(total.sum(0), None) if options.curvature == "ggn" else Estimate.of(total)
+    return Estimate(total.sum(0), None) if exact else Estimate.of(total)
 
 
 def difference_term(term: LayerTerm, closure: Any, per_sample: bool) -> Estimate:

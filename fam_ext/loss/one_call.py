@@ -166,7 +166,11 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
             term.record_plan(UNUSED)
         else:
             raise term.why_not_closed or UnsupportedError(f"{caller}: {_no_graph(term)}")
-    return hidden
+    if options.curvature == "hessian":
+        return hidden
+    firsts = [(h.calls[0].edge.node, h.calls[0].features) for h in hidden if h.calls]
+    own = iter(graph_walk.inputs_of_their_own(walks[0].nodes, firsts))
+    return [h._replace(own_input=next(own)) if h.calls else h for h in hidden]
 
 
 def _hidden_call(caller: str, term: LayerTerm, walk: graph_walk.Walk) -> HiddenCall:

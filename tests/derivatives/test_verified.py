@@ -159,7 +159,7 @@ def _kappa(layer: Any, calls: list[tuple[Tensor, Tensor]], loss: Tensor, edges: 
         LayerCall(edge, features, tuple(z.shape), z.dtype)
         for edge, (features, z) in zip(edges, calls, strict=True)
     ]
-    ((_, between, _),) = graph_walk.find(loss, [layer])
+    ((_, between, *_),) = graph_walk.find(loss, [layer])
     curvature = LayerHessian(LinearMap("kappa", layer), layer.weight, found)
     with products(loss, [curvature], verdicts.check("kappa", between)[0]):
         return torch.stack([s.sum() for s in exact.exact(curvature, "batch", True, 16, "auto")]).sum()

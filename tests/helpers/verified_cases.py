@@ -96,7 +96,7 @@ class Problem:
         z.grad_fn.metadata[(key, 0)] = None
         call = LayerCall(get_gradient_edge(z), self.x, tuple(z.shape), z.dtype)
         loss = self.loss(z)
-        ((calls, between, _),) = graph_walk.find(loss, [key])
+        ((calls, between, *_),) = graph_walk.find(loss, [key])
         assert len(calls) == 1
         return loss, call, between
 

@@ -358,7 +358,7 @@ def test_interaction_that_a_weight_of_zero_hides_at_first(zero: str) -> None:
 def test_samples_that_a_weight_of_zero_keeps_apart_at_first() -> None:
     net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
     x, y = batch()
-    criterion = FAMLoss(nn.CrossEntropyLoss(), net[0], 0.5, curvature="ggn")
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[0], 0.5, curvature="ggn", hold_statistics=False)
     nn.init.zeros_(net[1].weight)
     assert criterion(net(x), y).isfinite() and criterion.last.flatness == 0
     nn.init.ones_(net[1].weight)
