@@ -54,7 +54,7 @@ ifeq ($(ENV),)
 	echo "curvlinops cannot be installed here: its baseline is left out"
 endif
 
-bench-readme: setup  ## put the table and the plot of bench/results into the README
+bench-readme: setup  ## put the tables and plots of bench/results into docs/performance.md
 	$(PY) bench/readme.py
 
 clean:  ## remove the environments and everything that was built
@@ -90,4 +90,28 @@ build/.stamp: $(VENV)/.stamp $(SOURCES) $(if $(findstring :$(WANTED):,:$(file <b
 	@touch $@
 
 .venv-env/.tools: .venv-env/.stamp
+	@touch $@
+
+# ---- documentation and releases: environments of their own, without torch
+.PHONY: docs docs-serve check-release
+DOCS := build/docs-env
+RELEASE := build/release-env
+
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(DOCS)/.stamp  ## build the documentation site into build/site; a broken link or reference is an error
+	$(DOCS)/bin/python -m mkdocs build --strict
+
+docs-serve: $(DOCS)/.stamp  ## show the site at localhost:8000, built again on every change
+	$(DOCS)/bin/python -m mkdocs serve
+
+check-release: setup docs $(RELEASE)/.stamp  ## what the workflows check before a release: distributions, metadata, a fresh install
+	$(RELEASE)/bin/python tools/check_release.py $(PY)
+
+$(DOCS)/.stamp: EXTRA = docs
+$(RELEASE)/.stamp: EXTRA = release
+$(DOCS)/.stamp $(RELEASE)/.stamp: pyproject.toml tools/extras.py
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python tools/extras.py $(EXTRA) > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -r $(@D)/requirements.txt
 	@touch $@
