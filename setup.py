@@ -3,6 +3,7 @@
 FAM_EXT_BUILD=0                         pure Python, nothing is compiled
 FAM_EXT_SIMD=native|avx512|avx2|default the instruction set; native is what torch finds on this machine
 FAM_EXT_CUDA=0                          no CUDA kernels, which are compiled where nvcc and a torch with CUDA are
+FAM_EXT_SANITIZE=1                      with the address and undefined-behaviour sanitizers: tools/sanitize.sh
 FORCE_CUDA=1                            CUDA kernels, or an error that says why not
 TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX    as torch reads them
 """
@@ -63,7 +64,7 @@ def native():
     version = subprocess.check_output([*shlex.split(compiler), "--version"], text=True).split("\n")[0]
     simd, openmp = build_config.simd_level(torch), ["-fopenmp"] * (sys.platform == "linux")
     flags = [
-        *build_config.FLAGS.split(),
+        *build_config.flags(),
         *openmp,
         f"-DCPU_CAPABILITY={simd.upper()}",
         *build_config.SIMD_FLAGS[simd].split(),
@@ -83,6 +84,8 @@ def native():
     ext.depends = sorted(str(p) for p in Path("csrc").rglob("*.*h"))
     # GCC: libgomp comes with libtorch_cpu, and linking it here could load a second OpenMP runtime
     ext.extra_link_args = openmp if "clang" in version else []
+    if os.environ.get("FAM_EXT_SANITIZE") == "1":
+        ext.extra_link_args = [*ext.extra_link_args, *build_config.SANITIZE.split()]
     record = {"torch": str(torch.__version__), "python": sys.version.split()[0], "compiler": version}
     record.update(simd=simd, cuda=cuda, arch_list=arch_list, no_cuda=no_cuda)
 

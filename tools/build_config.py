@@ -14,11 +14,20 @@ FLAGS = (  # GCC warns about uninitialized values in its own AVX-512 header
     "-O3 -g0 -fvisibility=hidden -fno-math-errno -fno-trapping-math "
     "-Wall -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized"
 )
+# every report of the second ends the process, as one of the first does; vptr would need the types of torch's libraries
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
 SIMD_FLAGS = {  # as ATen compiles its own kernels, so that at::vec has the same width here
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -DCPU_CAPABILITY_AVX512",
     "avx2": "-mavx2 -mfma -mf16c -DCPU_CAPABILITY_AVX2",
     "default": "-DCPU_CAPABILITY_DEFAULT",
 }
+
+
+def flags() -> list[str]:
+    """The compiler's. With FAM_EXT_SANITIZE=1 for both sanitizers, with lines and frames for their reports."""
+    if os.environ.get("FAM_EXT_SANITIZE") != "1":
+        return FLAGS.split()
+    return f"{FLAGS} -O1 -g1 -fno-omit-frame-pointer {SANITIZE}".split()
 
 
 def simd_level(torch: Any) -> str:

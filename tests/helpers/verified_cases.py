@@ -34,7 +34,7 @@ from fam_ext.hessian import exact
 from fam_ext.hessian.products import LayerCall, LayerHessian, products
 from fam_ext.layers.linear_map import LinearMap
 
-CASES: list[Case] = [
+ALL: list[Case] = [
     *verified_cases_norms.CASES,
     *verified_cases_activations.CASES,
     *verified_cases_spatial.CASES,
@@ -43,6 +43,7 @@ CASES: list[Case] = [
     *verified_cases_models.CASES,
     *verified_cases_losses.CASES,
 ]
+CASES = [case for case in ALL if not case.missing]
 REFUSED: list[Refused] = verified_cases_refused.CASES
 
 # Differences of fourth order: truncation is of order step^4 in units of the distance to the next singularity, rounding eps / step

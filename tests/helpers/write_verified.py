@@ -97,6 +97,12 @@ def document(table: Nodes) -> str:
     lines += [
         f"| {node} | {why} | {way_out} |\n" for node, (why, way_out) in sorted(verdicts.REFUSED.items())
     ]
+    lines.append(
+        "\n## Refused by older versions\n\n| autograd node | right since torch | before |\n|---|---|---|\n"
+    )
+    lines += [
+        f"| {node} | {first} | {why}; {way_out} |\n" for node, (first, why, way_out) in verdicts.SINCE.items()
+    ]
     lines.append("\n## By operation\n\nCorrected nodes in bold.\n\n")
     lines.append("| operation | with | autograd nodes | status |\n|---|---|---|---|\n")
     for (op, status), (settings, torchs, corrected) in sorted(
