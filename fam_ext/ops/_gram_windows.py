@@ -31,6 +31,13 @@ def _runs(size: int, outputs: int, kernel: int, stride: int, padding: int, dilat
     return runs
 
 
+def product_like(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """a b in the memory layout of `like`: a transposed product costs nothing, a transposed copy does."""
+    if like.stride(-1) == 1 or like.stride(-2) != 1:
+        return a.bmm(b)
+    return b.transpose(1, 2).bmm(a.transpose(1, 2)).transpose(1, 2)
+
+
 class Windows:
     """Which input positions each output position of a convolution sees.
 
@@ -84,11 +91,12 @@ class Windows:
         return self._shifts(own.view(-1, *self.inputs, *self.inputs), transpose=False).view(-1, q, q)
 
     def pairs_backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        """The gradient of x, (b * g, C, N), where `grad` (b * g, Q, Q), symmetric, is that of `pairs(x)`."""
+        """The gradient of x, (b * g, C, N); `grad` (b * g, Q, Q), symmetric, is twice that of `pairs(x)`."""
         if not self.pointwise:
             grad = self._shifts(grad.view(-1, *self.outputs, *self.outputs), transpose=True)
             grad = grad.view(-1, self.positions, self.positions)
-        return x.flatten(3).flatten(0, 1).bmm(grad).mul_(2)
+        flat = x.flatten(3).flatten(0, 1)
+        return product_like(flat, grad, flat)
 
     def _shifts(self, pairs: Tensor, transpose: bool) -> Tensor:
         """Sums over the offsets, one axis at a time: (n, *in, *in) -> (n, *out, *out), or the transpose of that map."""
