@@ -31,8 +31,12 @@ except ImportError:
 NO_TORCH = """fam_ext compiles against the torch that will load it, and this build sees none: there is none, or pip hides it for
 lack of --no-build-isolation. Install torch, then run: pip install --no-build-isolation .
 (or, for pure Python: FAM_EXT_BUILD=0 pip install --no-build-isolation .)"""
-NO_COMPILE = """fam_ext: compiling failed, see above. It needs a C++20 compiler and Python's headers (python3-dev).
+NO_COMPILE = """fam_ext: compiling failed, see above. It needs Python's headers (python3-dev) and a compiler for the C++ of
+torch's headers: C++20, up to torch 2.11 C++17.
 For pure Python, same numbers but slower: FAM_EXT_BUILD=0 pip install --no-build-isolation ."""
+NO_COMPILE_CUDA = """CUDA kernels were to be compiled with the toolkit in {home}. Two ways out:
+without them: FAM_EXT_CUDA=0 pip install --no-build-isolation .
+with another toolkit: CUDA_HOME=/path/to/cuda pip install --no-build-isolation ."""
 
 
 def write_record(in_source, build_lib, **record):
@@ -65,7 +69,8 @@ def native():
         *build_config.SIMD_FLAGS[simd].split(),
     ]
     flags += [include := f"-I{os.path.abspath('csrc')}", f'-DFAM_EXT_TORCH_VERSION="{torch.__version__}"']
-    cuda, arch_list, no_cuda = build_config.cuda(torch, cpp_extension.CUDA_HOME)
+    cpp_extension.CUDA_HOME = home = build_config.cuda_home(cpp_extension.CUDA_HOME)
+    cuda, arch_list, no_cuda = build_config.cuda(torch, home)
     flags += [f'-DFAM_EXT_CUDA="{cuda}"', f'-DFAM_EXT_CUDA_ARCHITECTURES="{";".join(arch_list)}"'] * bool(
         cuda
     )
@@ -87,6 +92,8 @@ def native():
                 super().run()
             except Exception:
                 print(NO_COMPILE, file=sys.stderr)
+                if cuda:
+                    print(NO_COMPILE_CUDA.format(home=home), file=sys.stderr)
                 raise
             write_record(self.inplace, self.build_lib, built=True, **record)
 

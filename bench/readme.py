@@ -34,6 +34,8 @@ TRAINING_COLUMNS = (
     ("the same, by parts", "FAM (head), by parts"),
     ("FAM, head, from features", "FAM (head, from features)"),
     ("FAM, a middle layer, 1 probe", "FAM (middle layer, 1 probe)"),
+    ("noise, all layers", "FAM noise (all layers)"),
+    ("Fisher, all layers", "FAM Fisher (all layers)"),
     ("SAM", "SAM"),
     ("paper's procedure", "paper's procedure (head)"),
 )
@@ -41,7 +43,8 @@ Row = dict[str, str]
 
 
 def table(rows: Sequence[Row], columns: Sequence[tuple[str, str]], baseline: str, first: str) -> list[str]:
-    """Markdown: a line for each case, the baseline's time, and each column's ratio to it."""
+    """Markdown: a line for each case, the baseline's time, and each column's ratio to it; columns of no row are left out."""
+    columns = [c for c in columns if any(_is(r, c[1]) for r in rows)]
     lines = [
         "| " + " | ".join([first, baseline, *(title for title, _ in columns)]) + " |",
         "|---" * (len(columns) + 2) + "|",
@@ -51,11 +54,15 @@ def table(rows: Sequence[Row], columns: Sequence[tuple[str, str]], baseline: str
         cells = [re.sub(r", forward \+ backward$", "", case)]
         cells.append(time_text(float(next(r for r in own if r["variant"] == baseline)["median_us"])))
         for _, variant in columns:
-            found = [r for r in own if r["variant"] == variant or r["variant"].startswith(variant + " (")]
-            exact = [r for r in found if r["variant"] == variant] or found
-            cells.append(ratio_text(float(exact[0]["ratio"])) if exact else "")
+            ratio = next((r["ratio"] for r in own if _is(r, variant)), "")
+            cells.append(ratio and ratio_text(float(ratio)))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _is(row: Row, variant: str) -> bool:
+    """Whether the row is this variant's; an estimate's name ends with its number of probes."""
+    return re.sub(r" \(\d+ probes\)$", "", row["variant"]) == variant
 
 
 def text(folder: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from fam_ext import _checks
 from fam_ext.errors import NoClosedForm
-from fam_ext.loss_hessians import Bound
+from fam_ext.loss_hessians import LossHessian
 from fam_ext.ops.backends import BACKENDS
 
 MEASURES = ("neuronwise", "layerwise", "trace")
@@ -106,8 +106,8 @@ class Options:
             "generator": None,
         }  # generators cannot be pickled: a copy draws from its own
 
-    def check_bound(self, bound: Bound) -> None:
-        if self.curvature == "fisher" and not bound.fisher():
+    def check_fisher(self, loss_hessian: LossHessian) -> None:
+        if self.curvature == "fisher" and not loss_hessian.fisher():
             raise NoClosedForm(
                 f"{self.caller}: curvature='fisher' is defined for cross-entropy without class weights and label smoothing, BCE "
                 "without weights, and Poisson NLL, where it equals the Hessian; use curvature='hessian'"

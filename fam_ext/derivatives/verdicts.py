@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fam_ext.derivatives import corrections
-from fam_ext.derivatives.nodes import bare
+from fam_ext.derivatives.nodes import bare, readable
 from fam_ext.derivatives.verified import VERIFIED
 from fam_ext.errors import UnsupportedError
 
@@ -76,6 +76,11 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
 }
 
+_OWN = (
+    "can be differentiated once only. Where the criterion is a FAMLoss itself, give one FAMLoss all layers, or add strength "
+    "times a RelativeFlatness to the loss"
+)
+
 _warned: set[str] = set()
 
 
@@ -96,7 +101,13 @@ def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
             raise UnsupportedError(
                 f"{caller}: the graph between the layer and the loss holds {name.removesuffix('Backward')}: {why}; {way_out}"
             )
+        elif "fam_ext" in name:
+            operation = readable(name)
+            raise UnsupportedError(
+                f"{caller}: the graph between the layer and the loss holds {operation}, which {_OWN}"
+            )
         elif name not in VERIFIED:
+            name = readable(name)
             doubtful.add(name)
             if name not in _warned:
                 _warned.add(name)

@@ -26,22 +26,29 @@ from fam_ext.options import Options
 NAME = "FAMLoss.linear_cross_entropy"
 
 
-def applies(bound: object, outputs: object) -> TypeGuard[CrossEntropy]:
+def applies(loss_hessian: object, outputs: object) -> TypeGuard[CrossEntropy]:
     """Whether the operation stands for criterion and term."""
-    if not isinstance(bound, CrossEntropy) or not isinstance(outputs, Tensor) or outputs.dim() < 2:
+    if not isinstance(loss_hessian, CrossEntropy) or not isinstance(outputs, Tensor) or outputs.dim() < 2:
         return False
-    target, weight = bound.target, bound.weight
+    target, weight = loss_hessian.target, loss_hessian.weight
     if not isinstance(target, Tensor) or target.requires_grad:
         return False
-    return target.dtype in (torch.int64, outputs.dtype) and not (weight is not None and weight.requires_grad)
+    if target.dtype != torch.int64 and (target.dtype != outputs.dtype or loss_hessian.ignore_index >= 0):
+        return False
+    if weight is None:
+        return True
+    # another dtype is what the criterion alone does not take either
+    return not weight.requires_grad and (
+        weight.dtype == outputs.dtype or torch.is_autocast_enabled(outputs.device.type)
+    )
 
 
 def ordinary_step(
     options: Options,
     layer: LinearMap,
     captures: CapturedCalls,
-    outputs: Any,
-    bound: Any,
+    outputs: Tensor,
+    ce: CrossEntropy,
     strength: float,
     factor: float,
 ) -> tuple[Tensor, Tensor] | None:
@@ -49,14 +56,14 @@ def ordinary_step(
 
     `factor` scales kappa, and is part of the term.
     """
-    if not isinstance(bound, CrossEntropy) or not isinstance(outputs, Tensor) or outputs.dim() != 2:
+    if outputs.dim() != 2:
         return None  # of more dimensions, the second one need not be the neurons'
     call = captures.only(outputs)
     if call is None or call.weight.shape != layer.shape:  # type: ignore[union-attr]
         return None
     result = ordinary_call(
-        outputs, call.features, call.weight, bound.target, bound.weight, bound.ignore_index, bound.label_smoothing,
-        bound.reduction, strength * factor, options.curvature_grad,
+        outputs, call.features, call.weight, ce.target, ce.weight, ce.ignore_index, ce.label_smoothing,
+        ce.reduction, strength * factor, options.curvature_grad,
     )  # fmt: skip
     if result is None:
         return None
@@ -71,7 +78,7 @@ def from_logits(
     features: Tensor,
     weight: Tensor,
     rows: Tensor | None,
-    bound: CrossEntropy,
+    loss_hessian: CrossEntropy,
     strength: float,
     factor: float,
 ) -> tuple[Tensor, Tensor]:
@@ -85,11 +92,11 @@ def from_logits(
         outputs,
         features,
         weight,
-        bound.target,  # type: ignore[arg-type]
-        class_weight=bound.weight,
-        ignore_index=bound.ignore_index,
-        label_smoothing=bound.label_smoothing,
-        reduction=bound.reduction,
+        loss_hessian.target,  # type: ignore[arg-type]
+        class_weight=loss_hessian.weight,
+        ignore_index=loss_hessian.ignore_index,
+        label_smoothing=loss_hessian.label_smoothing,
+        reduction=loss_hessian.reduction,
         strength=strength * factor,
         curvature_grad=options.curvature_grad,
         backend=options.backend,
@@ -98,9 +105,9 @@ def from_logits(
 
 
 class FeatureLoss:
-    """One loss from the head's input: (CE + strength * kappa, kappa) for a strength, everything else bound and checked.
+    """One loss from the head's input: (CE + strength * kappa, kappa) for a strength, everything else loss_hessian and checked.
 
-    `bound` is `criterion` with its arguments, None where it has no closed form.
+    `loss_hessian` is `criterion` with its arguments, None where it has no closed form.
     """
 
     def __init__(
@@ -108,22 +115,22 @@ class FeatureLoss:
         options: Options,
         layers: Sequence[LinearMap],
         criterion: Any,
-        bound: Any,
+        loss_hessian: Any,
         features: Tensor,
         weight: Tensor,
         target: Tensor,
         bias: Tensor | None,
         num_items: int | Tensor | None,
     ) -> None:
-        layer, bound = _checked(options, layers, criterion, bound)
+        layer, loss_hessian = _checked(options, layers, criterion, loss_hessian)
         _checks.check_floating(NAME, "weight", weight)
         if weight.shape != (layer.outputs, layer.inputs):
             _checks.bad_value(NAME, "weight", f"of the layer's shape {(layer.outputs, layer.inputs)}", weight)
-        if num_items is not None and bound.reduction != "mean":
+        if num_items is not None and loss_hessian.reduction != "mean":
             _checks.bad_value(
-                NAME, "num_items", "None unless the criterion's reduction is 'mean'", bound.reduction
+                NAME, "num_items", "None unless the criterion's reduction is 'mean'", loss_hessian.reduction
             )
-        if num_items is not None and bound.weight is not None:
+        if num_items is not None and loss_hessian.weight is not None:
             raise UnsupportedError(
                 f"{NAME}: num_items counts rows, class weights do not; use reduction='sum'"
             )
@@ -132,10 +139,10 @@ class FeatureLoss:
         self.factor = 1.0 if options.normalize is None else 1.0 / layer.fan_in
         self.arguments: dict[str, Any] = {
             "bias": bias,
-            "class_weight": bound.weight,
-            "ignore_index": bound.ignore_index,
-            "label_smoothing": bound.label_smoothing,
-            "reduction": bound.reduction if num_items is None else "sum",
+            "class_weight": loss_hessian.weight,
+            "ignore_index": loss_hessian.ignore_index,
+            "label_smoothing": loss_hessian.label_smoothing,
+            "reduction": loss_hessian.reduction if num_items is None else "sum",
             "curvature_grad": options.curvature_grad,
             "backend": options.backend,
         }
@@ -153,13 +160,13 @@ class FeatureLoss:
 
 
 def _checked(
-    options: Options, layers: Sequence[LinearMap], criterion: Any, bound: Any
+    options: Options, layers: Sequence[LinearMap], criterion: Any, loss_hessian: Any
 ) -> tuple[LinearMap, CrossEntropy]:
     """Refuse what is not cross-entropy on one linear layer with the measure kappa in closed form."""
     if len(layers) != 1 or not layers[0].linear:
         described = ", ".join(str(layer.module) for layer in layers)
         raise UnsupportedError(f"{NAME}: the layer must be one nn.Linear, got {described}")
-    if not isinstance(bound, CrossEntropy):
+    if not isinstance(loss_hessian, CrossEntropy):
         raise UnsupportedError(f"{NAME}: the criterion must be CrossEntropyLoss, got {criterion}")
     if getattr(criterion, "_forward_hooks", None) or getattr(criterion, "_forward_pre_hooks", None):
         raise UnsupportedError(f"{NAME}: the criterion has forward hooks, which would not run; remove them")
@@ -167,5 +174,5 @@ def _checked(
         raise UnsupportedError(f"{NAME}: measure must be 'neuronwise', got {options.measure!r}")
     if options.method not in ("auto", "closed_form"):
         raise UnsupportedError(f"{NAME}: method must be 'auto' or 'closed_form', got {options.method!r}")
-    options.check_bound(bound)
-    return layers[0], bound
+    options.check_fisher(loss_hessian)
+    return layers[0], loss_hessian

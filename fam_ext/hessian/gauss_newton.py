@@ -22,22 +22,22 @@ from fam_ext.errors import UnsupportedError
 from fam_ext.hessian.estimate import rademacher
 from fam_ext.hessian.products import LayerCall
 from fam_ext.layers.linear_map import LinearMap
-from fam_ext.loss_hessians import Bound, CrossEntropy
+from fam_ext.loss_hessians import CrossEntropy, LossHessian
 from fam_ext.ops.gram_trace import gram_trace
 
 _TOGETHER = 2**27  # bytes of factors that are stacked for one call
 
 
-def output_factors(bound: Bound, outputs: Tensor, samples: int) -> Iterator[Tensor]:
+def output_factors(loss_hessian: LossHessian, outputs: Tensor, samples: int) -> Iterator[Tensor]:
     """u_k, each of the shape of `outputs`, with sum_k u_k u_k^T the criterion's Hessian within every sample.
 
     Cross-entropy: sqrt(c p_k) (e_k - p); elementwise losses: sqrt(h_k) e_k. A sample's rows (positions) take turns: one factor
     for every row and class.
     """
-    if isinstance(bound, CrossEntropy):
+    if isinstance(loss_hessian, CrossEntropy):
         dim = 0 if outputs.dim() == 1 else 1
         log_p = torch.log_softmax(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), dim)
-        c = bound.coefficients(outputs).unsqueeze(dim)
+        c = loss_hessian.coefficients(outputs).unsqueeze(dim)
         p = log_p.exp()
         for k in range(outputs.shape[dim]):
             unit = torch.zeros_like(p)
@@ -46,7 +46,7 @@ def output_factors(bound: Bound, outputs: Tensor, samples: int) -> Iterator[Tens
             # an ignored row takes no part even where its numbers are not finite
             yield from _row_by_row(torch.where(c == 0, 0.0, half * (unit - p)), samples, dim)
         return
-    yield from _row_by_row(_root(bound.diagonal(outputs)), samples, None)
+    yield from _row_by_row(_root(loss_hessian.diagonal(outputs)), samples, None)
 
 
 def _row_by_row(factor: Tensor, samples: int, keep: int | None) -> Iterator[Tensor]:
@@ -62,21 +62,21 @@ def _row_by_row(factor: Tensor, samples: int, keep: int | None) -> Iterator[Tens
 
 
 def sampled_factors(
-    bound: Bound, outputs: Tensor, probes: int, generator: torch.Generator
+    loss_hessian: LossHessian, outputs: Tensor, probes: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
     """Random u with E[u u^T] the criterion's Hessian over all rows, elements and positions together.
 
     Cross-entropy: sqrt(c) (e_y - p) with y drawn from p; elementwise: sqrt(h) times a random sign. Rows are independent and have
     mean zero, so cross terms vanish in the mean.
     """
-    if not isinstance(bound, CrossEntropy):
-        h = _root(bound.diagonal(outputs))
+    if not isinstance(loss_hessian, CrossEntropy):
+        h = _root(loss_hessian.diagonal(outputs))
         for _ in range(probes):
             yield h * rademacher(h.shape, h, generator)
         return
     dim = 0 if outputs.dim() == 1 else 1
     p = torch.softmax(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), dim)
-    root = _root(bound.coefficients(outputs)).unsqueeze(dim)
+    root = _root(loss_hessian.coefficients(outputs)).unsqueeze(dim)
     rows = p.detach().movedim(dim, -1).reshape(-1, p.shape[dim])
     for _ in range(probes):
         drawn = torch.multinomial(rows, 1, generator=generator)

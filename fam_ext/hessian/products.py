@@ -141,7 +141,7 @@ def matvec(hessians: Sequence[LayerHessian], directions: Sequence[Tensor]) -> li
         return [torch.zeros_like(v) if r is None else r for v, r in zip(vectors, taken, strict=True)]
 
     stacked: list[Tensor] | None = None
-    if len(given[0]) > 1:
+    if len(given[0]) > 1 and not torch.is_anomaly_enabled():  # which would report a try that fails
         try:
             stacked = product(given, batched=True)
         except torch.OutOfMemoryError:

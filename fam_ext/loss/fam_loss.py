@@ -236,7 +236,7 @@ class FAMLoss(LayerCriterion):
             self.options,
             [term.layer for term in self.terms],
             self.criterion,
-            self._bound((target,), {}),
+            self._bind_arguments((target,), {}),
             features,
             weight,
             target,
@@ -247,10 +247,11 @@ class FAMLoss(LayerCriterion):
             return loss(0.0)[0]
         self.reset()
         strength = self._strength_now()
+        taken = not (isinstance(strength, float) and strength == 0)
         if isinstance(strength, TargetRatio):
             strength = float(strength.update(*loss.values()))
         total, kappa = loss(strength)
-        self._finish(StepRecord(total.detach(), None if strength == 0 else kappa, strength))
+        self._finish(StepRecord(total.detach(), kappa if taken else None, strength))
         return total
 
     def _train(self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> Tensor:
@@ -261,48 +262,53 @@ class FAMLoss(LayerCriterion):
             self._finish(StepRecord(loss.detach(), None, 0.0))
             return loss
         self._check_attached()
-        bound = self._bound(targets, kwargs)
-        taken = self._in_one_pass(outputs, bound, strength)
-        if taken is not None:
-            total, kappa = taken
-            self._finish(StepRecord(total.detach(), kappa, strength))
-            return total
-        heads = self._heads(outputs, bound)
-        if heads[0] is not None and self._one_pass and isinstance(strength, float) and not self.hooked():
-            head, term = heads[0], self.terms[0]
-            if one_pass.applies(bound, outputs):
-                total, kappa = one_pass.from_logits(
-                    self.options, outputs, head.features, head.weight, head.rows, bound, strength, term.factor
-                )
-                self._finish(StepRecord(total.detach(), kappa, strength))
-                return total
-        return self._general(outputs, targets, kwargs, bound, closure, heads, strength)
-
-    def _in_one_pass(self, outputs: Any, bound: Any, strength: Any) -> tuple[Tensor, Tensor] | None:
-        """(total, kappa) of an ordinary step of a linear head; None where a longer way is to be taken."""
-        if not self._ordinary or not isinstance(strength, float) or self.hooked():
-            return None
+        loss_hessian: Any = self._bind_arguments(targets, kwargs)
         term = self.terms[0]
-        taken = one_pass.ordinary_step(
-            self.options, term.layer, term.captures, outputs, bound, strength, term.factor
+        one_operation = (  # the one gate: whether head_cross_entropy stands for criterion and term
+            self._one_pass
+            and isinstance(strength, float)
+            and not self.hooked()
+            and one_pass.applies(loss_hessian, outputs)
         )
-        if taken is not None and term.plan is not CLOSED_FORM:
+        taken = None
+        if one_operation and self._ordinary:
+            taken = one_pass.ordinary_step(
+                self.options, term.layer, term.captures, outputs, loss_hessian, strength, term.factor
+            )
+        if taken is None:
+            heads = self._heads(outputs, loss_hessian)
+            head = heads[0]
+            if head is None or not one_operation:
+                return self._general(outputs, targets, kwargs, loss_hessian, closure, heads, strength)
+            taken = one_pass.from_logits(
+                self.options,
+                outputs,
+                head.features,
+                head.weight,
+                head.rows,
+                loss_hessian,
+                strength,
+                term.factor,
+            )
+        elif term.plan is not CLOSED_FORM:
             term.record_plan(CLOSED_FORM)
-        return taken
+        total, kappa = taken
+        self._finish(StepRecord(total.detach(), kappa, strength))
+        return total
 
     def _general(
         self,
         outputs: Any,
         targets: tuple[Any, ...],
         kwargs: dict[str, Any],
-        bound: Any,
+        loss_hessian: Any,
         closure: Any,
         heads: Any,
         strength: Any,
     ) -> Tensor:
         """The criterion's loss plus the sum of the layers' terms."""
         value, (kappa, error) = self._loss_and_terms(
-            outputs, targets, kwargs, bound, closure, heads, need_loss=True
+            outputs, targets, kwargs, loss_hessian, closure, heads, need_loss=True
         )
         loss: Any = value
         if isinstance(strength, TargetRatio):

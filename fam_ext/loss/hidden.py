@@ -16,7 +16,7 @@ from fam_ext.hessian.exact import exact
 from fam_ext.hessian.products import LayerCall, LayerHessian, products
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.plan import Plan, plan_products, signature
-from fam_ext.loss_hessians import SUPPORTED, Bound
+from fam_ext.loss_hessians import SUPPORTED, LossHessian
 from fam_ext.options import EIGENVALUE_MEASURES, Options
 
 # Exact products taken together. Where vmap has no rule for an operation it loops, and the loop's backward fills a tensor of all
@@ -135,16 +135,20 @@ def _eigenvalue(options: Options, hessian: LayerHessian) -> Tensor:
 
 
 def positive_terms(
-    options: Options, outputs: Any, hidden: Sequence[HiddenCall], bound: Bound | None, per_sample: bool
+    options: Options,
+    outputs: Any,
+    hidden: Sequence[HiddenCall],
+    loss_hessian: LossHessian | None,
+    per_sample: bool,
 ) -> list[Estimate]:
     """The terms of layers for curvature="ggn" (every factor of the criterion's Hessian) or "fisher" (`probes` draws)."""
     caller = options.caller
-    if bound is None or not isinstance(outputs, Tensor):
+    if loss_hessian is None or not isinstance(outputs, Tensor):
         raise UnsupportedError(
             f"{caller}: curvature={options.curvature!r} needs a criterion whose own Hessian is known; use {SUPPORTED}"
         )
-    bound.check(caller, outputs)
-    options.check_bound(bound)
+    loss_hessian.check(caller, outputs)
+    options.check_fisher(loss_hessian)
     # second derivatives: what torch has none of is corrected
     correct = [node for node in _all_between(hidden) if corrections.needs_correction(node)]
     with (
@@ -155,7 +159,9 @@ def positive_terms(
         for call in hidden:
             _check_factors(options, call, outputs)
             groups.setdefault(call.term.layer.samples(call.calls[0].shape), []).append(call)
-        return [_positive(group, samples, outputs, bound, per_sample) for samples, group in groups.items()]
+        return [
+            _positive(group, samples, outputs, loss_hessian, per_sample) for samples, group in groups.items()
+        ]
 
 
 def _check_factors(options: Options, hidden: HiddenCall, outputs: Tensor) -> None:
@@ -176,14 +182,14 @@ def _check_factors(options: Options, hidden: HiddenCall, outputs: Tensor) -> Non
 
 
 def _positive(
-    group: Sequence[HiddenCall], samples: int, outputs: Tensor, bound: Bound, per_sample: bool
+    group: Sequence[HiddenCall], samples: int, outputs: Tensor, loss_hessian: LossHessian, per_sample: bool
 ) -> Estimate:
     options = group[0].term.options
     if options.curvature == "ggn":
-        drawn = gauss_newton.output_factors(bound, outputs, samples)
+        drawn = gauss_newton.output_factors(loss_hessian, outputs, samples)
     else:
         generator = group[0].term.generator(outputs.device)
-        drawn = gauss_newton.sampled_factors(bound, outputs, options.probes, generator)
+        drawn = gauss_newton.sampled_factors(loss_hessian, outputs, options.probes, generator)
     layers = [gauss_newton.FactoredLayer(h.term.layer, h.weight, h.calls[0]) for h in group]
     by_layer = gauss_newton.factor_traces(
         layers, outputs, drawn, options.measure == "neuronwise", not options.curvature_grad, options.backend

@@ -117,7 +117,7 @@ class LayerCriterion(nn.Module):
         outputs: Any,
         targets: tuple[Any, ...],
         kwargs: dict[str, Any],
-        bound: loss_hessians.Bound | None,
+        loss_hessian: loss_hessians.LossHessian | None,
         closure: Any,
         heads: Sequence[HeadCall | None],
         need_loss: bool,
@@ -127,16 +127,24 @@ class LayerCriterion(nn.Module):
         loss: Tensor | None = None
         if need_loss or (None in heads and self.options.method != "finite_difference"):
             loss = self.criterion(outputs, *targets, **kwargs)
+        elif loss_hessian is not None:  # the criterion has not looked at its arguments
+            loss_hessian.check_values(self.options.caller, outputs)
         if need_loss and self.hooked() and any(head is not None for head in heads):
             self._check_hooks(loss, outputs, targets, kwargs)
-        return loss, sum_of_terms(self.options, self.terms, heads, loss, outputs, bound, closure, per_sample)
+        return loss, sum_of_terms(
+            self.options, self.terms, heads, loss, outputs, loss_hessian, closure, per_sample
+        )
 
-    def _bound(self, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> loss_hessians.Bound | None:
+    def _bind_arguments(
+        self, targets: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> loss_hessians.LossHessian | None:
         """The criterion with its arguments, where its second derivative is known."""
         return None if self._bind is None else self._bind(*targets, **kwargs)
 
-    def _heads(self, outputs: Any, bound: loss_hessians.Bound | None) -> list[HeadCall | None]:
-        return [head_call(self.options, term, outputs, bound, self._no_closed_form) for term in self.terms]
+    def _heads(self, outputs: Any, loss_hessian: loss_hessians.LossHessian | None) -> list[HeadCall | None]:
+        return [
+            head_call(self.options, term, outputs, loss_hessian, self._no_closed_form) for term in self.terms
+        ]
 
     def _check_hooks(self, loss: Any, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a hook on the criterion that changes its loss: the closed form is that of the criterion alone."""

@@ -20,7 +20,7 @@ from fam_ext.hessian.products import LayerCall
 from fam_ext.loss.hidden import HiddenCall, difference_term, hessian_terms, positive_terms
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.plan import CLOSED_FORM, UNUSED
-from fam_ext.loss_hessians import Bound
+from fam_ext.loss_hessians import LossHessian
 from fam_ext.options import Options
 
 
@@ -32,20 +32,20 @@ class HeadCall(NamedTuple):
     weight: Tensor
     class_dim: int | None
     rows: Tensor | None
-    bound: Bound
+    loss_hessian: LossHessian
 
 
 def head_call(
-    options: Options, term: LayerTerm, outputs: Any, bound: Bound | None, no_closed_form: str
+    options: Options, term: LayerTerm, outputs: Any, loss_hessian: LossHessian | None, no_closed_form: str
 ) -> HeadCall | None:
     """What the closed form works on; None where another method is to be taken. Raises where none can be.
 
-    `bound` is the criterion with its arguments, None where it has no closed form, which `no_closed_form` explains.
+    `loss_hessian` is the criterion with its arguments, None where it has no closed form, which `no_closed_form` explains.
     """
     if not options.closed_form:
         return None
     try:
-        return _head_call(options, term, outputs, bound, no_closed_form)
+        return _head_call(options, term, outputs, loss_hessian, no_closed_form)
     except LayerNotCalled:
         if not term.captures.seen or term.plan is CLOSED_FORM:  # the head of a criterion is not skipped
             raise
@@ -58,14 +58,14 @@ def head_call(
 
 
 def _head_call(
-    options: Options, term: LayerTerm, outputs: Any, bound: Bound | None, no_closed_form: str
+    options: Options, term: LayerTerm, outputs: Any, loss_hessian: LossHessian | None, no_closed_form: str
 ) -> HeadCall:
     caller, layer = options.caller, term.layer
-    if bound is None:
+    if loss_hessian is None:
         raise NoClosedForm(no_closed_form)
     check_tensor(caller, outputs)
-    options.check_bound(bound)
-    _check_constant(caller, term, bound)
+    options.check_fisher(loss_hessian)
+    _check_constant(caller, term, loss_hessian)
     call, features, row_map = term.captures.take(caller, outputs, layer.class_dim)
     weight: Tensor = call.weight  # type: ignore[assignment]
     class_dim: int | None = outputs.dim() + layer.class_dim
@@ -73,8 +73,8 @@ def _head_call(
     if row_map is not None:
         class_dim, rows = row_map
     layer.check_call(caller, features, weight, call.shape)
-    check_class_dim(caller, bound, class_dim, outputs)
-    bound.check(caller, outputs)
+    check_class_dim(caller, loss_hessian, class_dim, outputs)
+    loss_hessian.check(caller, outputs)
     if features.device != outputs.device:
         _checks.bad_value(caller, "outputs", f"on the layer's device ({features.device})", outputs)
     if call.first is not None:
@@ -82,12 +82,12 @@ def _head_call(
     term.record_plan(CLOSED_FORM)
     if term.scale is not None:
         features, weight = term.rescaled(features, weight)
-    return HeadCall(call, features, weight, class_dim, rows, bound)
+    return HeadCall(call, features, weight, class_dim, rows, loss_hessian)
 
 
-def _check_constant(caller: str, term: LayerTerm, bound: Bound) -> None:
+def _check_constant(caller: str, term: LayerTerm, loss_hessian: LossHessian) -> None:
     """The closed forms hold the criterion's target, variance and weights constant: the layer's output may not be in them."""
-    for name, value in vars(bound).items():
+    for name, value in vars(loss_hessian).items():
         if not isinstance(value, Tensor) or value.grad_fn is None:
             continue
         if graph_walk.find(value, [term.captures])[0].calls:
@@ -103,7 +103,7 @@ def sum_of_terms(
     heads: Sequence[HeadCall | None],
     loss: Tensor | None,
     outputs: Any,
-    bound: Bound | None,
+    loss_hessian: LossHessian | None,
     closure: Any = None,
     per_sample: bool = False,
 ) -> Estimate:
@@ -116,7 +116,8 @@ def sum_of_terms(
             continue
         samples = term.layer.samples(head.call.shape)
         kappa = flatness(
-            options, term.layer, head.bound, outputs, head.class_dim, head.rows, head.features, head.weight, samples, per_sample
+            options, term.layer, head.loss_hessian, outputs, head.class_dim, head.rows, head.features, head.weight, samples,
+            per_sample,
         )  # fmt: skip
         estimates.append(Estimate(kappa, None))
     if others and options.method == "finite_difference":
@@ -130,7 +131,7 @@ def sum_of_terms(
             if options.curvature == "hessian":
                 estimates += hessian_terms(options, loss, hidden, per_sample)
             else:
-                estimates += positive_terms(options, outputs, hidden, bound, per_sample)
+                estimates += positive_terms(options, outputs, hidden, loss_hessian, per_sample)
         elif not estimates:  # every layer was skipped in this step
             estimates.append(
                 Estimate(torch.zeros((), dtype=accumulation_dtype(loss), device=loss.device), None)
@@ -189,7 +190,10 @@ def _hidden_call(caller: str, term: LayerTerm, walk: graph_walk.Walk) -> HiddenC
 
 def _no_graph(term: LayerTerm) -> str:
     if term.captures.called_without_grad:
-        return "the layer was called under torch.no_grad or inference_mode; call the model with gradients enabled"
+        return (
+            "the layer was called under torch.no_grad or inference_mode (or by reentrant checkpointing: set "
+            "use_reentrant=False); call the model with gradients enabled"
+        )
     return (
         f"the loss does not depend on a call of {term.module} in training mode; check that `layer` is the very module the "
         "model uses, and that it or something before it requires grad"

@@ -89,9 +89,9 @@ class RelativeFlatness(LayerCriterion):
         self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool, closure: Any
     ) -> Tensor:
         self._check_attached()
-        bound = self._bound(targets, kwargs)
-        heads = self._heads(outputs, bound)
+        loss_hessian = self._bind_arguments(targets, kwargs)
+        heads = self._heads(outputs, loss_hessian)
         _, (kappa, self.standard_error) = self._loss_and_terms(
-            outputs, targets, kwargs, bound, closure, heads, need_loss=False, per_sample=per_sample
+            outputs, targets, kwargs, loss_hessian, closure, heads, need_loss=False, per_sample=per_sample
         )
         return kappa
