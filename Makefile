@@ -105,7 +105,7 @@ docs: $(DOCS)/.stamp  ## build the documentation site into build/site; a broken 
 docs-serve: $(DOCS)/.stamp  ## show the site at localhost:8000, built again on every change
 	$(DOCS)/bin/python -m mkdocs serve
 
-check-release: setup docs $(RELEASE)/.stamp  ## what the workflows check before a release: distributions, metadata, a fresh install
+check-release: $(VENV)/.stamp docs $(RELEASE)/.stamp  ## what the workflows check before a release: distributions, metadata, a fresh install
 	$(RELEASE)/bin/python tools/check_release.py $(PY)
 
 $(DOCS)/.stamp: EXTRA = docs

@@ -1,7 +1,7 @@
 """The code on every page runs as it stands, in order, and says what a page says; links, images and `make` targets exist.
 
-A block that cannot run in a test (several processes, a package that tests lack) begins with ```python notest="why"; it is
-compiled only.
+A block that cannot run in a test (several processes, a package that tests lack) has a comment before it,
+<!-- notest: why -->, and is compiled only.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ MOST_BLOCKS_NOT_RUN = 0.25  # of all blocks: more would leave the pages unchecke
 def blocks(page: Path) -> list[tuple[bool, CodeType]]:
     """(runs, code) of each Python block, with the page's line numbers, so that an error points to it."""
     text = page.read_text()
-    found = []
-    for match in re.finditer(r"^```python([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        options = match[1].strip()
-        assert not options or re.fullmatch('notest="[^"]{5,}"', options), f"{page.name}: unknown {options}"
+    listed = []
+    for match in re.finditer(
+        r"(<!-- notest: .*? -->\n\n)?^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE
+    ):
         lines_before = text[: match.start(2)].count("\n")
         name = str(page.relative_to(ROOT))
-        found.append((not options, compile("\n" * lines_before + match[2], name, "exec")))
-    return found
+        listed.append((match[1] is None, compile("\n" * lines_before + match[2], name, "exec")))
+    assert len(listed) == len(re.findall(r"^ *```\w", text, re.MULTILINE)), (
+        f"{page.name}: a block that no test reads"
+    )
+    return listed
 
 
 WITH_CODE = [page for page in PAGES if blocks(page)]

@@ -77,3 +77,12 @@ def test_every_page_is_in_the_navigation() -> None:
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").glob("**/*.md")}
     listed = set(re.findall(r"^ +- [^:\n]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert listed == pages
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    """Functions and classes of fam_ext, fam_ext.functional and fam_ext.typing; fam_ext.schedules lists its own."""
+    page = (ROOT / "docs/api.md").read_text()
+    shown = set(re.findall(r"^::: \S+\.(\w+)$", page, re.MULTILINE))
+    modules = {"functional", "integrations", "schedules", "typing"}
+    public = {*fam_ext.__all__, *fam_ext.functional.__all__, *fam_ext.typing.__all__} - modules
+    assert public - shown == {"__version__", "Schedule"}
