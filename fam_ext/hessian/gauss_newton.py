@@ -155,6 +155,8 @@ def _of_several(place: Place, s: Tensor, weighted: bool, hold: bool, backend: st
         return torch.stack([_transposed(layer, weight, call, features, t, weighted, hold) for t in s])
     if len(call.shape) == 1 + layer.spatial:
         features, s = features.unsqueeze(0), s.unsqueeze(1)
+    if layer.input_first:
+        weight = weight.t()
     m = layer.module
     window = () if layer.linear else (m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
     return gram_trace(features, s, weight, *window, weighted=weighted, backend=backend)

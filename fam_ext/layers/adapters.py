@@ -30,12 +30,18 @@ def effective_weight(module: Any) -> Tensor:
     weight: Tensor = module.base_layer.weight
     if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
         return weight
-    if not isinstance(module.base_layer, nn.Linear) or getattr(module, "fan_in_fan_out", False):
+    input_first = type(module.base_layer).__name__ == "Conv1D"  # transformers': its weight is (I, O)
+    if not (input_first or isinstance(module.base_layer, nn.Linear)):
         raise UnsupportedError(
             f"an adapter is supported on nn.Linear only, got one on {type(module.base_layer).__name__}; merge it first"
+        )
+    if bool(getattr(module, "fan_in_fan_out", False)) != input_first:
+        raise UnsupportedError(
+            "an adapter's fan_in_fan_out must be True on transformers' Conv1D and False on nn.Linear; merge the adapter first"
         )
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
-        weight = weight + module.scaling[name] * (module.lora_B[name].weight @ module.lora_A[name].weight)
+        low = module.lora_B[name].weight @ module.lora_A[name].weight  # (O, I)
+        weight = weight + module.scaling[name] * (low.t() if input_first else low)
     return weight

@@ -111,6 +111,7 @@ class FAMLoss(LayerCriterion):
             options.closed_form
             and measure == "neuronwise"
             and self.parts[0].layer.linear
+            and not self.parts[0].layer.input_first
             and len(self.parts) == 1
         )
 
