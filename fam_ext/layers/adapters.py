@@ -12,7 +12,11 @@ _PARTS = {"base_layer", "lora_A", "lora_B"}
 
 
 def is_adapter(module: object) -> bool:
-    """Whether `module` wraps a base layer with low-rank matrices, by PEFT's attribute names."""
+    """Whether `module` wraps a base layer with low-rank matrices, by PEFT's attribute names.
+
+    >>> is_adapter(nn.Linear(2, 2))
+    False
+    """
     # by the modules' own table: hasattr would form an error message at each forward call of a plain layer
     return isinstance(module, nn.Module) and module._modules.keys() >= _PARTS
 
@@ -25,7 +29,8 @@ def base_layer(module: Any) -> Any:
 def effective_weight(module: Any) -> Tensor:
     """The weight that the adapter's forward pass multiplies with, differentiable in its low-rank matrices.
 
-    Raises UnsupportedError for kinds of adapters whose forward pass is something else.
+    It has the layout of the base layer's weight. Raises UnsupportedError for kinds of adapters whose forward pass is something
+    else.
     """
     weight: Tensor = module.base_layer.weight
     if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
