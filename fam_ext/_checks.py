@@ -91,6 +91,18 @@ def check_class_target(function: str, argument: str, value: object) -> bool:
     return dtype in FLOATING
 
 
+def check_class_indices(function: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError unless all are from 0 to classes - 1 or ignored. Reads them where that is possible."""
+    if not readable(target):
+        return
+    invalid = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bool(invalid.any()):
+        raise IndexError(
+            f"{function}: target must be a class index from 0 to {classes - 1} or ignore_index ({ignore_index}), got "
+            f"{int(target[invalid][0])}"
+        )
+
+
 def readable(value: Tensor) -> bool:
     """Whether the tensor's numbers can be looked at: not in a compiled graph, under a torch.func transform, fake or on meta."""
     return not (

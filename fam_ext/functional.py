@@ -63,8 +63,8 @@ def relative_flatness(
     Args:
         features: phi, (*rows, I). weight: W, (O, I). logits: z, (*rows, O), the classes last.
         loss: "cross_entropy", "mse", "bce_with_logits", "poisson_nll" (log input) or "gaussian_nll" (needs `variance`).
-        target: class indices (*rows) or probabilities (*rows, O); for the other losses (*rows, O). None where the Hessian does
-            not depend on it: needed with class_weight or pos_weight, and for ignored rows.
+        target: class indices (*rows), int64 or uint8, or probabilities (*rows, O); for the other losses (*rows, O). None where
+            the Hessian does not depend on it: needed with class_weight or pos_weight, and for ignored rows.
         class_weight, ignore_index, label_smoothing: of cross-entropy, as in torch.
         pos_weight, element_weight: as pos_weight and weight of BCE with logits; element_weight is the weight of MSE too.
         variance, eps: as var and eps of torch.nn.functional.gaussian_nll_loss.
@@ -77,6 +77,17 @@ def relative_flatness(
 
     Raises:
         TypeError, ValueError: an argument does not fit.
+        IndexError: a class index is outside 0..O-1 and is not ignore_index. In a compiled graph and under torch.func transforms,
+            where no value can be read, kappa is NaN then.
+
+    >>> import torch
+    >>> from fam_ext import relative_flatness
+    >>> features = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    >>> relative_flatness(features, weight, features @ weight.T)
+    tensor(1.5499)
+    >>> relative_flatness(features, weight, features @ weight.T, reduction="none")
+    tensor([2.0999, 1.0000])
     """
     options = Options(
         _NAME, measure, "hessian", "auto", 1, normalize, norm_power, curvature_grad, None, backend

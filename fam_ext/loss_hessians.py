@@ -1,9 +1,9 @@
 """The second derivative of each loss with a closed form, with respect to the loss's input.
 
-`read(criterion)` tells how to bind a criterion's arguments, module or function (also a functools.partial of it). Bound
-arguments are a LossHessian: the row coefficient c_i of cross-entropy, or the diagonal h of an elementwise loss's Hessian, with
-the reduction included. They check themselves against the outputs: shapes and dtypes always, values (class indices, variances)
-where nothing else looks at them.
+`read(criterion)` gives a function of the criterion's arguments after its input; `criterion` is a module, a function, or a
+functools.partial of one. That function returns a LossHessian: the row coefficient c_i of cross-entropy, or the diagonal h of an
+elementwise loss's Hessian, with the reduction included. It checks its arguments against the outputs: shapes and dtypes always,
+values (class indices, variances) where nothing else looks at them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class LossHessian:
         return float(outputs.numel())
 
     def residual(self, outputs: Tensor) -> Tensor:
-        """dl/dz of every term l of the loss, without its coefficient, in the shape of the outputs; only where `fisher` is true."""
+        """dl/dz of every term l of the loss, without its coefficient, in the outputs' shape; only where `fisher` is true."""
         raise NotImplementedError
 
     def diagonal(self, outputs: Tensor) -> Tensor:
@@ -148,18 +148,8 @@ class CrossEntropy(LossHessian):
         )
 
     def check_values(self, caller: str, outputs: Tensor) -> None:
-        target = self.target
-        if target is None or _soft(target) or not _checks.readable(target):
-            return
-        invalid = self._invalid(target, outputs)
-        if bool(invalid.any()):
-            raise IndexError(
-                f"{caller}: target must be a class index from 0 to {_classes(outputs) - 1} or ignore_index "
-                f"({self.ignore_index}), got {int(target[invalid][0])}"
-            )
-
-    def _invalid(self, target: Tensor, outputs: Tensor) -> Tensor:
-        return ((target < 0) | (target >= _classes(outputs))) & (target != self.ignore_index)
+        if self.target is not None and not _soft(self.target):
+            _checks.check_class_indices(caller, self.target, _classes(outputs), self.ignore_index)
 
     def fisher(self) -> bool:
         return self.weight is None and self.label_smoothing == 0
@@ -199,7 +189,7 @@ class CrossEntropy(LossHessian):
         target = target.long()
         if _checks.readable(target):
             return cross_entropy_coefficients(outputs, target, *options)
-        invalid = self._invalid(target, outputs)
+        invalid = ((target < 0) | (target >= _classes(outputs))) & (target != self.ignore_index)
         return cross_entropy_coefficients(outputs, target.masked_fill(invalid, 0), *options).masked_fill(
             invalid, torch.nan
         )

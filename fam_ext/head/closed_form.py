@@ -164,7 +164,7 @@ def flatness(
             norms = layer.row_norms(features, options.backend)
             layer_rows = norms.shape[0]
             norms = norms if rows is None else norms[rows.flatten()]
-        if layer.transposed:
+        if layer.input_first:
             weight = layer.canonical(weight).flatten(0, 1)  # (O, I), as the other layers have it
         row_shape = tuple(s for d, s in enumerate(outputs.shape) if d != class_dim)
         norms = norms.reshape(*row_shape, layer.groups)

@@ -158,7 +158,8 @@ def _along_a_direction(
         phi * rademacher(signs, phi, generator), one_output
     )  # z's shape with groups outputs
     class_dim = linear_map.class_dim
-    s = s.movedim(class_dim, -1).flatten(1, -2).unflatten(-1, (groups, neurons))
+    s = s.movedim(class_dim, -1).flatten(1, -2)
+    s = s.reshape(*s.shape[:2], groups, neurons)
     along = along.movedim(class_dim, -1).flatten(1, -2).unsqueeze(-1)
     gamma = (s * along).sum(1)  # (B, groups, O/groups)
     if weighted:
@@ -195,6 +196,8 @@ def _of_several(factored: FactoredLayer, s: Tensor, weighted: bool, detached: bo
         return torch.stack([_transposed(layer, weight, call, features, t, weighted, detached) for t in s])
     if len(call.shape) == 1 + layer.spatial:
         features, s = features.unsqueeze(0), s.unsqueeze(1)
+    if layer.input_first:
+        weight = weight.t()
     m = layer.module
     window = () if layer.linear else (m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
     return gram_trace(features, s, weight, *window, weighted=weighted, backend=backend)

@@ -182,7 +182,9 @@ def patch_causal_lm(model: nn.Module, strength: Any, **options: Any) -> CausalLM
     except ImportError as error:
         raise ImportError(f"{NAME} needs transformers; pip install transformers") from error
     if not isinstance(model, PreTrainedModel):
-        _checks.bad_type(NAME, "model", "a transformers.PreTrainedModel", model)
+        _checks.bad_type(
+            NAME, "model", "a transformers.PreTrainedModel (for a PeftModel pass its get_base_model())", model
+        )
     untyped: Any = model
     head = untyped.get_output_embeddings()
     if isinstance(head, nn.Linear) and "forward" in vars(head):

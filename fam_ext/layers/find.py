@@ -1,18 +1,106 @@
-"""Finding a model's layers by name."""
+"""Finding a model's layers: by name, by glob pattern, or the head."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from fam_ext import _checks
+from fam_ext.errors import UnsupportedError
 from fam_ext.layers import adapters
-from fam_ext.layers.linear_map import LAYERS
+from fam_ext.layers.linear_map import is_layer
 
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel
+# attributes that models of many libraries keep their last layer under
+_HEADS = ("lm_head", "classifier", "score", "qa_outputs", "fc", "head", "heads", "output_layer", "out_proj")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Layers of a model, by name in the order they were asked for.
+
+    left_out: layers that a pattern matched and that cannot be regularized, with the reason.
+    guess: how the default layer was chosen; None where layers were named. The criterion need not receive the output of a
+        guessed layer.
+    """
+
+    layers: dict[str, nn.Module]
+    left_out: dict[str, str] = field(default_factory=dict)
+    guess: str | None = None
+
+
+def select_layers(
+    caller: str, model: nn.Module, layer: str | nn.Module | Sequence[str | nn.Module] | None
+) -> Selection:
+    """The modules that `layer` names in `model`: a name, a glob pattern, a module, several of these, or None for the head.
+
+    Patterns match Linear, Conv and ConvTranspose layers, transformers' Conv1D and LoRA wrappers, and leave out what cannot be
+    regularized: layers that are never called (attention's out_proj, the convolution of Mamba-like mixers), weights that are tied
+    to an embedding, and modules that PEFT has put copies in place of. None asks the model for its head (get_output_embeddings of
+    transformers, get_classifier of timm), else takes the last layer outside of a transformers model's base model, or under a
+    usual name for heads, else the last one registered.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a name matches nothing (near names are listed), or there is no layer.
+        UnsupportedError: a layer asked for by name is never called.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> selection = select_layers("example", model, None)
+    >>> list(selection.layers), selection.guess
+    (['2'], 'the last layer registered')
+    >>> list(select_layers("example", model, "*").layers)
+    ['0', '2']
+    """
+    if not isinstance(model, nn.Module):
+        _checks.bad_type(caller, "model", "a module", model)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    wrapped = {id(part) for m in modules.values() if adapters.is_adapter(m) for part in list(m.modules())[1:]}
+    candidates = {
+        name: m
+        for name, m in modules.items()
+        if (is_layer(m) or adapters.is_adapter(m)) and id(m) not in wrapped
+    }
+    unused = dict(_unused(modules, candidates))
+    if layer is None:
+        usable = {name: m for name, m in candidates.items() if name not in unused}
+        if not usable:
+            _checks.bad_value(caller, "model", "one with a Linear or Conv layer", type(model).__name__)
+        name, guess = _head(model, modules, usable)
+        return Selection({name: usable[name]}, guess=guess)
+    tied = dict(_tied(modules, candidates))
+    chosen: dict[int, tuple[str, nn.Module]] = {}
+    left_out: dict[str, str] = {}
+    for one in layer if isinstance(layer, (list, tuple)) else [layer]:
+        exact = _by_name(caller, modules, one)
+        if exact is not None:
+            if exact in unused:
+                raise UnsupportedError(f"{caller}: layer {exact!r} cannot be regularized: {unused[exact]}")
+            chosen[id(modules[exact])] = exact, modules[exact]
+            continue
+        for name in _by_pattern(caller, modules, candidates, str(one)):
+            reason = unused.get(name) or tied.get(name)
+            if reason is None:
+                chosen[id(modules[name])] = name, modules[name]
+            else:
+                left_out[name] = reason
+    if not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        _checks.bad_value(caller, "layer", f"a pattern of layers that can be regularized ({reasons})", layer)
+    return Selection(dict(chosen.values()), left_out)
+
+
+def find_layers(
+    caller: str, model: nn.Module, layer: str | nn.Module | Sequence[str | nn.Module] | None
+) -> list[nn.Module]:
+    """The modules of `select_layers`."""
+    return list(select_layers(caller, model, layer).layers.values())
 
 
 def _bare(name: str) -> str:
@@ -22,54 +110,125 @@ def _bare(name: str) -> str:
     return name
 
 
-def find_layers(
-    caller: str, model: nn.Module, layer: str | nn.Module | Sequence[str | nn.Module] | None
-) -> list[nn.Module]:
-    """The modules that `layer` names in `model`: a name, a glob pattern, a module, several of these, or None for the last one.
-
-    Patterns match Linear, Conv and ConvTranspose layers. Raises ValueError for a name that matches nothing, listing near names.
-    """
-    if not isinstance(model, nn.Module):
-        _checks.bad_type(caller, "model", "a module", model)
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    wrapped = {id(part) for m in modules.values() if adapters.is_adapter(m) for part in list(m.modules())[1:]}
-    candidates: dict[str, nn.Module] = {
-        name: m
-        for name, m in modules.items()
-        if (isinstance(m, LAYERS) or adapters.is_adapter(m)) and id(m) not in wrapped
-    }
-    if layer is None:
-        if not candidates:
-            _checks.bad_value(caller, "model", "one with a Linear or Conv layer", type(model).__name__)
-        return [list(candidates.values())[-1]]
-    several = layer if isinstance(layer, (list, tuple)) else [layer]
-    found: dict[int, nn.Module] = {}
-    for one in several:
-        found.update((id(m), m) for m in _matches(caller, modules, candidates, one))
-    return list(found.values())
-
-
-def _matches(
-    caller: str, modules: dict[str, nn.Module], candidates: dict[str, nn.Module], layer: object
-) -> list[nn.Module]:
+def _by_name(caller: str, modules: dict[str, nn.Module], layer: object) -> str | None:
+    """The name of a module that `layer` names exactly or is; None for a pattern."""
     if isinstance(layer, nn.Module):
-        if all(m is not layer for m in modules.values()):
-            _checks.bad_value(caller, "layer", "a module of the model", layer)
-        return [layer]
+        for name, module in modules.items():
+            if module is layer:
+                return name
+        _checks.bad_value(caller, "layer", "a module of the model", layer)
     if not isinstance(layer, str):
         _checks.bad_type(
             caller, "layer", "a name, a glob pattern, a module, several of these, or None", layer
         )
-    exact = [m for name, m in modules.items() if layer and layer in (name, _bare(name))]
-    if exact:
-        return exact[:1]
+    return next((name for name in modules if layer and layer in (name, _bare(name))), None)
+
+
+def _by_pattern(
+    caller: str, modules: dict[str, nn.Module], candidates: dict[str, nn.Module], pattern: str
+) -> list[str]:
     matches = [
-        m
-        for n, m in candidates.items()
-        if fnmatch.fnmatchcase(_bare(n), layer) or fnmatch.fnmatchcase(n, layer)
+        n for n in candidates if fnmatch.fnmatchcase(_bare(n), pattern) or fnmatch.fnmatchcase(n, pattern)
     ]
     if not matches:
-        near = difflib.get_close_matches(layer, [_bare(n) for n in modules if n], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(pattern, [_bare(n) for n in modules if n], n=3, cutoff=0.4)
         known = ", ".join(near or list(candidates)[-3:]) or "none"
-        _checks.bad_value(caller, "layer", f"the name of a module of the model (near: {known})", layer)
+        _checks.bad_value(caller, "layer", f"the name of a module of the model (near: {known})", pattern)
     return matches
+
+
+def _unused(modules: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Candidates whose forward pass never runs, with the reason."""
+    for name in candidates:
+        parent_name, _, own = name.rpartition(".")
+        parent: Any = modules[parent_name] if name else None
+        if isinstance(parent, nn.MultiheadAttention):
+            yield name, "nn.MultiheadAttention multiplies with its weight without calling it"
+        elif own.startswith("conv1d") and "A_log" in getattr(parent, "_parameters", ()):
+            yield name, "a Mamba-like mixer convolves with its weight without calling it"
+        else:
+            reason = _replaced(modules, name)
+            if reason is not None:
+                yield name, reason
+
+
+def _replaced(modules: dict[str, nn.Module], name: str) -> str | None:
+    """Whether PEFT's modules_to_save holds another module in this one's place."""
+    parts = name.split(".")
+    for k in range(len(parts)):
+        wrapper: Any = modules.get(".".join(parts[:k]))
+        copies = getattr(wrapper, "modules_to_save", None)
+        if not isinstance(copies, nn.ModuleDict) or getattr(wrapper, "disable_adapters", False):
+            continue
+        active: Any = getattr(wrapper, "active_adapters", None) or getattr(wrapper, "active_adapter", ())
+        active = [active] if isinstance(active, str) else list(active)
+        if parts[k] == "original_module" and any(a in copies for a in active):
+            return "PEFT uses a copy in its place (modules_to_save)"
+        if parts[k] == "modules_to_save" and k + 1 < len(parts) and parts[k + 1] not in active:
+            return "it belongs to an adapter of PEFT that is not active"
+    return None
+
+
+def _tied(modules: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Candidates whose weight is an embedding's, too."""
+    embeddings = {id(m.weight): name for name, m in modules.items() if isinstance(m, nn.Embedding)}
+    for name, module in candidates.items():
+        embedding = embeddings.get(id(adapters.base_layer(module)._parameters.get("weight")))
+        if embedding is not None:
+            yield name, f"its weight is tied to the embedding {embedding}; name it exactly to have it"
+
+
+def _head(model: nn.Module, modules: dict[str, nn.Module], usable: dict[str, nn.Module]) -> tuple[str, str]:
+    """The name of the layer whose output the criterion receives, as far as the model tells, and how it was chosen."""
+    names = {id(m): name for name, m in usable.items()}
+    inner = _unwrapped(model)
+    for accessor in ("get_output_embeddings", "get_classifier"):
+        name = _last_within(_called(inner, accessor), names)
+        if name is not None:
+            return name, f"the model's {accessor}()"
+    last = list(usable)[-1]
+    base = getattr(inner, str(getattr(inner, "base_model_prefix", "")) or " ", None)  # of transformers
+    if isinstance(base, nn.Module) and base is not inner:
+        inside = {id(m) for m in base.modules()}
+        outside = [name for name, m in usable.items() if id(m) not in inside]
+        if outside:
+            return outside[-1], f"the last layer outside of the base model {inner.base_model_prefix!r}"
+    prefix = next((n for n, m in modules.items() if m is inner), "")
+    path = last.removeprefix(prefix + "." if prefix else "").split(".")
+    if len(path) > 1 and path[0] not in _HEADS:  # the last one lies deep inside of something else
+        for own in _HEADS:
+            name = _last_within(inner._modules.get(own), names)
+            if name is not None:
+                return name, f"the last layer of the model's {own!r}"
+    return last, "the last layer registered"
+
+
+def _last_within(module: object, names: dict[int, str]) -> str | None:
+    """The name of the last layer inside of `module`, itself included; `names` has those of the layers by id."""
+    parts = list(module.modules()) if isinstance(module, nn.Module) else []
+    return next((names[id(part)] for part in reversed(parts) if id(part) in names), None)
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    """The model inside torch.compile, data parallelism and PEFT."""
+    inner: Any = model
+    while True:
+        wrapped = inner._modules.get("_orig_mod")
+        if wrapped is None and isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            wrapped = inner.module
+        if wrapped is None and hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            wrapped = inner.get_base_model()
+        if not isinstance(wrapped, nn.Module) or wrapped is inner:
+            return inner
+        inner = wrapped
+
+
+def _called(model: Any, accessor: str) -> object:
+    """What the model's accessor returns; None where it has none or cannot tell."""
+    method = getattr(model, accessor, None)
+    if not callable(method):
+        return None
+    try:
+        return method()
+    except Exception:
+        return None

@@ -7,6 +7,7 @@ the layer's input, outputs its pre-activation z without bias. Linear: (*rows, I)
 
 from __future__ import annotations
 
+import sys
 from math import prod
 from typing import Any
 
@@ -26,6 +27,7 @@ LINEAR = (nn.Linear,)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = LINEAR + CONVOLUTIONS + TRANSPOSED
+_NEVER_CALLED = getattr(torch.nn.modules.linear, "NonDynamicallyQuantizableLinear", ())
 
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 _CONVOLVE_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -41,36 +43,67 @@ def squared_norms(features: Tensor, backend: str = "auto") -> Tensor:
     return features.to(accumulation_dtype(features)).square().sum(-1, keepdim=True)
 
 
+def transformers_conv1d() -> tuple[type[nn.Module], ...]:
+    """The Conv1D of transformers (GPT-2 and relatives), a linear layer whose weight is (I, O); () where it is not loaded."""
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    kind = getattr(loaded, "Conv1D", None)
+    return () if kind is None else (kind,)
+
+
+def is_layer(module: object) -> bool:
+    """Whether `module` is of a kind that LinearMap takes: Linear, ConvNd, ConvTransposeNd, transformers' Conv1D."""
+    return isinstance(module, LAYERS + transformers_conv1d())
+
+
 class LinearMap:
     """z(weight) for the features of one call, differentiable in both; and the checks of a call.
 
     Raises TypeError or UnsupportedError where `module` is no layer that is linear in its weight.
+
+    >>> layer = LinearMap("example", nn.Conv2d(4, 6, 3, groups=2))
+    >>> layer.shape, layer.fan_in, tuple(layer.canonical(torch.zeros(layer.shape)).shape)
+    ((6, 2, 3, 3), 18, (2, 3, 18))
     """
 
     def __init__(self, caller: str, module: object) -> None:
         if not isinstance(module, nn.Module):
             _checks.bad_type(caller, "layer", "a module (for its name use for_model)", module)
         base: Any = adapters.base_layer(module)
-        if not isinstance(base, LAYERS):
+        if not is_layer(base):
             raise UnsupportedError(
-                f"{caller}: layer must be nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, got "
+                f"{caller}: layer must be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d or transformers' Conv1D, got "
                 f"{type(base).__module__}.{type(base).__qualname__}"
+            )
+        if isinstance(base, _NEVER_CALLED):
+            raise UnsupportedError(
+                f"{caller}: layer is the out_proj of nn.MultiheadAttention, which multiplies with its weight without calling it, "
+                "so that its input is never seen; choose another layer"
             )
         self.kind = kind = type(module).__name__
         self.module: Any = base
         described: Any = base  # mypy takes the attribute for an nn.Module again
-        self.linear = isinstance(base, LINEAR)
         self.transposed = isinstance(base, TRANSPOSED)
+        self.linear = not isinstance(base, CONVOLUTIONS + TRANSPOSED)
+        input_first = self.linear and not isinstance(base, LINEAR)
+        self.input_first = input_first or self.transposed  # the weight's first dimension is the input's
         self.groups: int = 1 if self.linear else described.groups
         self.spatial: int = 0 if self.linear else len(described.kernel_size)
         if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
             raise UnsupportedError(
                 f"{caller}: layer is a {kind} whose weight has no shape yet; run one batch through the model first"
             )
-        self.inputs: int = described.in_features if self.linear else described.in_channels
-        self.outputs: int = described.out_features if self.linear else described.out_channels
+        weight = base._parameters.get("weight")  # a parametrized weight would be evaluated by its attribute
+        if weight is not None and not weight.is_floating_point():
+            raise UnsupportedError(
+                f"{caller}: layer is a {type(base).__name__} whose weight is packed or quantized ({weight.dtype}); choose a "
+                "layer with a floating weight"
+            )
+        sizes = ("nx", "nf") if input_first else ("in_features", "out_features")
+        sizes = sizes if self.linear else ("in_channels", "out_channels")
+        self.inputs: int = getattr(described, sizes[0])
+        self.outputs: int = getattr(described, sizes[1])
         if self.linear:
-            self.shape: tuple[int, ...] = (self.outputs, self.inputs)
+            self.shape: tuple[int, ...] = (self.outputs, self.inputs)[:: -1 if input_first else 1]
         elif self.transposed:
             self.shape = (self.inputs, self.outputs // self.groups, *described.kernel_size)
         else:
@@ -79,7 +112,7 @@ class LinearMap:
         if adapters.is_adapter(module):
             self.unusual = True
             return
-        kind_of_layer = next(c for c in LAYERS if isinstance(module, c))
+        kind_of_layer = next(c for c in LAYERS + transformers_conv1d() if isinstance(module, c))
         # another forward may do more than multiply by the weight: it is compared on a sample at every call
         self.unusual = (
             type(module).forward is not kind_of_layer.forward
@@ -99,6 +132,8 @@ class LinearMap:
 
     def canonical(self, weight: Tensor) -> Tensor:
         """(groups, O/groups, I) from the module's layout."""
+        if self.linear:
+            return (weight.t() if self.input_first else weight).unsqueeze(0)
         if self.transposed:  # (C, O/groups, *kernel)
             neurons = weight.shape[1]
             by_group = weight.reshape(self.groups, weight.shape[0] // self.groups, neurons, -1)
@@ -107,6 +142,8 @@ class LinearMap:
 
     def to_module(self, direction: Tensor, shape: torch.Size) -> Tensor:
         """The module's layout, of `shape`, from the canonical one."""
+        if self.linear:
+            return direction[0].t() if self.input_first else direction[0]
         if self.transposed:
             neurons, inputs = direction.shape[1], shape[0] // self.groups
             return direction.reshape(self.groups, neurons, inputs, -1).transpose(1, 2).reshape(shape)
@@ -124,7 +161,7 @@ class LinearMap:
 
     def multiply_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The weight that gives the same output for features divided by `scale`."""
-        if self.transposed:
+        if self.input_first:
             return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
         by_group = weight.reshape(self.groups, -1, *weight.shape[1:])
         factor = scale.reshape(self.groups, 1, weight.shape[1], *(1,) * self.spatial)
@@ -133,7 +170,7 @@ class LinearMap:
     def apply(self, features: Tensor, weight: Tensor) -> Tensor:
         """z without bias for a weight in the module's layout."""
         if self.linear:
-            return F.linear(features, weight)
+            return F.linear(features, weight.t() if self.input_first else weight)
         batched = features if features.dim() == self.spatial + 2 else features.unsqueeze(0)
         out = self._convolve(batched, weight, self.groups)
         return out if batched is features else out.squeeze(0)
@@ -142,7 +179,8 @@ class LinearMap:
         """z where sample i meets weights[i], (B, *module layout)."""
         if self.linear:
             rows = features.reshape(len(weights), -1, features.shape[-1])
-            return torch.bmm(rows, weights.transpose(1, 2)).reshape(*features.shape[:-1], weights.shape[1])
+            each = weights if self.input_first else weights.transpose(1, 2)  # (B, I, O)
+            return torch.bmm(rows, each).reshape(*features.shape[:-1], self.outputs)
         samples = len(weights)
         together = features.reshape(1, -1, *features.shape[-self.spatial :])
         out = self._convolve(together, weights.flatten(0, 1), self.groups * samples)

@@ -110,6 +110,7 @@ class FAMLoss(LayerCriterion):
             options.closed_form
             and measure == "neuronwise"
             and self.terms[0].layer.linear
+            and not self.terms[0].layer.input_first
             and len(self.terms) == 1
         )
         self._ordinary = self._one_pass and curvature != "fisher" and backend in ("auto", "native")

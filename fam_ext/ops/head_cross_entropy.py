@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
@@ -67,7 +67,10 @@ def head_cross_entropy(
         RuntimeError: a backend asked for by name is not available.
     """
     # C++ would take a tensor for a number, and anything for True or False
-    if backend in ("auto", "native") and type(strength) in (float, int) and type(curvature_grad) is bool:
+    plain = (
+        type(strength) in (float, int) and type(curvature_grad) is bool and not nn.parameter.is_lazy(weight)
+    )
+    if plain and backend in ("auto", "native"):
         found = ordinary_call(
             logits, features, weight, target, class_weight, ignore_index, label_smoothing, reduction, strength, curvature_grad
         )  # fmt: skip
@@ -86,6 +89,8 @@ def head_cross_entropy(
     chosen = backends.choose(name, backend, logits, features, weight)
     # per-row losses: their upstream gradients are not known in the forward pass, so the parts are composed
     if reduction == "none" or chosen == "reference":
+        if target.is_cpu and not target.is_floating_point():  # torch's own error names no function
+            _checks.check_class_indices(name, target, classes, ignore_index)
         return reference.head_cross_entropy(
             logits, features, weight, target, class_weight, ignore_index, label_smoothing, reduction, strength,
             curvature_grad, partial(softmax_trace, form=form, backend=chosen),

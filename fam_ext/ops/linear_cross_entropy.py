@@ -92,6 +92,8 @@ def linear_cross_entropy(
         _checks.bad_value(_NAME, "max_bytes", "at least 1", max_bytes)
     chosen = backends.choose(_NAME, backend, *(t for t in (input, weight, bias) if t is not None))
     if chosen == "reference":
+        if target.is_cpu:  # torch's own error names no function
+            _checks.check_class_indices(_NAME, target, classes=len(weight), ignore_index=ignore_index)
         return reference.linear_cross_entropy(
             input, weight, target, bias, class_weight, ignore_index, label_smoothing, reduction, strength, curvature_grad
         )  # fmt: skip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from inputs import batch, expect, needs_native, network
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from verified_cases import Problem
+from verified_cases_base import Case
 
 from fam_ext import FAMLoss
 from fam_ext.derivatives import verdicts
@@ -48,3 +51,25 @@ def test_anomaly_mode_reports_nothing_of_ours() -> None:
 def test_every_way_out_is_named() -> None:
     for name, (why, way_out) in verdicts.REFUSED.items():
         assert why and way_out and name.endswith("Backward")
+
+
+class Unknown(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return 2 * z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def test_unknown_operation_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "_warned", set())
+    problem = Problem(Case("unknown", lambda: lambda z: Unknown.apply(Unknown.apply(z))))
+    with pytest.warns(UserWarning, match=r"caller: .*UnknownBackward.* never been verified") as caught:
+        verdicts.check("caller", problem.forward()[2])
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        verdicts.check("caller", problem.forward()[2])
+        verdicts.check("caller", Problem(Case("relu", lambda: torch.relu)).forward()[2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import oracle
 import pytest
 import torch
@@ -55,6 +57,31 @@ def test_the_effective_weight_counts(index: int) -> None:
     inputs = [lora.lora_A["default"].weight, lora.lora_B["default"].weight]
     for g, e in zip(*(torch.autograd.grad(v, inputs) for v in (value, expected)), strict=True):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
+
+
+def test_an_adapter_on_conv1d() -> None:
+    """The base weight of transformers' Conv1D is transposed, those of the adapter are not."""
+    pytest.importorskip("transformers", reason="Conv1D is transformers'")
+    from transformers.pytorch_utils import Conv1D
+
+    net, x, y = network(), torch.randn(7, 5, dtype=torch.float64), torch.randint(0, 3, (7,))
+    twin = copy.deepcopy(net)
+    lora = net[2]
+    base = Conv1D(4, 6).double()
+    with torch.no_grad():
+        base.weight.copy_(lora.base_layer.weight.t())
+        base.bias.copy_(lora.base_layer.bias)
+    lora.base_layer, lora.fan_in_fan_out = base, True
+    values = [RelativeFlatness(nn.CrossEntropyLoss(), n[2])(n(x), y) for n in (net, twin)]
+    torch.testing.assert_close(values[0], values[1], rtol=1e-10, atol=0)
+    grads = [
+        torch.autograd.grad(v, [n[2].lora_A["default"].weight, n[2].lora_B["default"].weight])
+        for v, n in zip(values, (net, twin), strict=True)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+    lora.fan_in_fan_out = False
+    with pytest.raises(UnsupportedError, match="fan_in_fan_out must be True on transformers' Conv1D"):
+        RelativeFlatness(nn.CrossEntropyLoss(), lora)(net(x), y)
 
 
 def test_measured_over_a_data_set_with_normalized_features() -> None:

@@ -59,3 +59,19 @@ def test_bytes_are_class_indices(name: str, backend: str) -> None:
 def test_probabilities_have_no_ignored_class(backend: str) -> None:
     with pytest.raises(ValueError, match="head_cross_entropy: ignore_index must be left out"):
         call("head_cross_entropy", torch.rand(3, 4), ignore_index=1, backend=backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["head_cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("index", [-1, 4])
+def test_a_class_that_is_not_there(index: int, name: str, reduction: str, backend: str) -> None:
+    with pytest.raises(IndexError, match=rf"{name}: target must be a class index from 0 to 3 .*got {index}"):
+        call(name, torch.tensor([0, index, 1]), reduction=reduction, backend=backend)
+
+
+def test_uninitialized_weights(backend: str) -> None:
+    lazy = torch.nn.LazyLinear(4).weight
+    with pytest.raises(TypeError, match=r"head_cross_entropy: weight .*an uninitialized parameter"):
+        functional.head_cross_entropy(torch.zeros(3, 4), PHI, lazy, Y, backend=backend)
+    with pytest.raises(TypeError, match=r"linear_cross_entropy: weight .*an uninitialized parameter"):
+        functional.linear_cross_entropy(PHI, lazy, Y, backend=backend)
