@@ -12,7 +12,7 @@ from torch import Tensor
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.ops import backends
-from fam_ext.ops._registration import made_gradient, register_fake
+from fam_ext.ops._registration import gradient_dtype, made_gradient, register_fake
 from fam_ext.ops.reference import head_cross_entropy as reference
 from fam_ext.ops.softmax_trace import choose_form, softmax_trace
 
@@ -74,7 +74,7 @@ def head_cross_entropy(
         if found is not None:
             return found
     name = "head_cross_entropy"
-    _check(name, logits, features, weight, target, class_weight)
+    _check(name, logits, features, weight, target, class_weight, ignore_index)
     _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
     if not 0.0 <= label_smoothing <= 1.0:
         _checks.bad_value(name, "label_smoothing", "between 0 and 1", label_smoothing)
@@ -117,7 +117,13 @@ def ordinary_call(
 
 
 def _check(
-    name: str, logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None
+    name: str,
+    logits: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
 ) -> None:
     for argument, value in (("logits", logits), ("features", features), ("weight", weight)):
         _checks.check_floating(name, argument, value)
@@ -136,6 +142,8 @@ def _check(
         _checks.bad_type(
             name, "target", "an int64 tensor of class indices or a floating one of probabilities", target
         )
+    if target.is_floating_point() and ignore_index >= 0:
+        _checks.bad_value(name, "ignore_index", "negative with class probabilities as targets", ignore_index)
     expected = logits.shape if target.is_floating_point() else rows
     if target.shape != expected:
         _checks.bad_value(name, "target", f"of shape {tuple(expected)}", target)
@@ -173,8 +181,11 @@ def _register() -> None:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         scalar = logits.new_empty((), dtype=accumulation_dtype(logits, features, weight))
         inputs = zip((logits, features), options[-3:-1], strict=True)
-        dz, dphi = (made_gradient(x, needed) for x, needed in inputs)
-        dw = made_gradient(weight, options[-1]).contiguous()
+        dz, dphi = (
+            torch.empty_like(x, dtype=gradient_dtype(x)) if needed else made_gradient(x, False)
+            for x, needed in inputs
+        )
+        dw = made_gradient(weight, options[-1])
         return scalar, torch.empty_like(scalar), dz, dphi, dw
 
 
