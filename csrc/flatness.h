@@ -18,19 +18,27 @@ FAM_HOST_DEVICE T difference_error(T a, T b, T d) {
   return (a - (d + bb)) - (b - bb);
 }
 
+// A number that is not negative but for rounding; nan stays nan.
+template <typename T>
+FAM_HOST_DEVICE T at_least_zero(T x) {
+  return x < T(0) ? T(0) : x;
+}
+
 // Pairwise form, q = D p: dv/dz_s = p_s (q_s - 2v).
 template <typename T>
 FAM_HOST_DEVICE T pairwise_logit_grad(T p, T q, T v) {
   return p * (q - (v + v));
 }
 
-// Shifted form: |w_s - u|^2 from |w_s|^2, <w_s, u> and |u|^2; dv/dz_s = p_s (|w_s - u|^2 - v).
+// Shifted form: |w_s - u|^2 from |w_s|^2, <w_s, u> and |u|^2; dv/dz_s = p_s (|w_s - u|^2 - v). Where both nearly agree, the result is
+// rounding, of either sign: take at_least_zero of it.
 template <typename T>
 FAM_HOST_DEVICE T squared_distance(T squared_a, T dot, T squared_b) {
   return squared_a - (dot + dot) + squared_b;
 }
 
-// Shifted form: v from sum_s p~_s |w_s|^2, <w_y, U> and |U|^2.
+// Shifted form: v from sum_s p~_s |w_s|^2, <w_y, U> and |U|^2. Where all likely rows nearly agree, as those of a vocabulary that were
+// never trained, the result is rounding, of either sign: take at_least_zero of it.
 template <typename T>
 FAM_HOST_DEVICE T shifted_trace(T weighted_squares, T dot, T squared_shift) {
   return weighted_squares - (dot + dot) - squared_shift;

@@ -14,6 +14,8 @@
 #include <optional>
 #include <tuple>
 
+#include "shape_checks.h"
+
 namespace py = pybind11;
 
 namespace fam_ext {
@@ -27,11 +29,6 @@ using Op = Values(const Tensor&, const Tensor&, const Tensor&, const Tensor&, co
 // torch.Tensor or nn.Parameter, whose calls no __torch_function__ may see.
 bool ordinary(PyObject* value) { return THPVariable_CheckExact(value) && !at::impl::torch_function_mode_enabled(); }
 
-bool floating(const Tensor& t) {
-  const at::ScalarType type = t.scalar_type();
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
-
 bool ordinary(const Tensor& t) {
 #ifdef FAM_EXT_CUDA
   if (!t.is_cpu() && !t.is_cuda()) return false;
@@ -41,20 +38,10 @@ bool ordinary(const Tensor& t) {
   return t.layout() == at::kStrided && !at::isTensorSubclassLike(t);
 }
 
-// Whether `a` has the shape of `b` without dimension 1, followed by `last` if that is not negative.
-bool row_shaped(const Tensor& a, const Tensor& b, int64_t last) {
-  const auto sizes = a.sizes(), logits = b.sizes();
-  if (a.dim() != b.dim() - 1 + (last >= 0) || sizes[0] != logits[0]) return false;
-  for (size_t d = 2; d < logits.size(); ++d) {
-    if (sizes[d - 1] != logits[d]) return false;
-  }
-  return last < 0 || sizes.back() == last;
-}
-
 bool fits(const Tensor& logits, const Tensor& features, const Tensor& weight, const Tensor& target,
           const std::optional<Tensor>& class_weight) {
   for (const Tensor* t : {&logits, &features, &weight}) {
-    if (!ordinary(*t) || !floating(*t)) return false;
+    if (!ordinary(*t) || !is_floating(*t)) return false;
   }
   for (const Tensor* t : {&features, &weight, &target}) {
     if (t->device() != logits.device()) return false;
@@ -62,11 +49,11 @@ bool fits(const Tensor& logits, const Tensor& features, const Tensor& weight, co
   if (class_weight && class_weight->device() != logits.device()) return false;
   if (logits.dim() < 2 || weight.dim() != 2 || logits.size(1) == 0 || weight.size(0) != logits.size(1)) return false;
   if (!row_shaped(features, logits, weight.size(1)) || !ordinary(target) || target.requires_grad()) return false;
-  if (floating(target) ? target.sizes() != logits.sizes()
-                       : target.scalar_type() != at::kLong || !row_shaped(target, logits, -1)) {
+  if (is_floating(target) ? target.sizes() != logits.sizes()
+                          : target.scalar_type() != at::kLong || !row_shaped(target, logits, -1)) {
     return false;
   }
-  return !class_weight || (ordinary(*class_weight) && floating(*class_weight) && !class_weight->requires_grad() &&
+  return !class_weight || (ordinary(*class_weight) && is_floating(*class_weight) && !class_weight->requires_grad() &&
                            class_weight->dim() == 1 && class_weight->size(0) == logits.size(1));
 }
 
@@ -83,7 +70,8 @@ std::optional<Values> call(const py::handle& logits_, const py::handle& features
   }
   const Tensor logits = THPVariable_Unpack(logits_.ptr()), features = THPVariable_Unpack(features_.ptr()),
                weight = THPVariable_Unpack(weight_.ptr()), target = THPVariable_Unpack(target_.ptr());
-  if (!(label_smoothing >= 0 && label_smoothing <= 1) || !std::isfinite(strength) ||
+  if ((ignore_index >= 0 && is_floating(target)) || !(label_smoothing >= 0 && label_smoothing <= 1) ||
+      !std::isfinite(strength) ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
       !fits(logits, features, weight, target, class_weight)) {
     return std::nullopt;

@@ -47,13 +47,13 @@ inline int64_t float16_inputs(std::initializer_list<const at::Tensor*> inputs) {
   return bits;
 }
 
-// upstream * gradient, rounded once, from factors that keep their own dtypes (a tensor without dimensions would be rounded first).
+// upstream * gradient, rounded once. On the CPU a factor without dimensions keeps its digits; a GPU would first round it to the
+// gradient's dtype.
 inline at::Tensor scaled_gradient(const at::Tensor& gradient, const at::Tensor& upstream, bool one,
                                   at::ScalarType dtype) {
   if (one) return gradient.to(dtype);
-  if (gradient.scalar_type() == upstream.scalar_type() && gradient.scalar_type() == dtype)
-    return gradient.mul(upstream);
-  return gradient.mul(upstream.reshape({1})).to(dtype);
+  const bool whole = upstream.is_cpu() || gradient.scalar_type() == upstream.scalar_type();
+  return gradient.mul(whole ? upstream : upstream.reshape({1})).to(dtype);
 }
 
 // grads[k] = upstream * made[k] for all that was made; `float16` as float16_inputs gave it.

@@ -24,14 +24,18 @@ TORCH_LIBRARY(fam_ext, m) {
       "int ignore_index, float label_smoothing, bool mean, float strength, bool curvature_grad, bool pairwise, "
       "bool grad_logits, bool grad_features, bool grad_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
-      "int ignore_index, float label_smoothing, int reduction, float strength, bool curvature_grad, int max_bytes, "
-      "bool narrow) -> (Tensor, Tensor)");
+  // linear_cross_entropy itself is defined in fam_ext/ops/_linear_cross_entropy_op.py; these are its row kernels
   m.def(
-      "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
-      "Tensor? row_scale, int ignore_index, float label_smoothing, int reduction, float strength, bool curvature_grad, "
-      "int max_bytes, bool narrow, bool grad_input, bool grad_weight, bool grad_bias) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "linear_cross_entropy_softmax_rows(Tensor(a!) z, Tensor? bias, Tensor squares, Tensor? omega, Tensor target, "
+      "bool smooth, Tensor(b!) best, Tensor(c!) stats) -> ()");
+  m.def(
+      "linear_cross_entropy_mean_rows(Tensor(a!) shift, Tensor weight, Tensor offset, Tensor features, Tensor squares, "
+      "Tensor best, Tensor stats, Tensor pull, Tensor(b!)? means, Tensor(c!)? scaled, Tensor(d!) found) -> ()");
+  m.def(
+      "linear_cross_entropy_grad_logits(Tensor e, Tensor? dots, Tensor(a!) dz, int first, int count, Tensor squares, "
+      "Tensor? omega, bool smooth, Tensor target, Tensor best, Tensor factors, Tensor(b!)? class_sums, "
+      "Tensor(c!)? bias_sums) -> ()");
+  m.def("linear_cross_entropy_add_rows(Tensor source, Tensor classes, Tensor(a!) out, int first) -> ()");
 }
 
 #define FAM_EXT_STRING_(x) #x

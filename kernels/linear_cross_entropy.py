@@ -2,7 +2,7 @@
 
 For a chunk of rows, with y the most likely class, e_s = exp(z_s - z_y) for s != y and e_y = 0, Z = 1 + sum e, r = 1 - 1 / Z, m
 the mean of the rows w_s, and p~ = e / Z but for p~_y = -r (the shifted form of csrc/cpu/trace_shifted.h; 1 / Z is left to the
-factors of rows, which saves a pass over the classes):
+factors of rows, which saves a pass over the classes). csrc/cpu/linear_cross_entropy.cpp has the same four steps for the CPU:
 
     softmax_rows   z -> e, and what the loss needs
     mean_rows      e W -> U = sum_s p~_s w_s and u - m = w_y - m + U, v, and the rows that the weight's gradient is made of
@@ -60,7 +60,7 @@ def softmax_rows_kernel(
     omega,  # (V,): class weights
     target,  # (rows,)
     best,  # (rows,): y
-    stats,  # (5, rows): sum e, sum e |w_s - m|^2, z_y - z_t, sum omega_s (z_y - z_s), sum of omega_s but y's
+    stats,  # (4, rows): sum e, sum e |w_s - m|^2, z_y - z_t, sum omega_s (z_y - z_s)
     classes,
     rows,
     z_row,
@@ -94,7 +94,6 @@ def softmax_rows_kernel(
     weighted = tl.zeros((BLOCK,), tl.float32)
     to_target = tl.zeros((BLOCK,), tl.float32)
     to_all = tl.zeros((BLOCK,), tl.float32)
-    others = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, classes, BLOCK):
         s = start + lanes
         mask = s < classes
@@ -116,7 +115,6 @@ def softmax_rows_kernel(
             if HAS_OMEGA:
                 share = tl.load(omega + s, mask=mask, other=0.0)
             to_all += share * gap
-            others += tl.where(s == y, 0.0, share)
         if SPLIT:
             first = _round(e, tl.bfloat16)
             tl.store(high + row * e_row + s, first, mask=mask)
@@ -131,7 +129,6 @@ def softmax_rows_kernel(
     tl.store(stats + (2 * size + row), tl.sum(to_target, axis=0))
     if SMOOTH:
         tl.store(stats + (3 * size + row), tl.sum(to_all, axis=0))
-        tl.store(stats + (4 * size + row), tl.sum(others, axis=0))
 
 
 @triton.jit
@@ -142,7 +139,7 @@ def mean_rows_kernel(
     features,  # (rows, I)
     squares,  # (V,)
     best,  # (rows,)
-    stats,  # (5, rows) of softmax_rows
+    stats,  # (4, rows) of softmax_rows
     pull,  # (rows,): strength c
     means,  # (1 or 2 rows, I): u - m, in two parts where SPLIT
     scaled,  # (rows, I): -2 g / Z (u - m)
@@ -198,6 +195,7 @@ def mean_rows_kernel(
     shift_square = tl.sum(squared, axis=0)
     v = tl.load(stats + (size + row)) * inverse - r * tl.load(squares + y)
     v -= 2.0 * tl.sum(dot, axis=0) + shift_square
+    v = tl.where(v < 0.0, 0.0, v)  # rounding, where all likely rows nearly agree; nan stays
     length = tl.sum(norm, axis=0)
     tl.store(found + row, v)
     tl.store(found + (size + row), shift_square)
@@ -287,7 +285,7 @@ def grad_logits_kernel(
             v = tl.load(factors + (size + n), mask=valid, other=0.0)
             at_y = tl.load(factors + (2 * size + n), mask=valid, other=0.0)
             distance = q - 2.0 * dot + tl.load(factors + (3 * size + n), mask=valid, other=0.0)
-            distance = tl.where(is_y, at_y, distance)
+            distance = tl.where(is_y, at_y, tl.where(distance < 0.0, 0.0, distance))
             out += g * tl.where(is_y, inverse, p) * (distance - v)
         if CLASS_SUMS:
             pulled += tl.where(mask, g * p, 0.0)
@@ -307,35 +305,37 @@ def add_rows_kernel(
     source,  # (rows, I), float32
     classes,  # (rows,), ascending
     order,  # (rows,): where each of them stands in `source`
-    out,  # (V, I)
+    out,  # (count, I): classes from `first` on
     rows,
     fan_in,
     out_row,
+    first,
+    count,
     BLOCK: tl.constexpr,
 ):
-    """out[classes[k]] += source[order[k]]: the first row of a class adds up all of them, in order; the others do nothing."""
+    """out[classes[k] - first] += source[order[k]]: the first row of a class adds up all of them, in order; others do nothing."""
     k = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < fan_in
     y = tl.load(classes + k)
-    leads = tl.load(classes + (k - 1), mask=k > 0, other=-1) != y
+    leads = (tl.load(classes + (k - 1), mask=k > 0, other=-1) != y) & (y >= first) & (y < first + count)
     total = tl.zeros((BLOCK,), tl.float32)
     more = leads
     while more:
         total += tl.load(source + (tl.load(order + k) * fan_in + i), mask=mask, other=0.0)
         k += 1
         more = tl.load(classes + k, mask=k < rows, other=-1) == y
-    place = out + (y * out_row + i)
+    place = out + ((y - first) * out_row + i)
     mask = i < tl.where(leads, fan_in, 0)
     total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
     tl.store(place, _round(total, out.dtype.element_ty), mask=mask)
 
 
 def softmax_rows(
-    z: Tensor, parts: tuple[Tensor, Tensor] | None, bias: Tensor | None, squares: Tensor, omega: Tensor | None,
-    smooth: bool, target: Tensor, best: Tensor, stats: Tensor,
+    z: Tensor, bias: Tensor | None, squares: Tensor, omega: Tensor | None, target: Tensor, smooth: bool, best: Tensor,
+    stats: Tensor, parts: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """z (rows, V) becomes e, or `parts` do, its two bfloat16 parts; `best` (rows,) and `stats` (5, rows) are written."""
+    """z (rows, V) becomes e, or `parts` do, its two bfloat16 parts; `best` (rows,) and `stats` (4, rows) are written."""
     rows, classes = z.shape
     high, low = parts or (z, z)
     softmax_rows_kernel[(rows,)](
@@ -360,15 +360,15 @@ def mean_rows(
 
 
 def grad_logits(
-    high: Tensor, low: Tensor | None, dots: Tensor | None, dz: Tensor, first: int, count: int, squares: Tensor,
-    omega: Tensor | None, smooth: bool, target: Tensor, best: Tensor, factors: Tensor, class_sums: Tensor | None,
-    bias_sums: Tensor | None,
+    e: Tensor, dots: Tensor | None, dz: Tensor, first: int, count: int, squares: Tensor, omega: Tensor | None,
+    smooth: bool, target: Tensor, best: Tensor, factors: Tensor, class_sums: Tensor | None, bias_sums: Tensor | None,
+    low: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """dz of `count` classes from `first` on; `dots` holds these alone."""
+    """dz (rows, V) of `count` classes from `first` on; `dots` holds these alone. `low`: e is the first of two parts."""
     grad_logits_kernel[(triton.cdiv(count, CLASS_BLOCK),)](
-        high, high if low is None else low, dz if dots is None else dots, dz, squares,
+        e, e if low is None else low, dz if dots is None else dots, dz, squares,
         squares if omega is None else omega, target, best, factors, squares if class_sums is None else class_sums,
-        squares if bias_sums is None else bias_sums, high.shape[0], first, count, high.stride(0),
+        squares if bias_sums is None else bias_sums, e.shape[0], first, count, e.stride(0),
         0 if dots is None else dots.stride(0), dz.stride(0),
         PRODUCTS=dots is not None, HAS_OMEGA=omega is not None, SMOOTH=smooth, SPLIT=low is not None,
         CLASS_SUMS=class_sums is not None, BIAS_SUMS=bias_sums is not None, BLOCK_S=CLASS_BLOCK, BLOCK_N=CHUNK_BLOCK,
@@ -376,12 +376,13 @@ def grad_logits(
     )  # fmt: skip
 
 
-def add_rows(source: Tensor, classes: Tensor, out: Tensor) -> None:
-    """out[classes[n]] += source[n] for every row n, with rows of `out` contiguous."""
+def add_rows(source: Tensor, classes: Tensor, out: Tensor, first: int) -> None:
+    """out[classes[n] - first] += source[n] for every row n whose class is one of out's, with rows of `out` contiguous."""
     rows, fan_in = source.shape
     ascending, order = torch.sort(classes, stable=True)
     block = block_of(fan_in, COLUMN_BLOCK)
     if fan_in:
         add_rows_kernel[(rows, triton.cdiv(fan_in, block))](
-            source, ascending, order, out, rows, fan_in, out.stride(0), BLOCK=block, num_warps=TILE_WARPS
-        )
+            source, ascending, order, out, rows, fan_in, out.stride(0), first, out.shape[0], BLOCK=block,
+            num_warps=TILE_WARPS,
+        )  # fmt: skip

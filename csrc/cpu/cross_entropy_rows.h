@@ -25,20 +25,17 @@ struct CrossEntropyOptions {
   bool mean;
   double strength;
   bool curvature_grad;
-  at::Tensor row_scale;  // (N) contiguous in the accumulation dtype, factors of loss and curvature, or undefined
 };
 
 template <typename T>
 class CrossEntropyRows {
  public:
-  // Without `features` their squared norms must be set before value() reads them.
   CrossEntropyRows(const CrossEntropyOptions& options, int64_t rows, int64_t classes, const Rows<T>* features,
                    const Rows<T>* grad_features)
       : options_(options),
         classes_(classes),
         features_(features),
         grad_features_(grad_features),
-        norms_(features == nullptr ? rows : 0),
         omega_(options.class_weight.defined() ? options.class_weight.template const_data_ptr<T>() : nullptr),
         share_(static_cast<T>(options.label_smoothing / static_cast<double>(classes))),
         hard_(rows),
@@ -48,7 +45,8 @@ class CrossEntropyRows {
         upstream_(rows) {
     if (options.target.is_floating_point()) {
       soft_.emplace(options.target, 1);
-      scale_ = options.mean ? static_cast<T>(1.0 / static_cast<double>(rows)) : T(1);
+      empty_mean_ = options.mean && rows == 0;
+      scale_ = options.mean && rows != 0 ? static_cast<T>(1.0 / static_cast<double>(rows)) : T(1);
       std::fill(coefficient_.begin(), coefficient_.end(), T(1));  // the sum of the targets, known at before_exp
     } else {
       indices_ = options.target.template const_data_ptr<int64_t>();
@@ -90,7 +88,7 @@ class CrossEntropyRows {
       const int64_t n = first + lane;
       const T c = coefficient_[n];
       loss_[n] += c * log_totals[lane];
-      const T scaled = c == T(0) ? T(0) : c * (features_ == nullptr ? norms_[n] : features_->row_squared_norm(n));
+      const T scaled = c == T(0) ? T(0) : c * features_->row_squared_norm(n);
       curvature_[n] = c == T(0) ? T(0) : scaled * traces[lane];
       upstream_[n] = strength * scaled;
       if (grad_features_ != nullptr)
@@ -101,9 +99,7 @@ class CrossEntropyRows {
   Vec<T> upstream(int64_t first, int64_t lanes) const {
     return detail::load_as<T, T>(upstream_.data() + first, 1, lanes);
   }
-  int64_t row_cost() const {
-    return features_ == nullptr ? 1 : features_->layout.width * (grad_features_ == nullptr ? 1 : 2);
-  }
+  int64_t row_cost() const { return features_->layout.width * (grad_features_ == nullptr ? 1 : 2); }
   bool through_curvature() const { return options_.curvature_grad; }
 
   // dz_s += c p_s - q_s; at y as (c - q_y) - c r, since p_y may be 1 to the last digit
@@ -131,12 +127,6 @@ class CrossEntropyRows {
       dz[best * dz_ld + lane] += at_best;
     }
   }
-
-  T coefficient(int64_t n) const { return coefficient_[n]; }
-  void set_squared_norm(int64_t n, T value) { norms_[n] = value; }
-  // row n's share of loss + strength * curvature, and of the curvature
-  T row_loss(int64_t n) const { return loss_[n] + static_cast<T>(options_.strength) * curvature_[n]; }
-  T row_flatness(int64_t n) const { return curvature_[n]; }
 
   double loss() const {
     // torch's mean over no valid row is 0/0
@@ -173,12 +163,12 @@ class CrossEntropyRows {
       denominator += hard_[n];
     }
     empty_mean_ = options_.mean && denominator == 0;
-    scale_ = options_.mean && denominator != 0 ? static_cast<T>(1 / denominator) : T(1);
-    row_scale_ = options_.row_scale.defined() ? options_.row_scale.template const_data_ptr<T>() : nullptr;
+    // class weights that sum to 0 divide by 0, as torch's mean does; ignored rows stay at 0
+    scale_ = options_.mean ? static_cast<T>(1 / denominator) : T(1);
     for (int64_t n = 0; n < rows; ++n) {
-      const T factor = scale_ * (row_scale_ == nullptr ? T(1) : row_scale_[n]);
-      hard_[n] *= static_cast<T>(1 - smoothing) * factor;
-      coefficient_[n] *= factor;
+      if (index(n) == options_.ignore_index) continue;
+      hard_[n] *= static_cast<T>(1 - smoothing) * scale_;
+      coefficient_[n] *= scale_;
     }
   }
 
@@ -198,8 +188,7 @@ class CrossEntropyRows {
     } else if (share_ != T(0)) {
       __at_align__ T valid[Vec<T>::size()] = {};
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        const T factor = row_scale_ == nullptr ? scale_ : scale_ * row_scale_[first + lane];
-        if (coefficient_[first + lane] != T(0)) valid[lane] = share_ * factor;
+        if (coefficient_[first + lane] != T(0)) valid[lane] = share_ * scale_;
       }
       const Vec<T> row_share = Vec<T>::loadu(valid);
       for (int64_t s = 0; s < classes_; ++s) f(s, omega_ == nullptr ? row_share : row_share * Vec<T>(omega_[s]));
@@ -210,10 +199,8 @@ class CrossEntropyRows {
   int64_t classes_;
   const Rows<T>* features_;
   const Rows<T>* grad_features_;
-  std::vector<T> norms_;
   const T* omega_;
   const int64_t* indices_ = nullptr;
-  const T* row_scale_ = nullptr;
   T share_;      // label_smoothing / O
   T scale_ = 1;  // of the reduction
   bool empty_mean_ = false;

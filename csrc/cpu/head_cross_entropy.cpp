@@ -8,6 +8,7 @@
 #include "cpu/cross_entropy_rows.h"
 #include "cpu/trace_shifted.h"
 #include "gradient_dtype.h"
+#include "shape_checks.h"
 
 namespace fam_ext {
 namespace {
@@ -29,6 +30,7 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
                                   bool curvature_grad, bool pairwise, bool grad_logits, bool grad_features,
                                   bool grad_weight) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  check_head(logits, features, weight, target, class_weight);
   const auto is_double = [](const at::Tensor& t) { return t.scalar_type() == at::kDouble; };
   const at::ScalarType acc = is_double(logits) || is_double(features) || is_double(weight) ? at::kDouble : at::kFloat;
   const at::Tensor w = (weight.scalar_type() == acc ? weight : weight.to(acc)).contiguous();
@@ -39,8 +41,7 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
                                     label_smoothing,
                                     mean,
                                     strength,
-                                    curvature_grad,
-                                    at::Tensor()};
+                                    curvature_grad};
   const at::Tensor dz = gradient_of(logits, grad_logits);
   // held constant, the Hessian sends nothing to the features
   at::Tensor dphi = gradient_of(features, grad_features);

@@ -1,374 +1,354 @@
-// Cross-entropy plus curvature of a linear head from its features: rows in chunks, so that no (N, V) matrix is ever held. All products
-// go to the vendor's library; in between, the row code of head_cross_entropy works on the chunk's (V, rows) logits in place.
-//
-// Six products of size rows x I x V per chunk, with p~, U, u as in trace_shifted.h:
-//   z = W phi^T;  U = p~^T W;  <w_s, u> = W u^T;  dphi = dz^T W;  dW += [p~ | dz] [-2 g u; phi], two at once.
-// The offset m common to all w_s is taken out by algebra: |w_s - m|^2 is formed from differences and <w_s - m, u - m> =
-// <w_s, u - m> - <m, u - m>. A centered copy of W would be as large as the gradient; what the products lose to m is no more than z
-// has lost to it already, since z = W phi^T is formed in the same precision.
+// Row kernels of linear_cross_entropy on the CPU, between the matrix products of fam_ext/ops/_linear_cross_entropy_chunks.py. Rows are
+// contiguous and SIMD lanes are classes (or features). Letters and order of the steps as in kernels/linear_cross_entropy.py: y the
+// most likely class, e_s = exp(z_s - z_y) for s != y and e_y = 0, r = 1 - p_y, p~ = e / (1 + sum e) but for p~_y = -r, m the mean row.
 #include <ATen/Dispatch.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/ops/from_blob.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
-#include <tuple>
+#include <limits>
+#include <vector>
 
-#include "cpu/class_blocks.h"
-#include "cpu/cross_entropy_rows.h"
-#include "cpu/trace_shifted.h"
+#include "cpu/softmax_tile.h"
+#include "shape_checks.h"
 
 namespace fam_ext {
 namespace {
 
 using at::Tensor;
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+constexpr int64_t kBlockClasses = 1024;  // classes of one task: what it keeps of them stays in the nearest cache
+constexpr int64_t kSumTerms = 32;        // rows between two levels of a sum over rows
+enum Factor { kRest, kTrace, kSquaredShift, kSquaredMean, kPull, kCoefficient, kHard, kSoft, kOthers, kFactors };
 
-struct Arguments {
-  Tensor input;   // (N, I)
-  Tensor weight;  // (V, I)
-  Tensor bias;    // (V) contiguous in the accumulation dtype, or undefined
-  CrossEntropyOptions options;
-  std::vector<int64_t> kept;  // the rows that are not ignored, in order
-  int64_t rows;               // their number
-  bool all;                   // nothing is ignored
-  int64_t max_bytes;
-  bool narrow;  // the gradient of the weight is summed in the weight's dtype
-  bool grad_input, grad_weight, grad_bias;
-};
+int64_t row_grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)); }
+
+// `count` numbers, the lanes behind them `fill`.
+template <typename T>
+Vec<T> load(const T* source, int64_t count, T fill = T(0)) {
+  if (count == Vec<T>::size()) return Vec<T>::loadu(source);
+  __at_align__ T lanes[Vec<T>::size()];
+  std::fill_n(std::copy_n(source, count, lanes), Vec<T>::size() - count, fill);
+  return Vec<T>::loadu(lanes);
+}
+
+// f(first, count) for every vector of `width` numbers.
+template <typename T, typename F>
+void for_each_vector(int64_t width, const F& f) {
+  constexpr int64_t L = Vec<T>::size();
+  for (int64_t i = 0; i < width; i += L) f(i, std::min(L, width - i));
+}
+
+// The tensors of a row kernel: vectors are dense, rows of matrices contiguous.
+void check_vector(const char* op, const char* name, const Tensor& t, int64_t size) {
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.is_contiguous(), "linear_cross_entropy_", op, ": ", name,
+                    " must be (", size, ") and contiguous, got ", t.sizes());
+}
+void check_matrix(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t width, bool dense) {
+  const bool rows_contiguous = t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1);
+  TORCH_CHECK_VALUE(rows_contiguous && t.size(0) == rows && t.size(1) == width && (!dense || t.is_contiguous()),
+                    "linear_cross_entropy_", op, ": ", name, " must be (", rows, ", ", width,
+                    dense ? ") and contiguous, got " : ") with contiguous rows, got ", t.sizes(), " with strides ",
+                    t.strides());
+}
+
+// The largest number of a row and the first place it stands at; -inf and 0 where there is none.
+template <typename T>
+std::pair<T, int64_t> maximum(const T* z, int64_t classes) {
+  constexpr T lowest = -std::numeric_limits<T>::infinity();
+  constexpr int64_t L = Vec<T>::size();
+  Vec<T> largest(lowest), where(0);
+  for_each_vector<T>(classes, [&](int64_t s, int64_t count) {
+    const Vec<T> x = load(z + s, count, lowest), larger = x > largest;
+    largest = Vec<T>::blendv(largest, x, larger);
+    where = Vec<T>::blendv(where, Vec<T>(static_cast<T>(s / L)), larger);
+  });
+  const LaneArray<T> values(largest), blocks(where);
+  T top = lowest;
+  int64_t y = 0;
+  for (int64_t lane = 0; lane < L; ++lane) {
+    const int64_t s = static_cast<int64_t>(blocks[lane]) * L + lane;
+    if (values[lane] > top || (values[lane] == top && s < y)) top = values[lane], y = s;
+  }
+  return {top, std::min(y, classes - 1)};
+}
+
+// One row of z becomes e. Returns y; `stats`: sum e, sum e |w_s - m|^2, z_y - z_t, sum omega_s (z_y - z_s).
+template <typename T>
+int64_t softmax_row(T* z, int64_t classes, const T* bias, const T* squares, const T* omega, bool smooth, int64_t target,
+                    T (&stats)[4]) {
+  if (bias != nullptr) {
+    for_each_vector<T>(classes, [&](int64_t s, int64_t count) {
+      (load(z + s, count) + load(bias + s, count)).store(z + s, static_cast<int>(count));
+    });
+  }
+  const auto [top, y] = maximum(z, classes);
+  const Vec<T> max(top), zero(0), lowest(std::numeric_limits<T>::lowest());
+  stats[2] = top - z[target];
+  if (smooth) {
+    LongSum<T> gaps;
+    for_each_vector<T>(classes, [&](int64_t s, int64_t count) {
+      const Vec<T> share = omega == nullptr ? Vec<T>(1) : load(omega + s, count);
+      gaps.add_product(share, max - load(z + s, count, top));
+    });
+    stats[3] = detail::horizontal_sum(gaps.total());
+  }
+  z[y] = -std::numeric_limits<T>::infinity();  // e_y = 0
+  LongSum<T> total, weighted;
+  for_each_vector<T>(classes, [&](int64_t s, int64_t count) {
+    const Vec<T> x = load(z + s, count, -std::numeric_limits<T>::infinity()), d = x - max;
+    const Vec<T> error = Vec<T>::blendv(zero, difference_error(x, max, d), d > lowest);
+    Vec<T> e = d.exp();
+    e = at::vec::fmadd(e, error, e);
+    total.add(e);
+    weighted.add_product(e, load(squares + s, count));
+    e.store(z + s, static_cast<int>(count));
+  });
+  // nan where the largest logit is not finite, as softmax is
+  stats[0] = detail::horizontal_sum(total.total()) + (top - top);
+  stats[1] = detail::horizontal_sum(weighted.total());
+  return y;
+}
+
+// z (rows, V), rows contiguous, becomes e; best (rows) and stats (4, rows) are written.
+void softmax_rows(const Tensor& z, const OptionalTensor& bias, const Tensor& squares, const OptionalTensor& omega,
+                  const Tensor& target, bool smooth, const Tensor& best, const Tensor& stats) {
+  const char* op = "softmax_rows";
+  TORCH_CHECK_VALUE(z.dim() == 2 && z.size(1) >= 1, "linear_cross_entropy_softmax_rows: z must be (rows, V)");
+  const int64_t rows = z.size(0), classes = z.size(1), stride = z.stride(0);
+  check_matrix(op, "z", z, rows, classes, false);
+  check_matrix(op, "stats", stats, 4, rows, true);
+  check_vector(op, "squares", squares, classes);
+  check_vector(op, "target", target, rows);
+  check_vector(op, "best", best, rows);
+  if (bias) check_vector(op, "bias", *bias, classes);
+  if (omega) check_vector(op, "omega", *omega, classes);
+  const auto* index = target.const_data_ptr<int64_t>();
+  auto* y = best.mutable_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "linear_cross_entropy", [&] {
+    auto *data = z.mutable_data_ptr<scalar_t>(), *out = stats.mutable_data_ptr<scalar_t>();
+    const auto* b = bias ? bias->const_data_ptr<scalar_t>() : nullptr;
+    const auto *q = squares.const_data_ptr<scalar_t>(), *w = omega ? omega->const_data_ptr<scalar_t>() : nullptr;
+    at::parallel_for(0, rows, row_grain(classes), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        scalar_t row[4] = {};
+        TORCH_CHECK_INDEX(index[n] >= 0 && index[n] < classes,
+                          "linear_cross_entropy_softmax_rows: target out of range");
+        y[n] = softmax_row(data + n * stride, classes, b, q, w, smooth, index[n], row);
+        for (int64_t k = 0; k < 4; ++k) out[k * rows + n] = row[k];
+      }
+    });
+  });
+}
+
+// What a row of e W becomes: see mean_rows.
+template <typename T>
+void mean_row(T* shift, const T* wy, const T* m, const T* phi, int64_t fan_in, T rest, T weighted, T square, T pull,
+              T* mean, T* scaled, T (&found)[4]) {
+  const T inverse = 1 / (1 + rest), r = rest * inverse;
+  LongSum<T> dot, squared, squared_mean, along, norm;
+  for_each_vector<T>(fan_in, [&](int64_t i, int64_t count) {
+    const Vec<T> w = load(wy + i, count), offset = load(m + i, count), x = load(phi + i, count);
+    const Vec<T> u = load(shift + i, count) * Vec<T>(inverse) - Vec<T>(r) * w, centered = w - offset,
+                 whole = centered + u;
+    dot.add_product(centered, u);
+    squared.add_product(u, u);
+    squared_mean.add_product(whole, whole);
+    along.add_product(offset, whole);
+    norm.add_product(x, x);
+    if (mean == nullptr) return;
+    u.store(shift + i, static_cast<int>(count));
+    whole.store(mean + i, static_cast<int>(count));
+  });
+  const auto sum = [](const LongSum<T>& lanes) { return detail::horizontal_sum(lanes.total()); };
+  found[1] = sum(squared);
+  found[0] = at_least_zero(shifted_trace(weighted * inverse - r * square, sum(dot), found[1]));
+  found[2] = sum(squared_mean) + 2 * sum(along);
+  found[3] = sum(norm);
+  if (mean == nullptr) return;
+  const T factor = -2 * found[3] * pull;
+  for_each_vector<T>(fan_in, [&](int64_t i, int64_t count) {
+    const Vec<T> whole = load(mean + i, count), u = load(shift + i, count);
+    (Vec<T>(factor * inverse) * whole).store(scaled + i, static_cast<int>(count));
+    (Vec<T>(factor) * (u - Vec<T>(r) * whole)).store(shift + i, static_cast<int>(count));
+  });
+}
+
+// shift (rows, I) is e W. found (4, rows): v, |U|^2, |u - m|^2 + 2 <m, u - m>, |phi|^2. Where gradients are wanted: means = u - m,
+// scaled = -2 g / (1 + sum e) (u - m), and shift becomes -2 g (U - r (u - m)), with g = pull |phi|^2.
+void mean_rows(const Tensor& shift, const Tensor& weight, const Tensor& offset, const Tensor& features,
+               const Tensor& squares, const Tensor& best, const Tensor& stats, const Tensor& pull,
+               const OptionalTensor& means, const OptionalTensor& scaled, const Tensor& found) {
+  const char* op = "mean_rows";
+  TORCH_CHECK_VALUE(shift.dim() == 2 && weight.dim() == 2,
+                    "linear_cross_entropy_mean_rows: shift and weight must be matrices");
+  const int64_t rows = shift.size(0), fan_in = shift.size(1), classes = weight.size(0);
+  check_matrix(op, "shift", shift, rows, fan_in, true);
+  TORCH_CHECK_VALUE(weight.size(1) == fan_in && is_floating(weight),
+                    "linear_cross_entropy_mean_rows: weight must be floating, (V, ", fan_in, ")");
+  check_matrix(op, "features", features, rows, fan_in, true);
+  check_matrix(op, "stats", stats, 4, rows, true);
+  check_matrix(op, "found", found, 4, rows, true);
+  check_vector(op, "offset", offset, fan_in);
+  check_vector(op, "squares", squares, classes);
+  check_vector(op, "best", best, rows);
+  check_vector(op, "pull", pull, rows);
+  TORCH_CHECK_VALUE(means.has_value() == scaled.has_value(), "linear_cross_entropy_mean_rows: means without scaled");
+  if (means) check_matrix(op, "means", *means, rows, fan_in, true);
+  if (scaled) check_matrix(op, "scaled", *scaled, rows, fan_in, true);
+  const Tensor likely = at::index_select(weight, 0, best).to(shift.scalar_type()).contiguous();
+  const auto* y = best.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES(shift.scalar_type(), "linear_cross_entropy", [&] {
+    auto *u = shift.mutable_data_ptr<scalar_t>(), *out = found.mutable_data_ptr<scalar_t>();
+    auto *mean = means ? means->mutable_data_ptr<scalar_t>() : nullptr,
+         *right = scaled ? scaled->mutable_data_ptr<scalar_t>() : nullptr;
+    const auto *w = likely.const_data_ptr<scalar_t>(), *m = offset.const_data_ptr<scalar_t>(),
+               *phi = features.const_data_ptr<scalar_t>(), *q = squares.const_data_ptr<scalar_t>(),
+               *sums = stats.const_data_ptr<scalar_t>(), *factor = pull.const_data_ptr<scalar_t>();
+    at::parallel_for(0, rows, row_grain(fan_in), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t at = n * fan_in;
+        scalar_t row[4] = {};
+        mean_row(u + at, w + at, m, phi + at, fan_in, sums[n], sums[rows + n], q[y[n]], factor[n],
+                 mean == nullptr ? nullptr : mean + at, right == nullptr ? nullptr : right + at, row);
+        for (int64_t k = 0; k < 4; ++k) out[k * rows + n] = row[k];
+      }
+    });
+  });
+}
 
 template <typename T>
-class LinearCrossEntropy {
- public:
-  LinearCrossEntropy(const Arguments& a, at::ScalarType acc)
-      : a_(a),
-        acc_(a.input.options().dtype(acc).memory_format(std::nullopt)),
-        classes_(a.weight.size(0)),
-        fan_in_(a.weight.size(1)),
-        w_(a.weight, acc, a.max_bytes / 8),
-        policy_(a.options, a.rows, classes_, nullptr, nullptr),
-        grads_(a.grad_input || a.grad_weight || a.grad_bias),
-        pull_(a.options.strength != 0),
-        products_(grads_ && pull_ && a.options.curvature_grad),
-        narrow_(a.narrow && a.weight.scalar_type() != acc),
-        step_(rows_per_chunk()),
-        block_(classes_, step_, acc_, grads_ ? 2 : 1),
-        found_(static_cast<int64_t>(block_.stats.size())),
-        right_(at::zeros({2 * padded(step_), fan_in_}, acc_)),
-        shift_(at::empty({step_, fan_in_}, acc_)),
-        class_weights_(a.grad_weight && pull_ ? classes_ : 0, T(0)),
-        bias_sums_(a.grad_bias ? classes_ : 0, T(0)) {
-    find_offset();
-    if (a.grad_input) {
-      // held constant, the Hessian sends nothing to the features; ignored rows get nothing either
-      grad_input_ = a.all ? at::empty({a.input.size(0), fan_in_}, a.input.options())
-                          : at::zeros({a.input.size(0), fan_in_}, a.input.options());
-      direct_input_ = a.all && a.input.scalar_type() == acc;
-      if (!direct_input_) input_scratch_ = at::empty({step_, fan_in_}, acc_);
-    }
-    if (a.grad_weight) grad_weight_ = at::empty({classes_, fan_in_}, narrow_ ? a.weight.options() : acc_);
-    if (narrow_ && a.grad_weight) weight_scratch_ = at::empty({w_.step(), fan_in_}, acc_);
-  }
-
-  Result run(int64_t reduction, at::IntArrayRef row_shape) {
-    for (int64_t first = 0; first < a_.rows; first += step_) chunk(first, std::min(step_, a_.rows - first));
-    if (a_.grad_weight) finish_weight();
-    Tensor bias_grad = at::empty({0}, acc_);
-    if (a_.grad_bias) bias_grad = at::from_blob(bias_sums_.data(), {classes_}, acc_).clone();
-    const auto [loss, flatness] = values(reduction, row_shape);
-    return {loss, flatness, grad_input_, grad_weight_, bias_grad};
-  }
-
- private:
-  static int64_t padded(int64_t rows) { return (rows + lanes_of<T>() - 1) / lanes_of<T>() * lanes_of<T>(); }
-
-  int64_t rows_per_chunk() const {
-    const int64_t row_bytes = static_cast<int64_t>(sizeof(T)) * ((grads_ ? 2 : 1) * classes_ + 6 * fan_in_);
-    const int64_t most = std::max<int64_t>(lanes_of<T>(), a_.max_bytes / row_bytes / lanes_of<T>() * lanes_of<T>());
-    const int64_t rows = std::max<int64_t>(a_.rows, 1);
-    const int64_t chunks = (rows + std::min(most, kShiftedRows) - 1) / std::min(most, kShiftedRows);
-    return padded((rows + chunks - 1) / chunks);
-  }
-
-  int64_t row_grain() const { return std::max<int64_t>(1, 8192 / std::max<int64_t>(fan_in_, 1)); }
-
-  // m and |w_s - m|^2
-  void find_offset() {
-    offset_ = at::zeros({fan_in_}, acc_);
-    w_.for_each([&](int64_t, int64_t, const Tensor& rows) { offset_.add_(rows.sum(0)); });
-    offset_.div_(static_cast<double>(classes_));
-    squares_ = at::empty({classes_}, acc_);
-    w_.for_each([&](int64_t first, int64_t count, const Tensor& rows) {
-      squares_.narrow(0, first, count).copy_(class_squares(rows, offset_));
-    });
-  }
-
-  void chunk(int64_t first, int64_t rows) {
-    block_.first = first;
-    block_.rows = rows;
-    found_.resize(rows);
-    half_ = padded(rows);
-    const Tensor phi = features(first, rows);
-    logits(phi);
-    shifts(rows);
-    gradients(phi, rows);
-  }
-
-  // The chunk's rows of phi, in the lower half of `right_`; rows without a share in the loss are cleared, whatever they hold.
-  Tensor features(int64_t first, int64_t rows) {
-    Tensor phi = right_.narrow(0, half_, rows);
-    if (a_.all) {
-      phi.copy_(a_.input.narrow(0, first, rows));
-    } else {
-      phi.copy_(at::index_select(a_.input, 0, indices(a_.kept.data() + first, rows)));
-    }
-    T* data = phi.template mutable_data_ptr<T>();
-    at::parallel_for(0, rows, row_grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        T* row = data + n * fan_in_;
-        if (policy_.coefficient(first + n) == T(0)) std::fill_n(row, fan_in_, T(0));
-        policy_.set_squared_norm(first + n, detail::squared_norm<T, T>(row, 0, 1, fan_in_));
-      }
-    });
-    return phi;
-  }
-
-  static Tensor indices(const int64_t* data, int64_t count) {
-    return at::from_blob(const_cast<int64_t*>(data), {count}, at::TensorOptions().dtype(at::kLong));
-  }
-
-  // z, and p~ in its place
-  void logits(const Tensor& phi) {
-    Tensor z = block_.view();
-    w_.for_each([&](int64_t first, int64_t count, const Tensor& rows) {
-      Tensor part = z.narrow(0, first, count);
-      at::mm_out(part, rows, phi.t());
-    });
-    T* data = block_.data();
-    const T* bias = a_.bias.defined() ? a_.bias.template const_data_ptr<T>() : nullptr;
-    const T* squares = squares_.template const_data_ptr<T>();
-    const int64_t ld = block_.ld;
-    block_.for_each_tile(8 * classes_, [&](int64_t first, int64_t lanes, int64_t column, RowStats<T>& stats) {
-      T* tile = data + column;
-      for (int64_t s = 0; s < classes_ && lanes < lanes_of<T>(); ++s)
-        std::fill_n(tile + s * ld + lanes, lanes_of<T>() - lanes, T(0));
-      for (int64_t s = 0; s < classes_ && bias != nullptr; ++s)
-        (Vec<T>::loadu(tile + s * ld) + Vec<T>(bias[s])).store(tile + s * ld);
-      policy_softmax(policy_, first, lanes, tile, ld, classes_, stats);
-      shifted_begin_tile(tile, ld, classes_, lanes, column, squares, stats, false, found_);
-    });
-  }
-
-  // U in `shift_`, u - m in the upper half of `right_`, v and the norms of every row
-  void shifts(int64_t rows) {
-    Tensor shift = shift_.narrow(0, 0, rows);
-    const Tensor p = block_.view();
-    w_.for_each([&](int64_t first, int64_t count, const Tensor& block) {
-      const Tensor part = p.narrow(0, first, count).t();
-      if (first == 0)
-        at::mm_out(shift, part, block);
-      else
-        shift.addmm_(part, block);
-    });
-    const Tensor best = at::index_select(a_.weight, 0, indices(found_.y.data(), rows)).to(acc_.dtype()).sub_(offset_);
-    const T *best_data = best.template const_data_ptr<T>(), *m = offset_.template const_data_ptr<T>();
-    T *u = shift.template mutable_data_ptr<T>(), *means = right_.template mutable_data_ptr<T>(),
-      *p_data = block_.data();
-    at::parallel_for(0, rows, row_grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        T *row = u + n * fan_in_, *mean = means + n * fan_in_;
-        for (int64_t i = 0; i < fan_in_; ++i) row[i] -= found_.r[n] * m[i];
-        ShiftedRow<T>& values = found_.values[n];
-        values = shifted_row(row, best_data + n * fan_in_, found_.r[n], found_.weighted[n], fan_in_, row, mean);
-        double along_offset = 0;
-        for (int64_t i = 0; i < fan_in_; ++i) along_offset += static_cast<double>(m[i]) * mean[i];
-        values.squared_mean += static_cast<T>(2 * along_offset);
-        p_data[found_.y[n] * block_.ld + n] = -found_.r[n];
-      }
-    });
-    std::fill_n(means + rows * fan_in_, (half_ - rows) * fan_in_, T(0));
-  }
-
-  void gradients(const Tensor& phi, int64_t rows) {
-    const int64_t ld = block_.ld;
-    const T *p_data = block_.data(), *squares = squares_.template const_data_ptr<T>();
-    T* dz_data = grads_ ? block_.data() + half_ : nullptr;
-    Tensor dz = grads_ ? block_.p.narrow(1, half_, rows) : Tensor();
-    Tensor means = right_.narrow(0, 0, rows);
-    if (products_) {
-      w_.for_each([&](int64_t first, int64_t count, const Tensor& block) {
-        Tensor part = dz.narrow(0, first, count);
-        at::mm_out(part, block, means.t());
-      });
-    }
-    block_.for_each_tile(4 * classes_, [&](int64_t first, int64_t lanes, int64_t column, RowStats<T>& stats) {
-      shifted_grad_tile(policy_, first, lanes, column, p_data + column, ld, classes_, squares, stats, products_, found_,
-                        grads_ ? dz_data + column : nullptr);
-    });
-    if (a_.grad_input) input_gradient(phi, dz, rows);
-    if (a_.grad_bias) add_class_sums(dz_data, ld, rows, std::vector<T>(), bias_sums_);
-    if (a_.grad_weight) weight_gradient(rows);
-  }
-
-  // dphi = dz W + 2 strength c v phi
-  void input_gradient(const Tensor& phi, const Tensor& dz, int64_t rows) {
-    const int64_t first = block_.first;
-    Tensor out = direct_input_ ? grad_input_.narrow(0, first, rows) : input_scratch_.narrow(0, 0, rows);
-    const T* from = phi.template const_data_ptr<T>();
-    T* to = out.template mutable_data_ptr<T>();
-    const T strength = a_.options.curvature_grad ? static_cast<T>(a_.options.strength) : T(0);
-    at::parallel_for(0, rows, row_grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const T c = policy_.coefficient(first + n), factor = c == T(0) ? T(0) : 2 * strength * c * found_.values[n].v;
-        for (int64_t i = n * fan_in_; i < (n + 1) * fan_in_; ++i) to[i] = factor * from[i];
-      }
-    });
-    w_.for_each([&](int64_t k, int64_t count, const Tensor& block) { out.addmm_(dz.narrow(0, k, count).t(), block); });
-    if (direct_input_) return;
-    if (a_.all) {
-      grad_input_.narrow(0, first, rows).copy_(out);
-    } else {
-      grad_input_.index_copy_(0, indices(a_.kept.data() + first, rows), out.to(grad_input_.scalar_type()));
-    }
-  }
-
-  // dW += dz^T phi - 2 (g p~)^T (u - m), and -2 g_n U_n at y_n; what is left, 2 diag(sum_n g_n p~_n) (W - m), comes at the end
-  void weight_gradient(int64_t rows) {
-    std::vector<T> factor(found_.g);
-    for (T& g : factor) g *= T(-2);
-    T* right = right_.template mutable_data_ptr<T>();
-    const T* u = shift_.template const_data_ptr<T>();
-    if (pull_) {
-      scale_rows(right, factor, fan_in_);
-      add_class_sums(block_.data(), block_.ld, rows, found_.g, class_weights_);
-    }
-    const int64_t begin = pull_ ? 0 : half_, terms = half_ + rows - begin;
-    const Tensor a = block_.p.narrow(1, begin, terms), b = right_.narrow(0, begin, terms);
-    const bool start = block_.first == 0;
-    if (!narrow_) {
-      if (start)
-        at::mm_out(grad_weight_, a, b);
-      else
-        grad_weight_.addmm_(a, b);
-      if (pull_) scatter_rows(u, found_.y, factor, fan_in_, grad_weight_.template mutable_data_ptr<T>());
-      return;
-    }
-    for (int64_t k = 0; k < classes_; k += w_.step()) {
-      const int64_t count = std::min(w_.step(), classes_ - k);
-      Tensor share = weight_scratch_.narrow(0, 0, count), target = grad_weight_.narrow(0, k, count);
-      at::mm_out(share, a.narrow(0, k, count), b);
-      if (pull_) scatter_rows(u, found_.y, factor, fan_in_, share.template mutable_data_ptr<T>(), k, count);
-      if (start)
-        target.copy_(share);
-      else
-        target.add_(share);
-    }
-  }
-
-  void finish_weight() {
-    if (a_.rows == 0) grad_weight_.zero_();
-    if (pull_) {
-      const T* m = offset_.template const_data_ptr<T>();
-      w_.for_each([&](int64_t first, int64_t count, const Tensor& block) {
-        Tensor target = narrow_ ? block : grad_weight_.narrow(0, first, count);
-        const T* w = block.template const_data_ptr<T>();
-        T* out = target.template mutable_data_ptr<T>();
-        at::parallel_for(0, count, row_grain(), [&](int64_t begin, int64_t end) {
-          for (int64_t s = begin; s < end; ++s) {
-            const T twice = 2 * class_weights_[first + s];
-            for (int64_t i = 0; i < fan_in_; ++i) {
-              const T share = twice * (w[s * fan_in_ + i] - m[i]);
-              out[s * fan_in_ + i] = narrow_ ? share : out[s * fan_in_ + i] + share;
-            }
-          }
-        });
-        if (narrow_) grad_weight_.narrow(0, first, count).add_(block);
-      });
-    }
-    if (grad_weight_.scalar_type() != a_.weight.scalar_type()) grad_weight_ = grad_weight_.to(a_.weight.scalar_type());
-  }
-
-  std::tuple<Tensor, Tensor> values(int64_t reduction, at::IntArrayRef row_shape) const {
-    if (reduction != kNone) {
-      const double kappa = policy_.flatness();
-      return {at::scalar_tensor(policy_.loss() + a_.options.strength * kappa, acc_), at::scalar_tensor(kappa, acc_)};
-    }
-    Tensor loss = at::zeros(row_shape, acc_), flatness = at::zeros(row_shape, acc_);
-    T *losses = loss.template mutable_data_ptr<T>(), *kappas = flatness.template mutable_data_ptr<T>();
-    for (int64_t n = 0; n < a_.rows; ++n) {
-      const int64_t row = a_.all ? n : a_.kept[n];
-      losses[row] = policy_.row_loss(n);
-      kappas[row] = policy_.row_flatness(n);
-    }
-    return {loss, flatness};
-  }
-
-  const Arguments& a_;
-  at::TensorOptions acc_;
-  int64_t classes_, fan_in_;
-  ClassBlocks<T> w_;
-  CrossEntropyRows<T> policy_;
-  bool grads_, pull_, products_;  // any gradient; through the curvature at all; through its Hessian
-  bool narrow_, direct_input_ = false;
-  int64_t step_, half_ = 0;  // rows per chunk; where the second halves of block_ and right_ begin
-  RowBlock<T> block_;        // (V, [p~ | dz])
-  ShiftedBlock<T> found_;
-  Tensor right_, shift_, offset_, squares_, input_scratch_, weight_scratch_;
-  std::vector<T> class_weights_, bias_sums_;  // sums over rows of g p~ and of dz
-  Tensor grad_input_, grad_weight_;
+struct ClassBlock {
+  int64_t first, count;      // of the classes
+  const T *squares, *omega;  // at its first class; omega may be null
+  T f[kFactors];             // of the row
+  int64_t y, target;         // of the row, counted from the block's first class
 };
 
-Result linear_cross_entropy_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                    const Tensor& target, const std::optional<Tensor>& class_weight,
-                                    const std::optional<Tensor>& row_scale, int64_t ignore_index,
-                                    double label_smoothing, int64_t reduction, double strength, bool curvature_grad,
-                                    int64_t max_bytes, bool narrow, bool grad_input, bool grad_weight, bool grad_bias) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::AutoGradMode no_graph(false);
-  const auto is_double = [](const Tensor& t) { return t.scalar_type() == at::kDouble; };
-  const bool wide = is_double(input) || is_double(weight) || (bias && is_double(*bias));
-  const at::ScalarType acc = wide ? at::kDouble : at::kFloat;
-  const auto vector = [&](const std::optional<Tensor>& t) { return t ? t->to(acc).contiguous() : Tensor(); };
-  Tensor labels = target.reshape({-1}).contiguous(), scale = vector(row_scale);
-  if (scale.defined()) scale = scale.reshape({-1});
+// dz of one row and one block of classes; g p~ is added to `sums`.
+template <typename T>
+void grad_row(const ClassBlock<T>& block, const T* e, const T* dots, T* dz, bool smooth, T* sums) {
+  const T *f = block.f, inverse = 1 / (1 + f[kRest]);
+  const Vec<T> inv(inverse), c(f[kCoefficient]), soft(f[kSoft]), g(f[kPull]), v(f[kTrace]), mean(f[kSquaredMean]);
+  for_each_vector<T>(block.count, [&](int64_t s, int64_t count) {
+    const int lanes = static_cast<int>(count);
+    const Vec<T> p = load(e + s, count) * inv;
+    Vec<T> out = c * p;
+    if (smooth) out = out - (block.omega == nullptr ? soft : soft * load(block.omega + s, count));
+    if (dots != nullptr) {
+      const Vec<T> d = at_least_zero(squared_distance(load(block.squares + s, count), load(dots + s, count), mean));
+      out = at::vec::fmadd(g * p, d - v, out);
+    }
+    if (sums != nullptr) at::vec::fmadd(g, p, load(sums + s, count)).store(sums + s, lanes);
+    out.store(dz + s, lanes);
+  });
+  if (block.target >= 0 && block.target < block.count) dz[block.target] -= f[kHard];
+  if (block.y < 0 || block.y >= block.count) return;
+  // the targets come in as c - q_y = those of all the others: p_y may be 1 to the last digit
+  const T p_tilde = -f[kRest] * inverse, through = f[kPull] * inverse * (f[kSquaredShift] - f[kTrace]);
+  dz[block.y] = f[kCoefficient] * p_tilde + f[kOthers] + (dots == nullptr ? T(0) : through);
+  if (sums != nullptr) sums[block.y] += f[kPull] * p_tilde;
+}
 
-  Arguments a;
-  a.input = input.reshape({labels.size(0), weight.size(1)});
-  a.weight = weight;
-  a.bias = vector(bias);
-  a.max_bytes = max_bytes;
-  a.narrow = narrow;
-  a.grad_input = grad_input;
-  a.grad_weight = grad_weight;
-  a.grad_bias = grad_bias;
-  const int64_t* index = labels.const_data_ptr<int64_t>();
-  for (int64_t n = 0; n < labels.size(0); ++n) {
-    if (index[n] != ignore_index) a.kept.push_back(n);
+// A sum over rows for every class of a block, in two levels, so that its rounding error grows with the length of a part only.
+template <typename T>
+struct BlockSum {
+  std::vector<T> inner, outer;
+  BlockSum(bool wanted, int64_t count) : inner(wanted ? count : 0), outer(wanted ? count : 0) {}
+  T* part() { return inner.empty() ? nullptr : inner.data(); }
+  void flush() {
+    for (size_t k = 0; k < inner.size(); ++k) outer[k] += inner[k], inner[k] = 0;
   }
-  a.rows = static_cast<int64_t>(a.kept.size());
-  a.all = a.rows == labels.size(0);
-  if (!a.all) {
-    const Tensor kept = at::from_blob(a.kept.data(), {a.rows}, at::TensorOptions().dtype(at::kLong));
-    labels = labels.index_select(0, kept);
-    if (scale.defined()) scale = scale.index_select(0, kept);
+  void add_to(T* total) {
+    flush();
+    for (size_t k = 0; k < outer.size(); ++k) total[k] += outer[k];
   }
-  a.options = {"linear_cross_entropy", labels,   vector(class_weight), ignore_index, label_smoothing,
-               reduction == kMean,     strength, curvature_grad,       scale};
-  Result result;
-  AT_DISPATCH_FLOATING_TYPES(acc, "linear_cross_entropy",
-                             [&] { result = LinearCrossEntropy<scalar_t>(a, acc).run(reduction, target.sizes()); });
-  auto& [loss, flatness, dphi, dw, db] = result;
-  dphi = grad_input ? dphi.view(input.sizes()) : at::empty({0}, input.options().memory_format(std::nullopt));
-  if (!grad_weight) dw = at::empty({0}, weight.options().memory_format(std::nullopt));
-  if (bias) db = db.to(bias->scalar_type());
-  return result;
+};
+
+// dz (rows, V) of the classes first..first + count - 1, from e (rows, V) and dots (rows, count) = <w_s, u - m>, where dz may lie. Factors
+// (9, rows) as enum Factor has them. class_sums (V) += sum_n g_n p~_n, bias_sums (V) += sum_n dz_n.
+void grad_logits(const Tensor& e, const OptionalTensor& dots, const Tensor& dz, int64_t first, int64_t count,
+                 const Tensor& squares, const OptionalTensor& omega, bool smooth, const Tensor& target,
+                 const Tensor& best, const Tensor& factors, const OptionalTensor& class_sums,
+                 const OptionalTensor& bias_sums) {
+  const char* op = "grad_logits";
+  TORCH_CHECK_VALUE(e.dim() == 2, "linear_cross_entropy_grad_logits: e must be (rows, V)");
+  const int64_t all = e.size(1);
+  TORCH_CHECK_VALUE(first >= 0 && count >= 0 && first <= all && count <= all - first,
+                    "linear_cross_entropy_grad_logits: there are no classes from ", first, " to ", first, " + ", count);
+  check_matrix(op, "e", e, e.size(0), all, false);
+  check_matrix(op, "dz", dz, e.size(0), all, false);
+  check_matrix(op, "factors", factors, kFactors, e.size(0), true);
+  check_vector(op, "squares", squares, all);
+  check_vector(op, "target", target, e.size(0));
+  check_vector(op, "best", best, e.size(0));
+  if (dots) check_matrix(op, "dots", *dots, e.size(0), count, false);
+  if (omega) check_vector(op, "omega", *omega, all);
+  if (class_sums) check_vector(op, "class_sums", *class_sums, all);
+  if (bias_sums) check_vector(op, "bias_sums", *bias_sums, all);
+  const int64_t rows = e.size(0), e_row = e.stride(0), dz_row = dz.stride(0), dot_row = dots ? dots->stride(0) : 0;
+  const auto *t = target.const_data_ptr<int64_t>(), *y = best.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES(e.scalar_type(), "linear_cross_entropy", [&] {
+    const auto *p = e.const_data_ptr<scalar_t>(), *f = factors.const_data_ptr<scalar_t>(),
+               *q = squares.const_data_ptr<scalar_t>(), *w = omega ? omega->const_data_ptr<scalar_t>() : nullptr,
+               *dot = dots ? dots->const_data_ptr<scalar_t>() : nullptr;
+    auto *out = dz.mutable_data_ptr<scalar_t>(),
+         *sums = class_sums ? class_sums->mutable_data_ptr<scalar_t>() : nullptr,
+         *totals = bias_sums ? bias_sums->mutable_data_ptr<scalar_t>() : nullptr;
+    at::parallel_for(0, (count + kBlockClasses - 1) / kBlockClasses, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t offset = k * kBlockClasses, s = first + offset;
+        ClassBlock<scalar_t> block{s, std::min(kBlockClasses, count - offset), q + s, w == nullptr ? w : w + s, {}, 0,
+                                   0};
+        BlockSum<scalar_t> pulled(sums != nullptr, block.count), summed(totals != nullptr, block.count);
+        for (int64_t n = 0; n < rows; ++n) {
+          for (int64_t j = 0; j < kFactors; ++j) block.f[j] = f[j * rows + n];
+          block.y = y[n] - s, block.target = t[n] - s;
+          scalar_t* row = out + n * dz_row + s;
+          grad_row(block, p + n * e_row + s, dot == nullptr ? dot : dot + n * dot_row + offset, row, smooth,
+                   pulled.part());
+          if (scalar_t* part = summed.part()) {
+            for (int64_t j = 0; j < block.count; ++j) part[j] += row[j];
+          }
+          if (n % kSumTerms == kSumTerms - 1) pulled.flush(), summed.flush();
+        }
+        if (sums != nullptr) pulled.add_to(sums + s);
+        if (totals != nullptr) summed.add_to(totals + s);
+      }
+    });
+  });
+}
+
+// out[classes_n - first] += source_n for every row n whose class is one of out's, each thread a range of columns.
+void add_rows(const Tensor& source, const Tensor& classes, const Tensor& out, int64_t first) {
+  TORCH_CHECK_VALUE(source.dim() == 2 && out.dim() == 2, "linear_cross_entropy_add_rows: expected matrices");
+  check_matrix("add_rows", "source", source, source.size(0), source.size(1), true);
+  check_matrix("add_rows", "out", out, out.size(0), source.size(1), false);
+  check_vector("add_rows", "classes", classes, source.size(0));
+  const int64_t rows = source.size(0), fan_in = source.size(1), count = out.size(0), stride = out.stride(0);
+  const auto* y = classes.const_data_ptr<int64_t>();
+  const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(rows, 1));
+  AT_DISPATCH_FLOATING_TYPES(source.scalar_type(), "linear_cross_entropy", [&] {
+    const auto* from = source.const_data_ptr<scalar_t>();
+    auto* to = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, fan_in, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t n = 0; n < rows; ++n) {
+        if (y[n] < first || y[n] - first >= count) continue;
+        scalar_t* row = to + (y[n] - first) * stride;
+        for (int64_t i = begin; i < end; ++i) row[i] += from[n * fan_in + i];
+      }
+    });
+  });
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fam_ext, CPU, m) { m.impl("linear_cross_entropy_forward", &linear_cross_entropy_forward); }
+TORCH_LIBRARY_IMPL(fam_ext, CPU, m) {
+  m.impl("linear_cross_entropy_softmax_rows", &softmax_rows);
+  m.impl("linear_cross_entropy_mean_rows", &mean_rows);
+  m.impl("linear_cross_entropy_grad_logits", &grad_logits);
+  m.impl("linear_cross_entropy_add_rows", &add_rows);
+}
 
 }  // namespace fam_ext

@@ -11,6 +11,11 @@ namespace fam_ext {
 template <typename T>
 using CompensatedSum = CompensatedSumOf<Vec<T>>;
 
+template <typename T>
+Vec<T> at_least_zero(const Vec<T>& x) {
+  return at::vec::maximum(x, Vec<T>(0));
+}
+
 // Per lane: the largest logit, its class y, and with e_s = exp(z_s - z_y), rest = sum_{s != y} e_s.
 template <typename T>
 struct RowStats {

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/trace_shifted.h"
+#include "shape_checks.h"
 
 namespace fam_ext {
 namespace {
@@ -36,6 +37,7 @@ at::ScalarType accumulation_type(const at::Tensor& logits, const at::Tensor& wei
 std::tuple<at::Tensor, at::Tensor> softmax_trace(const at::Tensor& logits, const at::Tensor& weight,
                                                  bool pairwise_form) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  check_logits("softmax_trace", logits, weight);
   const at::ScalarType acc = accumulation_type(logits, weight);
   const at::Tensor w = weight.to(acc).contiguous();
   std::vector<int64_t> shape = logits.sizes().vec();
@@ -61,6 +63,7 @@ std::tuple<at::Tensor, at::Tensor> softmax_trace_backward(const at::Tensor& grad
                                                           bool pairwise_form, bool grad_logits, bool grad_weight) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::ScalarType acc = accumulation_type(logits, weight);
+  check_trace_backward(grad, logits, weight, saved, pairwise_form, acc);
   const at::Tensor w = weight.to(acc).contiguous(), upstream = grad.to(acc).contiguous();
   at::Tensor dz = grad_logits ? at::empty_like(logits) : at::empty({0}, logits.options());
   at::Tensor dw = at::empty({0}, weight.options());

@@ -1,7 +1,7 @@
 // Tr Cov_p(w) and its gradients over rows of logits, in blocks of rows: the part that softmax_trace and head_cross_entropy share.
 //
 // A Policy says what one operation does with the rows of a tile:
-//   begin(first, lanes, z, ld)                    the logits of a tile have been loaded; may overwrite lanes that take no part
+//   begin(first, lanes, z, ld)                    the logits of a tile have been loaded; may overwrite those of ignored rows
 //   before_exp(first, lanes, z, ld, stats)        the most likely classes are known, the logits are still there
 //   value(first, lanes, v, stats)                 v is known: (lanes) numbers
 //   upstream(first, lanes)                        the gradient that reaches v, one lane per row; zero lanes past `lanes`
@@ -39,19 +39,17 @@ constexpr int64_t lanes_of() {
 // Tiles per task, from the operations on one row: a task should be worth the few microseconds that a second thread costs.
 inline int64_t tile_grain(int64_t row_cost, int64_t lanes) { return std::max<int64_t>(1, 65536 / (row_cost * lanes)); }
 
-// A block of rows, class-major: p~ (O, ld) and what is known of every tile of `lanes` rows. `parts` blocks of that size may stand
-// side by side in one matrix.
+// A block of rows, class-major: p~ (O, ld) and what is known of every tile of `lanes` rows.
 template <typename T>
 struct RowBlock {
   int64_t classes, first = 0, rows = 0, ld;
   at::Tensor p;
   std::vector<RowStats<T>> stats;
 
-  RowBlock(int64_t classes_, int64_t most_rows, const at::TensorOptions& options, int64_t parts = 1)
-      : classes(classes_) {
+  RowBlock(int64_t classes_, int64_t most_rows, const at::TensorOptions& options) : classes(classes_) {
     constexpr int64_t L = lanes_of<T>();
     const int64_t tiles = (most_rows + L - 1) / L;
-    ld = (parts * tiles | 1) * L;  // an odd number of cache lines: classes do not fight for one cache set
+    ld = (tiles | 1) * L;  // an odd number of cache lines: classes do not fight for one cache set
     p = at::empty({classes, ld}, options);
     stats.resize(tiles);
   }
@@ -73,21 +71,16 @@ inline int64_t block_rows(int64_t rows, int64_t classes) {
   return std::min(rows, most);
 }
 
-// p~ of a tile of logits, in place.
+// p~ of a tile of logits.
 template <typename T, typename Policy>
-void policy_softmax(Policy& policy, int64_t first, int64_t lanes, T* tile, int64_t ld, int64_t classes,
-                    RowStats<T>& stats) {
+void load_tile_softmax(const Rows<T>& logits, Policy& policy, int64_t first, int64_t lanes, T* tile, int64_t ld,
+                       RowStats<T>& stats) {
+  const int64_t classes = logits.layout.width;
+  logits.load_tile(first, lanes, tile, ld);
   policy.begin(first, lanes, tile, ld);
   tile_max(tile, ld, classes, stats);
   policy.before_exp(first, lanes, tile, ld, stats);
   tile_softmax(tile, ld, classes, stats);
-}
-
-template <typename T, typename Policy>
-void load_tile_softmax(const Rows<T>& logits, Policy& policy, int64_t first, int64_t lanes, T* tile, int64_t ld,
-                       RowStats<T>& stats) {
-  logits.load_tile(first, lanes, tile, ld);
-  policy_softmax(policy, first, lanes, tile, ld, logits.layout.width, stats);
 }
 
 // --- pairwise form ------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ ShiftedRow<T> shifted_row(const T* shift, const T* wy, T r, T weighted_squares, 
     if (mean != nullptr) u.store(mean + i, static_cast<int>(count));
   }
   const T d = detail::horizontal_sum(dot), uu = detail::horizontal_sum(squared);
-  return {shifted_trace(weighted_squares, d, uu), uu, detail::horizontal_sum(squared_mean)};
+  return {at_least_zero(shifted_trace(weighted_squares, d, uu)), uu, detail::horizontal_sum(squared_mean)};
 }
 
 // What the passes over one block of rows leave behind, by row of the block.
@@ -91,7 +91,7 @@ void shifted_grad_tile(Policy& policy, int64_t first, int64_t lanes, int64_t col
   for (int64_t s = 0; s < classes; ++s) {
     Vec<T> out(0);
     if (products) {
-      const Vec<T> d = squared_distance(Vec<T>(squares[s]), Vec<T>::loadu(dz + s * ld), mean);
+      const Vec<T> d = at_least_zero(squared_distance(Vec<T>(squares[s]), Vec<T>::loadu(dz + s * ld), mean));
       const Vec<T> is_y = stats.y == Vec<T>(static_cast<T>(s));
       out = upstream * probability(Vec<T>::loadu(p_tilde + s * ld), s, stats) * (Vec<T>::blendv(d, at_y, is_y) - v);
     }
@@ -112,31 +112,29 @@ void scale_rows(T* rows, const std::vector<T>& factor, int64_t fan_in) {
                    });
 }
 
-// sums_s += sum_n factor_n p_sn (1 in place of an empty factor)
+// sums_s += sum_n factor_n p_sn
 template <typename T>
 void add_class_sums(const T* p, int64_t ld, int64_t rows, const std::vector<T>& factor, std::vector<T>& sums) {
   const int64_t classes = static_cast<int64_t>(sums.size());
   at::parallel_for(0, classes, std::max<int64_t>(1, 32768 / rows), [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       double sum = 0;
-      for (int64_t n = 0; n < rows; ++n) sum += factor.empty() ? p[s * ld + n] : factor[n] * p[s * ld + n];
+      for (int64_t n = 0; n < rows; ++n) sum += factor[n] * p[s * ld + n];
       sums[s] += static_cast<T>(sum);
     }
   });
 }
 
-// target[y_n - first] += factor_n source_n for all rows with y_n among the `count` classes from `first` on, each thread a range of
-// columns: no two write the same number
+// target[y_n] += factor_n source_n, each thread a range of columns: no two write the same number
 template <typename T>
 void scatter_rows(const T* source, const std::vector<int64_t>& y, const std::vector<T>& factor, int64_t fan_in,
-                  T* target, int64_t first = 0, int64_t count = std::numeric_limits<int64_t>::max()) {
+                  T* target) {
   const int64_t rows = static_cast<int64_t>(y.size());
   at::parallel_for(0, fan_in, std::max<int64_t>(64, 65536 / std::max<int64_t>(rows, 1)),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t n = 0; n < rows; ++n) {
-                       if (y[n] < first || y[n] - first >= count) continue;
                        const T* from = source + n * fan_in;
-                       T* to = target + (y[n] - first) * fan_in;
+                       T* to = target + y[n] * fan_in;
                        for (int64_t i = begin; i < end; ++i) to[i] += factor[n] * from[i];
                      }
                    });

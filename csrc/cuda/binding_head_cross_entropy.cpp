@@ -5,6 +5,7 @@
 
 #include "cuda/binding_rows.h"
 #include "gradient_dtype.h"
+#include "shape_checks.h"
 
 namespace fam_ext::gpu {
 namespace {
@@ -22,6 +23,7 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
                                   bool curvature_grad, bool pairwise, bool grad_logits, bool grad_features,
                                   bool grad_weight) {
   const Scope scope(logits);
+  check_head(logits, features, weight, target, class_weight);
   const auto is_double = [](const at::Tensor& t) { return t.scalar_type() == at::kDouble; };
   const at::ScalarType acc = is_double(logits) || is_double(features) || is_double(weight) ? at::kDouble : at::kFloat;
   const at::Tensor w = weight.to(acc).contiguous();

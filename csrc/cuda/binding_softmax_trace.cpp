@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/binding_rows.h"
+#include "shape_checks.h"
 
 namespace fam_ext::gpu {
 namespace {
@@ -14,6 +15,7 @@ at::ScalarType accumulation_type(const at::Tensor& logits, const at::Tensor& wei
 }
 
 std::tuple<at::Tensor, at::Tensor> softmax_trace(const at::Tensor& logits, const at::Tensor& weight, bool pairwise) {
+  check_logits("softmax_trace", logits, weight);
   const Scope scope(logits);
   const at::ScalarType acc = accumulation_type(logits, weight);
   const at::Tensor w = weight.to(acc).contiguous();
@@ -36,6 +38,7 @@ std::tuple<at::Tensor, at::Tensor> softmax_trace_backward(const at::Tensor& grad
                                                           bool pairwise, bool grad_logits, bool grad_weight) {
   const Scope scope(logits);
   const at::ScalarType acc = accumulation_type(logits, weight);
+  check_trace_backward(grad, logits, weight, saved, pairwise, acc);
   const at::Tensor w = weight.to(acc).contiguous(), upstream = grad.to(acc).contiguous();
   at::Tensor dz = empty_if(logits, grad_logits), dw = at::empty({0}, weight.options());
   AT_DISPATCH_FLOATING_TYPES(acc, "softmax_trace_backward", [&] {

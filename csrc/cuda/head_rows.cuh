@@ -52,7 +52,7 @@ template <typename T>
 __device__ __forceinline__ T reduction_scale(const Head<T>& h, int64_t rows, double denominator) {
   if (!h.mean) return T(1);
   if (h.soft.data != nullptr) return static_cast<T>(1.0 / static_cast<double>(rows));
-  return denominator != 0 ? static_cast<T>(1 / denominator) : T(1);
+  return static_cast<T>(1 / denominator);  // class weights that sum to 0 divide by 0, as torch's mean does
 }
 
 // For soft targets the coefficient is their sum, not known yet: 1.
@@ -121,7 +121,8 @@ __device__ __forceinline__ RowValue<T> row_value(const Head<T>& h, T coefficient
 // Writes loss + strength * kappa and kappa; torch's mean over no valid row is 0/0.
 template <typename T>
 __device__ __forceinline__ void write_totals(const Head<T>& h, double loss, double kappa, double denominator) {
-  if (h.mean && h.soft.data == nullptr && denominator == 0) loss = denominator / denominator;
+  const double terms = h.soft.data == nullptr ? denominator : static_cast<double>(h.soft.rows);
+  if (h.mean && terms == 0) loss = terms / terms;
   *h.loss = static_cast<T>(loss + h.strength * kappa);
   *h.flatness = static_cast<T>(kappa);
 }

@@ -132,7 +132,7 @@ __global__ __launch_bounds__(kRowThreads, 6) void row_values_kernel(const __grid
     }
     squared_shift = block_sum(squared.total(), scratch);
     squared_mean = block_sum(squared_u.total(), scratch);
-    v = shifted_trace(facts.weighted, block_sum(dot.total(), scratch), squared_shift);
+    v = at_least_zero(shifted_trace(facts.weighted, block_sum(dot.total(), scratch), squared_shift));
     if (thread == 0) pass.p[n * pass.classes + y] = -r;
   }
   T upstream(0);
@@ -185,8 +185,8 @@ __global__ __launch_bounds__(kRowThreads, 6) void row_gradients_kernel(const __g
       if (pass.products && pass.pairwise) {
         dz = g * pairwise_logit_grad(probability, q[s], v);
       } else if (pass.products) {
-        const T distance =
-            s == facts.y ? facts.squared_shift : squared_distance(pass.squares[s], q[s], facts.squared_mean);
+        const T distance = s == facts.y ? facts.squared_shift
+                                        : at_least_zero(squared_distance(pass.squares[s], q[s], facts.squared_mean));
         dz = g * probability * (distance - v);
       }
       if constexpr (kHead) {

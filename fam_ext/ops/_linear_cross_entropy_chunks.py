@@ -1,13 +1,21 @@
-"""linear_cross_entropy on a GPU: chunks of rows, products by the vendor's library, Triton row kernels in between.
+"""linear_cross_entropy in chunks of rows: matrix products by torch.mm, row kernels in C++ or Triton in between.
 
-The algorithm of csrc/cpu/linear_cross_entropy.cpp, rows first: z = phi W^T; U = p~ W; <w_s, u - m> = (u - m) W^T; dphi = dz W;
-dW += [-2 g p~ | dz]^T [u - m; phi]. torch.mm forms the products, in whatever precision torch.backends.cuda.matmul allows float32.
+With y the most likely class of a row, e_s = exp(z_s - z_y) for s != y and e_y = 0, p~ = e / (1 + sum e) but for p~_y = p_y - 1,
+and m the mean of the weight's rows, a chunk of rows passes through
 
-A bfloat16 head, both tensors of it, is multiplied on the matrix units, with float32 sums and results (torch.mm's out_dtype).
-z is exact but for its sum. What becomes kappa, and the distances in its gradient, keeps 16 bits: e and u - m are split in two
-bfloat16 parts, two products each, where one part would keep 8. dz and the factors of dW are rounded to bfloat16 once, as in
-torch's own backward of a bfloat16 layer. Every other head of less than float32 is converted a block of classes at a time: in
-float16 dz, made before any loss scaling, would underflow.
+    z = phi W^T;  U = p~ W;  <w_s, u - m> = (u - m) W^T;  dphi = dz W;  dW += [-2 g p~ | dz]^T [u - m; phi]
+
+with u = w_y + U, two terms of dW as one product, so that dW is read and written once a chunk. 2 diag(sum_n g_n p~_n) (W - m)
+comes at the end. The offset m common to all rows of W is taken out by algebra: a centered copy of W would be as large as dW,
+and the products lose no more digits to m than z has lost already. What a frozen tensor, strength 0 or curvature_grad=False
+makes needless is skipped; ignored rows are never gathered. The row kernels: csrc/cpu/linear_cross_entropy.cpp,
+kernels/linear_cross_entropy.py.
+
+A weight of less than float32 is converted a block of classes at a time, since torch.mm would round z to the weight's dtype. A
+bfloat16 head on Triton's kernels, both tensors of it, is multiplied on the matrix units instead, with float32 sums and results
+(torch.mm's out_dtype). z is exact but for its sum. What becomes kappa, and the distances in its gradient, keeps 16 bits: e and
+u - m are split in two bfloat16 parts, two products each, where one part would keep 8. dz and the factors of dW are rounded to
+bfloat16 once, as in torch's own backward of a bfloat16 layer.
 """
 
 from __future__ import annotations
@@ -15,16 +23,22 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fam_ext.ops._registration import triton_launches
+from fam_ext._dtypes import accumulation_dtype
+from fam_ext.ops import backends
+from fam_ext.ops._linear_cross_entropy_targets import NONE, Targets
+from fam_ext.ops._registration import gradient_dtype, register_fake, triton_launches
 
-NONE, MEAN, SUM = range(3)
 _ALIGN = 16  # rows of buffers begin at multiples of so many numbers: the matrix units want 16 bytes
 _MOST_ROWS = 8192  # rounding errors grow with the length of a chunk's sums
+_LEAST_CLASSES = 64  # of a block of converted weights
+_NATIVE = "linear_cross_entropy_"
+ROW_KERNELS = ("softmax_rows", "mean_rows", "grad_logits", "add_rows")
 
 
 @dataclass(frozen=True)
@@ -35,10 +49,18 @@ class Options:
     strength: float
     curvature_grad: bool
     max_bytes: int
-    narrow: bool  # the gradient of the weight is summed in the weight's dtype
+    accumulate_in_weight_dtype: bool
+    triton: bool
     grad_input: bool
     grad_weight: bool
     grad_bias: bool
+
+
+def row_kernels(triton: bool) -> Any:
+    """What has the functions ROW_KERNELS; triton is imported when it is first asked for."""
+    if triton:
+        return importlib.import_module("fam_ext.kernels.linear_cross_entropy")
+    return SimpleNamespace(**{name: getattr(torch.ops.fam_ext, _NATIVE + name) for name in ROW_KERNELS})
 
 
 def forward(
@@ -51,121 +73,116 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, flatness and the gradients of input, weight and bias, empty where not wanted."""
+    acc = accumulation_dtype(input, weight, bias)
     with triton_launches(input), torch.no_grad():
-        rows = _Rows(target.reshape(-1), weight.shape[0], class_weight, row_scale, options)
+        targets = Targets(
+            target.reshape(-1), weight.shape[0], class_weight, row_scale, acc, options.ignore_index,
+            options.label_smoothing, options.reduction,
+        )  # fmt: skip
         x = input.reshape(target.numel(), weight.shape[1])
-        chunks = _Chunks(x, weight, None if bias is None else bias.float().contiguous(), rows, options)
-        loss, flatness = chunks.run()
-        if options.reduction == NONE:
-            values = [t.reshape(target.shape) for t in (rows.scatter(loss), rows.scatter(flatness))]
-        else:
-            kappa = flatness.sum(dtype=torch.float64)
-            total = loss.sum(dtype=torch.float64) + rows.empty_mean + options.strength * kappa
-            values = [total.float(), kappa.float()]
-        if options.reduction == NONE:
-            values[0] = values[0] + options.strength * values[1]
-        dphi = chunks.grad_input.reshape(input.shape) if options.grad_input else input.new_empty(0)
-        dw = chunks.finish_weight() if options.grad_weight else weight.new_empty(0)
-        dtype = torch.float32 if bias is None else bias.dtype
-        db = chunks.bias_sums.to(dtype) if options.grad_bias else weight.new_empty(0, dtype=dtype)
-    return values[0], values[1], dphi, dw, db
-
-
-class _Rows:
-    """The rows that are not ignored: where they stand, their targets h [s = t] + f omega_s and coefficients c."""
-
-    def __init__(
-        self, labels: Tensor, classes: int, omega: Tensor | None, scale: Tensor | None, options: Options
-    ) -> None:
-        valid = labels != options.ignore_index
-        wrong = valid & ((labels < 0) | (labels >= classes))
-        # the only wait for the device: how many rows there are decides what is launched
-        bad = torch.where(wrong, labels, 0)
-        extreme = torch.where(bad.amin() < 0, bad.amin(), bad.amax()) if bad.numel() else labels.sum()
-        count, any_wrong, example = torch.stack([valid.sum(), wrong.sum(), extreme]).tolist()
-        if any_wrong:
-            raise IndexError(
-                f"linear_cross_entropy: target must be a class index from 0 to {classes - 1} or ignore_index "
-                f"({options.ignore_index}), got {example}"
-            )
-        self.total, self.count = labels.numel(), int(count)
-        self.kept = (
-            None if self.count == self.total else torch.argsort((~valid).byte(), stable=True)[: self.count]
+        chunks = _Chunks(
+            x, weight, None if bias is None else bias.to(acc).contiguous(), targets, options, acc
         )
-        self.target = labels.contiguous() if self.kept is None else labels[self.kept]
-        self.omega = None if omega is None else omega.float().contiguous()
-        self.may_be_zero = omega is not None or scale is not None
-        eps = options.label_smoothing
-        of_target = torch.ones(self.count, dtype=torch.float64, device=labels.device)
-        omega_sum: Tensor | float = float(classes)
-        if self.omega is not None:
-            of_target, omega_sum = self.omega.double()[self.target], self.omega.sum(dtype=torch.float64)
-        factor = torch.ones_like(of_target)
-        self.empty_mean: Tensor | float = 0.0  # torch's mean over no valid row is nan
-        if options.reduction == MEAN:
-            weights = of_target.sum()
-            factor /= torch.where(weights == 0, 1.0, weights)
-            self.empty_mean = torch.where(weights == 0, torch.nan, 0.0)
-        if scale is not None:
-            each = scale.reshape(-1).double()
-            factor *= each if self.kept is None else each[self.kept]
-        self.hard = ((1 - eps) * of_target * factor).float()
-        self.coefficient = (((1 - eps) * of_target + eps / classes * omega_sum) * factor).float()
-        self.soft = torch.where(self.coefficient == 0, 0.0, eps / classes * factor).float()
-        self.smooth = eps != 0
-
-    def scatter(self, values: Tensor) -> Tensor:
-        if self.kept is None:
-            return values
-        return values.new_zeros(self.total).index_copy_(0, self.kept, values)
-
-    def gather(self, source: Tensor, first: int, count: int) -> Tensor:
-        rows = slice(first, first + count)
-        return source[rows] if self.kept is None else source[self.kept[rows]]
+        loss, kappa = chunks.run()
+        if options.reduction == NONE:
+            loss, kappa = (targets.scatter(t).reshape(target.shape) for t in (loss, kappa))
+            loss = loss + options.strength * kappa
+        else:
+            wide = kappa.sum(dtype=torch.float64)
+            total = loss.sum(dtype=torch.float64) + options.strength * wide
+            loss, kappa = (total + torch.nan if targets.mean_of_nothing else total).to(acc), wide.to(acc)
+        grad_input, grad_weight, grad_bias = chunks.gradients()
+    bias_dtype = acc if bias is None else gradient_dtype(bias)
+    return (
+        loss,
+        kappa,
+        grad_input.reshape(input.shape) if options.grad_input else grad_input,
+        grad_weight,
+        grad_bias.to(bias_dtype),
+    )
 
 
 class _Chunks:
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, options: Options) -> None:
-        self.kernels: Any = importlib.import_module("fam_ext.kernels.linear_cross_entropy")
-        self.x, self.weight, self.bias, self.rows, self.options = x, weight, bias, rows, options
-        self.classes, self.fan_in = weight.shape
-        self.split = x.dtype == weight.dtype == torch.bfloat16 and torch.version.hip is None
-        self.direct = self.split or weight.dtype == torch.float32  # W takes part in products as it is
-        self.grads = options.grad_input or options.grad_weight or options.grad_bias
-        self.pull = options.strength != 0  # gradients through the curvature at all, and through its Hessian
-        self.products = self.grads and self.pull and options.curvature_grad
-        work = torch.bfloat16 if self.split else torch.float32
-        ld = -(-self.classes // _ALIGN) * _ALIGN
-        parts = 2 if self.grads or self.split else 1
-        self.step = self._rows_per_chunk(4 * ld * parts + 20 * self.fan_in)
-        self.block = self._class_block()
-        self.scratch = self._empty(0 if self.direct else self.block, self.fan_in)
-        self.logits = self._empty(self.step if self.split else parts * self.step, ld)  # z, e; split: z, dots
-        # [e; dz], with a split e first the two parts of it
-        self.pairs = self._empty(2 * self.step, ld, dtype=work) if self.split else self.logits
-        self.shift = self._empty((2 if self.split else 1) * self.step, self.fan_in)
-        self.right = self._empty(2 * self.step, self.fan_in, dtype=work)  # [-2 g (u - m); phi]
-        self.means = self._empty((2 if self.split else 1) * self.step, self.fan_in, dtype=work)
-        zeros = torch.zeros(self.classes, device=x.device)
-        self.class_sums = zeros if options.grad_weight and self.pull else None
-        self.bias_sums = torch.zeros_like(zeros) if options.grad_bias else zeros
-        self.grad_input = x.new_zeros(x.shape) if options.grad_input else x.new_empty(0)
-        self.narrow = options.narrow and weight.dtype != torch.float32
-        dtype = weight.dtype if self.narrow else torch.float32
-        shape = weight.shape if options.grad_weight else (0,)
-        self.grad_weight = torch.zeros(shape, dtype=dtype, device=x.device)
-        self._find_offset()
+    """Buffers of one call, and the steps of a chunk."""
 
-    def _empty(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.x.new_empty((rows, columns), dtype=dtype)
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Targets,
+        options: Options,
+        acc: torch.dtype,
+    ) -> None:
+        self.kernels = row_kernels(options.triton)
+        self.x, self.weight, self.bias, self.targets, self.options, self.acc = (
+            x,
+            weight,
+            bias,
+            targets,
+            options,
+            acc,
+        )
+        self.classes, self.fan_in = weight.shape
+        both_bfloat16 = x.dtype == weight.dtype == torch.bfloat16
+        self.split = options.triton and both_bfloat16 and torch.version.hip is None
+        # W takes part in products as it is
+        self.direct = self.split or (weight.dtype == acc and 1 in weight.stride())
+        self.grads = options.grad_input or options.grad_weight or options.grad_bias
+        self.curvature_grads = options.strength != 0  # gradients of kappa; through the Hessian, too:
+        self.hessian_grads = self.grads and self.curvature_grads and options.curvature_grad
+        # float16 could not hold gradients that no loss scale has reached yet
+        self.in_weight_dtype = options.accumulate_in_weight_dtype and weight.dtype == torch.bfloat16
+        self.block = self._classes_per_block()
+        self._find_offset()
+        self._allocate_results()
+        self._allocate_buffers()
+
+    def _empty(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.x.new_empty((rows, columns), dtype=dtype or self.acc)
+
+    def _classes_per_block(self) -> int:
+        row_bytes = self.acc.itemsize * max(self.fan_in, 1)
+        return min(self.classes, max(_LEAST_CLASSES, self.options.max_bytes // 8 // row_bytes))
 
     def _rows_per_chunk(self, row_bytes: int) -> int:
         most = min(max(_ALIGN, self.options.max_bytes // row_bytes // _ALIGN * _ALIGN), _MOST_ROWS)
-        chunks = max(1, -(-self.rows.count // most))
-        return max(1, -(-self.rows.count // chunks))
+        chunks = max(1, -(-self.targets.count // most))
+        return max(1, -(-self.targets.count // chunks))
 
-    def _class_block(self) -> int:
-        return min(self.classes, max(1, self.options.max_bytes // 8 // (4 * max(self.fan_in, 1))))
+    def _allocate_results(self) -> None:
+        options, device = self.options, self.x.device
+        self.grad_input = self.x.new_empty(0, dtype=gradient_dtype(self.x))
+        if options.grad_input:
+            make = torch.empty if self.targets.kept is None else torch.zeros  # ignored rows get nothing
+            self.grad_input = make(self.x.shape, dtype=self.grad_input.dtype, device=device)
+        dtype = self.weight.dtype if self.in_weight_dtype else self.acc
+        self.grad_weight = torch.empty(
+            self.weight.shape if options.grad_weight else 0, dtype=dtype, device=device
+        )
+        sums = options.grad_weight and self.curvature_grads
+        self.class_sums = torch.zeros(self.classes, dtype=self.acc, device=device) if sums else None
+        self.bias_sums = torch.zeros(self.classes if options.grad_bias else 0, dtype=self.acc, device=device)
+
+    def _allocate_buffers(self) -> None:
+        work = torch.bfloat16 if self.split else self.acc
+        ld = -(-self.classes // _ALIGN) * _ALIGN
+        parts = 2 if self.grads or self.split else 1
+        self.step = self._rows_per_chunk(self.acc.itemsize * (ld * parts + 6 * self.fan_in + 24))
+        self.scratch = self._empty(0 if self.direct else self.block, self.fan_in)
+        # z, then e; dots, then dz. Split: z, then dots
+        self.logits = self._empty(self.step if self.split else parts * self.step, ld)
+        # [e; dz]. Split: e first has two parts
+        self.pairs = self._empty(2 * self.step, ld, work) if self.split else self.logits
+        self.shift = self._empty((2 if self.split else 1) * self.step, self.fan_in)
+        self.right = self._empty(2 * self.step, self.fan_in, work)  # [-2 g (u - m); phi]
+        self.means = self._empty((2 if self.split else 1) * self.step if self.grads else 0, self.fan_in, work)
+        self.in_place = (
+            self.targets.kept is None and self.x.dtype == self.acc
+        )  # dphi is formed where it stays
+        self.input_scratch = self._empty(
+            0 if self.in_place or not self.options.grad_input else self.step, self.fan_in
+        )
 
     def _blocks(self, step: int) -> Iterator[tuple[int, int]]:
         for first in range(0, self.classes, step):
@@ -178,117 +195,143 @@ class _Chunks:
             rows = self.weight[first : first + count]
             yield first, count, rows if self.direct else self.scratch[:count].copy_(rows)
 
+    def _centered(self, first: int, count: int) -> Tensor:
+        """w_s - m of a block of classes, in memory of its own."""
+        rows = self.weight[first : first + count]
+        return torch.sub(rows, self.offset, out=self._empty(count, self.fan_in))
+
     def _find_offset(self) -> None:
         """m and |w_s - m|^2"""
-        self.offset = self.weight.mean(0, dtype=torch.float32)
-        self.squares = torch.empty(self.classes, device=self.x.device)
+        self.offset = torch.zeros(self.fan_in, dtype=self.acc, device=self.x.device)
+        for first, count in self._blocks(self.classes if self.weight.dtype == self.acc else self.block):
+            self.offset += self.weight[first : first + count].to(self.acc).sum(0)
+        self.offset /= self.classes
+        self.squares = torch.empty(self.classes, dtype=self.acc, device=self.x.device)
         for first, count in self._blocks(self.block):
-            rows = self.weight[first : first + count] - self.offset
-            self.squares[first : first + count] = rows.square_().sum(1)
+            self.squares[first : first + count] = self._centered(first, count).square_().sum(1)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Loss and curvature of every kept row."""
-        loss, flatness = (torch.zeros(self.rows.count, device=self.x.device) for _ in range(2))
-        for first in range(0, self.rows.count, self.step):
-            part = slice(first, min(first + self.step, self.rows.count))
-            loss[part], flatness[part] = self._chunk(part.start, part.stop - part.start)
-        return loss, flatness
+        loss, curvature = (
+            torch.zeros(self.targets.count, dtype=self.acc, device=self.x.device) for _ in range(2)
+        )
+        for first in range(0, self.targets.count, self.step):
+            part = slice(first, min(first + self.step, self.targets.count))
+            loss[part], curvature[part] = self._chunk(part, part.stop - part.start)
+        return loss, curvature
 
-    def _chunk(self, first: int, rows: int) -> tuple[Tensor, Tensor]:
-        part = slice(first, first + rows)
-        c, target = self.rows.coefficient[part], self.rows.target[part]
-        phi = self.right[rows : 2 * rows].copy_(self.rows.gather(self.x, first, rows))
-        if self.rows.may_be_zero:  # rows without a share in the loss may hold anything
+    def _chunk(self, part: slice, rows: int) -> tuple[Tensor, Tensor]:
+        targets = self.targets
+        c, index = targets.coefficient[part], targets.index[part]
+        phi = self.right[rows : 2 * rows].copy_(targets.gather(self.x, part))
+        if targets.may_be_zero:  # rows without a share in the loss may hold anything
             phi.masked_fill_((c == 0).unsqueeze(1), 0.0)
         z = self.logits[:rows, : self.classes]
         for k, count, w in self._weights():
             multiply(phi, w.T, z[:, k : k + count])
-        high = self.pairs[:rows, : self.classes]
-        low = self.pairs[rows : 2 * rows, : self.classes]  # empty where nobody needs it
+        e, below = self.pairs[:rows, : self.classes], self.pairs[rows : 2 * rows, : self.classes]
         best = torch.empty(rows, dtype=torch.int64, device=z.device)
-        stats = torch.empty(5, rows, device=z.device)
+        stats, found = (torch.empty(4, rows, dtype=self.acc, device=z.device) for _ in range(2))
+        parts = ((e, below),) if self.split else ()
         self.kernels.softmax_rows(
-            z, (high, low) if self.split else None, self.bias, self.squares, self.rows.omega, self.rows.smooth,
-            target, best, stats,
-        )  # fmt: skip
+            z, self.bias, self.squares, targets.omega, index, targets.smooth, best, stats, *parts
+        )
         shift = self.shift[: 2 * rows if self.split else rows]
-        e = self.pairs[: shift.shape[0], : self.classes]
         for k, count, w in self._weights():
-            add_product(e[:, k : k + count], w, shift, k == 0)
-        grads = self.grads and self.pull
-        found = torch.empty(4, rows, device=z.device)
-        means, scaled = self.means[: shift.shape[0]], self.right[:rows]
+            add_product(self.pairs[: len(shift), k : k + count], w, shift, k == 0)
+        grads = self.grads and self.curvature_grads
+        means = self.means[: len(shift)] if grads else None
         pull = self.options.strength * c
         self.kernels.mean_rows(
-            shift, self.weight, self.offset, phi, self.squares, best, stats, pull, means if grads else None,
-            scaled if grads else None, found,
+            shift, self.weight, self.offset, phi, self.squares, best, stats, pull, means,
+            self.right[:rows] if grads else None, found,
         )  # fmt: skip
-        rest, v, norm = stats[0], found[0], found[3]
-        hard, soft = self.rows.hard[part], self.rows.soft[part]
-        loss = torch.where(hard == 0, 0.0, hard * stats[2]) + c * rest.log1p()
-        others = torch.where(target == best, 0.0, hard)
-        if self.rows.smooth:
-            loss += torch.where(soft == 0, 0.0, soft * stats[3])
-            others += soft * stats[4]
+        v, norm = found[0], found[3]
         curvature = torch.where(c == 0, 0.0, c * norm * v)
         if self.grads:
-            factors = torch.stack([rest, v, found[1], found[2], pull * norm, c, hard, soft, others])
-            self._grad_logits(high, low, means, factors, target, best)
+            factors = torch.stack([
+                stats[0], v, found[1], found[2], pull * norm, c, targets.hard[part], targets.soft[part],
+                targets.others(part, best),
+            ])  # fmt: skip
+            self._grad_logits(e, below, means, factors, index, best)
             if self.options.grad_input:
-                self._grad_input(part, phi, low, 2 * pull * v if self.products else torch.zeros_like(v))
+                self._grad_input(part, phi, below, torch.where(c == 0, 0.0, 2 * pull * v))
             if self.options.grad_weight:
-                self._grad_weight(rows, best, first == 0)
-        return torch.where(c == 0, 0.0, loss), curvature
+                self._grad_weight(rows, best, part.start == 0)
+        return self._loss(part, c, stats), curvature
+
+    def _loss(self, part: slice, c: Tensor, stats: Tensor) -> Tensor:
+        """sum_s q_s (lse - z_s) of every row."""
+        hard, soft = self.targets.hard[part], self.targets.soft[part]
+        loss = torch.where(hard == 0, 0.0, hard * stats[2]) + c * stats[0].log1p()
+        if self.targets.smooth:
+            loss += torch.where(soft == 0, 0.0, soft * stats[3])
+        return torch.where(c == 0, 0.0, loss)
 
     def _grad_logits(
-        self, high: Tensor, low: Tensor, means: Tensor, factors: Tensor, target: Tensor, best: Tensor
+        self, e: Tensor, below: Tensor, means: Tensor | None, factors: Tensor, index: Tensor, best: Tensor
     ) -> None:
-        """dz in the place of the second part of e, or below e."""
+        """dz below e; where e is split, in the place of its second part."""
+        omega, smooth = self.targets.omega, self.targets.smooth
+        parts = (below,) if self.split else ()
         # z is not needed any more: with a split mean, its place holds two parts of the dots of half the classes
         step, space = (self.logits.shape[1] // 2 if self.split else None), self.logits.view(-1)
-        for k, count, w in self._weights(step) if self.products else [(0, self.classes, self.weight)]:
+        products = means is not None and self.hessian_grads
+        for k, count, w in self._weights(step) if products else [(0, self.classes, self.weight)]:
             dots = None
-            if self.products:
-                dots = (
-                    space[: means.shape[0] * count].view(-1, count) if self.split else low[:, k : k + count]
-                )
+            if means is not None and products:
+                dots = space[: len(means) * count].view(-1, count) if self.split else below[:, k : k + count]
                 multiply(means, w.T, dots)
             self.kernels.grad_logits(
-                high, low if self.split else None, dots, low, k, count, self.squares, self.rows.omega, self.rows.smooth,
-                target, best, factors, self.class_sums, self.bias_sums if self.options.grad_bias else None,
+                e, dots, below, k, count, self.squares, omega, smooth, index, best, factors, self.class_sums,
+                self.bias_sums if self.options.grad_bias else None, *parts,
             )  # fmt: skip
 
     def _grad_input(self, part: slice, phi: Tensor, dz: Tensor, factor: Tensor) -> None:
         """dphi = dz W + 2 strength c v phi"""
-        out = torch.where((self.rows.coefficient[part] == 0).unsqueeze(1), 0.0, factor.unsqueeze(1) * phi)
+        out = self.grad_input[part] if self.in_place else self.input_scratch[: len(phi)]
+        if self.hessian_grads:
+            torch.mul(phi, factor.unsqueeze(1), out=out)
         for k, count, w in self._weights():
-            add_product(dz[:, k : k + count], w, out, False)
-        if self.rows.kept is None:
+            add_product(dz[:, k : k + count], w, out, k == 0 and not self.hessian_grads)
+        if self.targets.kept is not None:
+            self.grad_input[self.targets.kept[part]] = out.to(self.grad_input.dtype)
+        elif not self.in_place:
             self.grad_input[part] = out
-        else:
-            self.grad_input[self.rows.kept[part]] = out.to(self.grad_input.dtype)
 
     def _grad_weight(self, rows: int, best: Tensor, start: bool) -> None:
-        """dW += dz^T phi - 2 (g p~)^T (u - m), but for what p~_y brings: -2 g (U - r (u - m)) at y"""
-        begin = 0 if self.pull else rows
-        left = self.pairs[begin : 2 * rows, : self.classes].T
-        right = self.right[begin : 2 * rows]
-        if not self.narrow or self.split:
+        """dW += dz^T phi - 2 (g p~)^T (u - m), and -2 g (U - r (u - m)) at y, which e_y = 0 left out."""
+        begin = 0 if self.curvature_grads else rows
+        left, right = self.pairs[begin : 2 * rows, : self.classes].T, self.right[begin : 2 * rows]
+        if not self.in_weight_dtype:
             add_product(left, right, self.grad_weight, start)
-        else:
-            for k, count in self._blocks(self.block):
-                share = multiply(left[k : k + count], right, self.scratch[:count])
-                self.grad_weight[k : k + count] += share
-        if self.pull:
-            self.kernels.add_rows(self.shift[:rows], best, self.grad_weight)
-
-    def finish_weight(self) -> Tensor:
-        """... + 2 diag(sum_n g_n p~_n) (W - m)"""
+            if self.curvature_grads:
+                self.kernels.add_rows(self.shift[:rows], best, self.grad_weight, 0)
+            return
+        # what cancels is subtracted before it is rounded: every share of a chunk is whole
+        for k, count in self._blocks(self.block):
+            if self.class_sums is None:
+                share = multiply(left[k : k + count], right, self._empty(count, self.fan_in))
+            else:
+                share = self._centered(k, count).mul_(2 * self.class_sums[k : k + count].unsqueeze(1))
+                add_product(left[k : k + count], right, share, False)
+            if self.curvature_grads:
+                self.kernels.add_rows(self.shift[:rows], best, share, k)
+            rows_of = self.grad_weight[k : k + count]
+            rows_of.copy_(share) if start else rows_of.add_(share)
         if self.class_sums is not None:
+            self.class_sums.zero_()
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of input, weight and bias, after the last chunk: ... + 2 diag(sum_n g_n p~_n) (W - m)."""
+        self.logits = self.pairs = self.shift = self.right = self.means = self.input_scratch = self.x[:0]
+        if self.targets.count == 0:
+            self.grad_weight.zero_()
+        elif self.class_sums is not None and not self.in_weight_dtype:
             for k, count in self._blocks(self.block):
-                rows = self.weight[k : k + count] - self.offset
+                rows = self._centered(k, count)
                 self.grad_weight[k : k + count] += rows.mul_(2 * self.class_sums[k : k + count].unsqueeze(1))
-        return self.grad_weight.to(self.weight.dtype)
+        return self.grad_input, self.grad_weight.to(gradient_dtype(self.weight)), self.bias_sums
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -306,7 +349,7 @@ _ADDS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 
 def add_product(a: Tensor, b: Tensor, out: Tensor, start: bool) -> None:
     """out += a b, or out = a b at the start."""
-    if start and (a.dtype == out.dtype or out.dtype == torch.float32):
+    if start:
         multiply(a, b, out)
     elif a.dtype == out.dtype:
         out.addmm_(a, b)
@@ -316,3 +359,15 @@ def add_product(a: Tensor, b: Tensor, out: Tensor, start: bool) -> None:
         out += torch.mm(a, b, out_dtype=out.dtype)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+def _register() -> None:
+    for name in ROW_KERNELS:
+
+        @register_fake(f"{_NATIVE}{name}")
+        def _(*arguments: Any) -> None:
+            """They write into what they are given, and return nothing."""
+
+
+if backends.native_loaded():
+    _register()

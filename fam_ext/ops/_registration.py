@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
@@ -23,16 +23,69 @@ def refuse_double_backward(op: str) -> None:
 
 
 def gradient_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of a gradient that is made in the forward pass, before the loss scale is known: float32 for float16, whose range is
-    too small for it. The backward pass multiplies by the upstream gradient and rounds then, once. csrc/gradient_dtype.h is the same.
+    """The dtype of a gradient that is made in the forward pass, before the loss scale is known: float32 for float16, whose range
+    is too small for it. The backward pass multiplies by the upstream gradient and rounds then, once. As csrc/gradient_dtype.h.
     """
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 def made_gradient(tensor: Tensor, wanted: bool) -> Tensor:
-    """A gradient of `tensor` as the forward pass makes it, not filled; an empty tensor where it is not wanted."""
-    dtype = gradient_dtype(tensor)
-    return torch.empty_like(tensor, dtype=dtype) if wanted else tensor.new_empty(0, dtype=dtype)
+    """A contiguous gradient of `tensor` as a forward pass makes it, not filled; an empty tensor where it is not wanted."""
+    return tensor.new_empty(tensor.shape if wanted else 0, dtype=gradient_dtype(tensor))
+
+
+def hand_out(
+    op: str, made: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None], upstream: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients made earlier times the upstream gradient (None: that is in them already), rounded to `dtypes` once.
+
+    On the CPU an upstream gradient of exactly 1, what a training loss has almost always, hands them out as they are. On a GPU
+    nobody knows without waiting for it.
+    """
+    with torch.no_grad():
+        if (
+            upstream is not None
+            and type(upstream) is Tensor
+            and upstream.device.type == "cpu"
+            and upstream.item() == 1
+        ):
+            upstream = None
+        handed = [
+            None
+            if m is None or dtype is None
+            else m.to(dtype)
+            if upstream is None
+            else _scaled(m, upstream, dtype)
+            for m, dtype in zip(made, dtypes, strict=True)
+        ]
+    if not torch.is_grad_enabled():
+        return handed
+    # create_graph=True: differentiating what is handed out must fail, not miss terms
+    once: Any = _Once.apply
+    return [None if m is None else once(m, torch.empty(0, requires_grad=True), op) for m in handed]
+
+
+def _scaled(made: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """In float32 whatever the dtypes: on the CPU a factor without dimensions keeps its digits, a GPU would round it first."""
+    if made.device.type == "cpu":
+        return (made * upstream).to(dtype)
+    return torch.mul(made, upstream.reshape(1), out=torch.empty_like(made, dtype=dtype))
+
+
+class _Once(torch.autograd.Function):
+    """The identity, without a derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, anchor: Tensor, op: str) -> Tensor:
+        ctx.op = op
+        return made.view_as(made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{ctx.op} can be differentiated once only: its gradients were made in the forward pass. For second "
+            'derivatives pass backend="reference", which is plain PyTorch.'
+        )
 
 
 @contextmanager

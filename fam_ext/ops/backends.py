@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fam_ext import _checks
 
@@ -142,11 +143,11 @@ def native_function(name: str) -> Any:
 
 
 def choose(op: str, backend: str, *tensors: Tensor) -> str:
-    """The backend that serves `op` on these tensors: "native", "triton" or "reference".
+    """The backend that runs `op` on these tensors: "native", "triton" or "reference".
 
     "auto" takes "native" where the compiled library has a kernel for the device and the dtype of the first tensor, outside of
-    torch.func transforms (the operations have no rule for vmap, grad and the like), else "triton" on a GPU where there
-    is a Triton kernel for all tensors' dtypes, else "native" for one of PYTHON_OPERATIONS, else "reference".
+    torch.func transforms and forward-mode differentiation (the operations have no rule for vmap, jvp and the like), else "triton"
+    on a GPU where there is a Triton kernel for all tensors' dtypes, else "native" for one of PYTHON_OPERATIONS, else "reference".
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, when a backend asked for by name is not available.
     """
@@ -158,7 +159,7 @@ def choose(op: str, backend: str, *tensors: Tensor) -> str:
         backend in ("auto", "native")
         and (place in _kernels or place in _in_python)
         and first.dtype in _checks.FLOATING
-        and torch._C._functorch.maybe_current_level() is None
+        and _transformed(tensors) is None
     )
     if native and place in _kernels:
         return "native"
@@ -173,7 +174,14 @@ def choose(op: str, backend: str, *tensors: Tensor) -> str:
     raise RuntimeError(f"{op}: backend {backend!r} is not available: {_why_not(op, backend, tensors)}")
 
 
-_TRANSFORMS = "inside torch.func transforms (vmap, grad, ...) only the reference can be used"
+def _transformed(tensors: tuple[Tensor, ...]) -> str | None:
+    """Why only plain PyTorch can run on these tensors, None when anything can: a kernel would lose a batch or a tangent."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "inside torch.func transforms (vmap, grad, ...) only the reference can be used"
+    unpack: Any = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and any(unpack(t).tangent is not None for t in tensors):
+        return "in forward-mode differentiation only the reference can be used"
+    return None
 
 
 def _why_no_triton(op: str, tensors: tuple[Tensor, ...]) -> str | None:
@@ -190,9 +198,7 @@ def _why_no_triton(op: str, tensors: tuple[Tensor, ...]) -> str | None:
         return "on the CPU Triton kernels run in its interpreter only: set TRITON_INTERPRET=1 before Python starts"
     if _no_triton is not None:
         return _no_triton
-    if torch._C._functorch.maybe_current_level() is not None:
-        return _TRANSFORMS
-    return None
+    return _transformed(tensors)
 
 
 def _why_not(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
@@ -205,7 +211,7 @@ def _why_not(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
         return _no_kernel(op, tensor.device.type)
     if tensor.dtype not in _checks.FLOATING:
         return f"it has no kernel for {str(tensor.dtype).removeprefix('torch.')}"
-    return _TRANSFORMS
+    return str(_transformed(tensors))
 
 
 def _no_kernel(op: str, device: str) -> str:

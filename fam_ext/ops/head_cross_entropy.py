@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.ops import backends
-from fam_ext.ops._registration import made_gradient, register_fake
+from fam_ext.ops._registration import gradient_dtype, made_gradient, register_fake
 from fam_ext.ops.reference import head_cross_entropy as reference
 from fam_ext.ops.softmax_trace import choose_form, softmax_trace
 
@@ -125,7 +125,12 @@ def ordinary_call(
 
 
 def _check(
-    name: str, logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None
+    name: str,
+    logits: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
 ) -> None:
     for argument, value in (("logits", logits), ("features", features), ("weight", weight)):
         _checks.check_floating(name, argument, value)
@@ -175,8 +180,11 @@ def _register() -> None:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         scalar = logits.new_empty((), dtype=accumulation_dtype(logits, features, weight))
         inputs = zip((logits, features), options[-3:-1], strict=True)
-        dz, dphi = (made_gradient(x, needed) for x, needed in inputs)
-        dw = made_gradient(weight, options[-1]).contiguous()
+        dz, dphi = (
+            torch.empty_like(x, dtype=gradient_dtype(x)) if needed else made_gradient(x, False)
+            for x, needed in inputs
+        )
+        dw = made_gradient(weight, options[-1])
         return scalar, torch.empty_like(scalar), dz, dphi, dw
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-import fam_ext.ops._linear_cross_entropy_triton as triton
 from fam_ext import _checks
-from fam_ext._dtypes import accumulation_dtype
 from fam_ext.errors import UnsupportedError
 from fam_ext.ops import backends
-from fam_ext.ops._registration import register_fake
+from fam_ext.ops._linear_cross_entropy_op import check_shapes
+from fam_ext.ops._linear_cross_entropy_op import linear_cross_entropy as operation
 from fam_ext.ops.reference import linear_cross_entropy as reference
 
 _NAME = "linear_cross_entropy"
@@ -97,58 +94,24 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(
             input, weight, target, bias, class_weight, ignore_index, label_smoothing, reduction, strength, curvature_grad
         )  # fmt: skip
-    operator = torch.ops.fam_ext.linear_cross_entropy if chosen == "native" else triton.linear_cross_entropy
-    loss, flatness = operator(
+    return operation(
         input, weight, bias, target, class_weight, ignore_index, label_smoothing, REDUCTIONS.index(reduction), strength,
-        curvature_grad, max_bytes, accumulate == "input",
+        curvature_grad, max_bytes, accumulate == "input", chosen == "triton",
     )  # fmt: skip
-    return loss, flatness
 
 
 def _check(
     input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, class_weight: Tensor | None
 ) -> None:
-    _checks.check_floating(_NAME, "input", input)
-    _checks.check_floating(_NAME, "weight", weight)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        _checks.bad_value(_NAME, "weight", "of shape (V, I) with at least one class", weight)
-    classes, fan_in = weight.shape
-    if input.dim() < 1 or input.shape[-1] != fan_in:
-        _checks.bad_value(_NAME, "input", f"of shape (*rows, {fan_in})", input)
     if isinstance(target, Tensor) and target.is_floating_point():
         raise UnsupportedError(
             f"{_NAME}: target must hold class indices, got {_checks.describe(target)}: class probabilities are as large as the "
             "logits that this operation avoids; form the logits and use head_cross_entropy"
         )
     _checks.check_class_target(_NAME, "target", target)
-    if target.shape != input.shape[:-1]:
-        _checks.bad_value(_NAME, "target", f"of shape {tuple(input.shape[:-1])}", target)
-    _checks.check_by_class(_NAME, "bias", bias, classes)
-    _checks.check_by_class(_NAME, "class_weight", class_weight, classes)
+    check_shapes(input, weight, bias, target.long(), class_weight)
     if class_weight is not None and class_weight.requires_grad:
         _checks.bad_value(_NAME, "class_weight", "free of requires_grad", class_weight)
     _checks.check_same_device(
         _NAME, input=input, weight=weight, target=target, bias=bias, class_weight=class_weight
     )
-
-
-def _register() -> None:
-    @register_fake("linear_cross_entropy")
-    def _(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        class_weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: int,
-        *options: Any,
-    ) -> tuple[Tensor, Tensor]:
-        return triton.fake_values(input, accumulation_dtype(input, weight, bias), target, reduction)
-
-    register_fake("linear_cross_entropy_forward")(triton.fake_forward)
-
-
-if backends.native_loaded():
-    _register()

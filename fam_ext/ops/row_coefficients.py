@@ -30,7 +30,8 @@ def cross_entropy_coefficients(
     With omega the class weights (ones when None) and eps the label smoothing, before the reduction
     c_i = (1 - eps) omega_{y_i} + eps/O sum_s omega_s for a class index y_i, and
     c_i = sum_s q'_is omega_s for a distribution q_i, where q' = (1 - eps) q + eps/O.
-    "mean" divides by the sum of omega_{y_i} over the rows not ignored (by the number of rows for distributions).
+    "mean" divides by the sum of omega_{y_i} over the rows not ignored (by the number of rows for distributions). Where that is 0,
+    c_i is not finite for rows that are not ignored, as torch's loss is not, and 0 for the others.
 
     Args:
         logits: (O,), (N, O) or (N, O, *positions); only its shape and dtype are used.
@@ -68,7 +69,6 @@ def cross_entropy_coefficients(
             else picked
         )
     if reduction == "mean":
-        # all rows ignored: every c_i is zero, and so is kappa
-        total = picked.sum()
-        c = c / torch.where(total == 0, 1, total)
+        # class weights that sum to 0 divide by 0, as in torch; ignored rows stay at 0, and with all of them kappa
+        c = torch.where(valid, c / picked.sum(), 0)
     return c

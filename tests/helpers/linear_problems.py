@@ -120,6 +120,15 @@ def on_grid(*sizes: int) -> Tensor:
     return torch.randint(-8, 9, sizes).float() / 8
 
 
+def nearly_equal_rows(classes: int, fan_in: int, spread: float) -> tuple[Tensor, Tensor]:
+    """Logits (64, classes) that favour the first half of the classes, and a weight whose rows for those differ by `spread` only,
+    far from the mean row of all.
+    """
+    near = torch.arange(classes) < classes // 2
+    weight = torch.where(near[:, None], torch.randn(fan_in), torch.randn(classes, fan_in))
+    return torch.randn(64, classes) + 8.0 * near, weight + spread * torch.randn(classes, fan_in)
+
+
 def confident_problem(classes: int, doubt: float, offset: float) -> tuple[Tensor, Tensor]:
     """input and weight whose logits are exact in float32, with max p about 1 - doubt in every row, for three classes y in turn.
 

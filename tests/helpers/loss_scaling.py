@@ -1,4 +1,4 @@
-"""Gradients under a loss scale, in the dtypes that need one: no further from float64 than 1.5 times what torch makes of the same."""
+"""Gradients under a loss scale, in dtypes that need one: no further from float64 than 1.5 times what torch makes of the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GAPS = (8.25, 11.6, 15.0)
 def confident_head(
     rows: int, classes: int, fan_in: int, gap: float, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor]:
-    """(logits, features, weight) and targets, every row's target above all other classes by about `gap`, the others' share in sum."""
+    """(logits, features, weight) and targets; every row's target stands out by about `gap` above all others together."""
     target = torch.arange(rows) % classes
     logits = torch.randn(rows, classes) / 4
     logits[torch.arange(rows), target] = gap + math.log(classes - 1)

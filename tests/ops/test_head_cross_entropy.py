@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import oracle
@@ -262,6 +263,34 @@ def test_no_rows(form: str, backend: str) -> None:
         check(make_problem(shape, fan_in), indices(shape), {"reduction": "sum"}, backend)
     loss, flatness = head_cross_entropy(*make_problem((0, 3), 5), indices((0, 3)), backend=backend)
     assert loss.isnan() and flatness == 0
+
+
+def test_no_rows_of_probabilities(form: str, backend: str) -> None:
+    """torch's mean over nothing is nan, the sum 0."""
+    for shape in ((0, 3), (0, 40), (2, 4, 0)):
+        inputs, target = make_problem(shape, 5), torch.zeros(shape)
+        for reduction in ("mean", "sum"):
+            loss, flatness = head_cross_entropy(*inputs, target, reduction=reduction, backend=backend)
+            assert loss.isnan() == F.cross_entropy(inputs[0], target, reduction=reduction).isnan()
+            assert not loss.nan_to_num() and flatness == 0
+
+
+def test_class_weights_that_sum_to_zero(form: str, backend: str) -> None:
+    """The mean divides by 0, as torch's: no number that is not ignored is finite."""
+    for shape in ((4, 3), (4, 40)):
+        inputs, target = make_problem(shape, 5), torch.tensor([0, 0, -100, 0])
+        class_weight = torch.ones(shape[1]).index_fill(0, torch.tensor([0]), 0.0)
+        for smoothing in (0.0, 0.1):
+            options = {"label_smoothing": smoothing}
+            run = partial(
+                head_cross_entropy, target=target, class_weight=class_weight, backend=backend, **options
+            )
+            loss, flatness, *grads = differentiate(run, inputs)
+            logits = inputs[0].detach().requires_grad_()
+            torchs = F.cross_entropy(logits, target, class_weight, **options)
+            assert torchs.isnan() and loss.isnan() and not flatness.isfinite()
+            assert torch.equal(grads[0].isnan(), torch.autograd.grad(torchs, logits)[0].isnan())
+            assert not grads[1][2].any() and not grads[2].isfinite().any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -269,6 +269,11 @@ Z, PHI, W = torch.zeros(7, 4), torch.zeros(7, 5), torch.zeros(4, 5)
         ({"target": Y[:6]}, ValueError, r"target must be of shape \(7,\), got"),
         ({"target": torch.rand(7, 3)}, ValueError, r"target must be of shape \(7, 4\), got"),
         ({"target": torch.rand(7, 4).requires_grad_()}, ValueError, "target must be free of requires_grad"),
+        (
+            {"target": torch.rand(7, 4), "ignore_index": 1},
+            ValueError,
+            "ignore_index must be negative with class probabilities as targets, got 1",
+        ),
         ({"class_weight": torch.ones(3)}, ValueError, r"class_weight must be of shape \(4,\)"),
         ({"class_weight": torch.ones(4).long()}, TypeError, "class_weight must be a float32"),
         ({"class_weight": W[:, 0].clone().requires_grad_()}, ValueError, "class_weight must be free of req"),

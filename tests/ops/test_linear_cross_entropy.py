@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import oracle
@@ -21,6 +22,7 @@ from linear_problems import (
     exact,
     indices,
     make_problem,
+    nearly_equal_rows,
 )
 from tolerance import assert_accurate, relative_error
 from torch import Tensor
@@ -150,6 +152,34 @@ def test_probabilities_that_are_the_smoothed_targets(dtype: torch.dtype) -> None
         check(inputs, torch.tensor([0]), {"label_smoothing": 1.0, "reduction": "sum", "strength": 0.0})
 
 
+@needs_native
+def test_accumulation_in_the_weights_dtype_where_parts_cancel() -> None:
+    """Rows of W that come in nearly equal pairs, each as likely as the other: w_s - u is far smaller than w_s - m and u - m."""
+    pairs, fan_in, rows = 4, 16, 64
+    likely = torch.arange(rows) % pairs
+    base = 3 * torch.linalg.qr(torch.randn(fan_in, fan_in))[0][:pairs]
+    weight = (base.repeat_interleave(2, 0) + 0.02 * torch.randn(2 * pairs, fan_in)).bfloat16()
+    x, target = (4 * base[likely]).bfloat16(), 2 * likely + torch.arange(rows) // pairs % 2
+    run = lambda f, **k: differentiate(lambda *t: f(*t, target=target, strength=1e4, **k), (x, weight))[3]  # noqa: E731
+    truth = differentiate(lambda x, w: exact(x, w, None, target, 1e4), (x.double(), weight.double()))[3]
+    error = relative_error(run(linear_cross_entropy, accumulate="input", max_bytes=ONE_TILE), truth)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert error <= eps / 2 * (math.sqrt(rows / 16) + 1)  # 4 chunks
+    parts = (weight.double() - weight.double().mean(0)).norm()
+    assert truth.norm() < parts * 1e4  # and the parts are larger by far
+
+
+@needs_native
+def test_float16_weights_are_summed_in_float32() -> None:
+    """Whatever is asked for: their range is too small for gradients that no loss scale has reached."""
+    inputs, target = make_problem((64,), 16, 100, (torch.float16,) * 3), indices((64,), 100)
+    run = lambda kind: differentiate(  # noqa: E731
+        lambda x, w, b: linear_cross_entropy(x, w, target, bias=b, accumulate=kind, max_bytes=ONE_TILE),
+        inputs,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(run("input"), run("float32"), strict=True))
+
+
 @st.composite
 def problems(draw: Any) -> Any:
     rows = tuple(draw(st.lists(st.integers(1, 5), min_size=0, max_size=3)))
@@ -191,6 +221,42 @@ def test_confident_predictions(classes: int, strength: float, offset: float) -> 
         # dphi = dz W as in any linear layer: an offset of W, where the sum of dz is 0, takes its digits in torch's too
         allowed = 2e-6 + (relative_error(plain[2], truth[2]) if offset else 0.0)
         assert errors.pop(2) <= allowed and max(errors) <= 2e-6
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e-4, 1e-2])
+def test_nearly_equal_rows(spread: float, backend: str) -> None:
+    """Rows of a vocabulary that were never trained: kappa is not negative, and off by no more than rounding of |w|^2."""
+    _, weight = nearly_equal_rows(40, 24, spread)
+    x, target = torch.randn(64, 24) / 8, torch.arange(64) % 40
+    bias = torch.where(torch.arange(40) < 20, 6.0, 0.0)
+    run = lambda f, *t: differentiate(lambda x, w, b: f(x, w, b, reduction="sum"), t)  # noqa: E731
+    ours = run(
+        lambda x, w, b, **k: linear_cross_entropy(x, w, target, bias=b, backend=backend, **k), x, weight, bias
+    )
+    truth = run(lambda x, w, b, **k: exact(x, w, b, target, **k), *(t.double() for t in (x, weight, bias)))
+    scale = 16 * torch.finfo(torch.float32).eps * weight.square().sum(1).max() * x.square().sum()
+    rows = linear_cross_entropy(x, weight, target, bias=bias, reduction="none", backend=backend)[1]
+    assert (rows >= 0).all() and ours[1] >= 0
+    for a, b in zip(ours, truth, strict=True):
+        assert (a - b).abs().max() <= scale
+
+
+def test_class_weights_that_sum_to_zero(backend: str) -> None:
+    """The mean divides by 0, as torch's: not finite, but for ignored rows."""
+    (x, weight, bias), target = make_problem((4,), 3, 5), torch.tensor([0, 0, -100, 0])
+    omega = torch.tensor([0.0, 1, 1, 1, 1])
+    for smoothing in (0.0, 0.1):
+        run = partial(
+            linear_cross_entropy,
+            target=target,
+            class_weight=omega,
+            label_smoothing=smoothing,
+            backend=backend,
+        )
+        loss, flatness, *grads = differentiate(lambda x, w, b, run=run: run(x, w, bias=b), (x, weight, bias))
+        assert F.cross_entropy(x @ weight.T, target, omega, label_smoothing=smoothing).isnan()
+        assert loss.isnan() and not flatness.isfinite() and all(g.isnan().any() for g in grads)
+        assert not grads[0][2].any()
 
 
 def test_all_rows_ignored(backend: str) -> None:

@@ -13,6 +13,7 @@ from full_hessian import relative_flatness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, LAYOUTS, confident_logits, make_input, needs_native
+from linear_problems import nearly_equal_rows
 from loss_scaling import GAPS, assert_scales_like_torch, confident_head
 from tolerance import assert_accurate, relative_error
 from torch import Tensor
@@ -104,6 +105,22 @@ def test_layouts_and_dtypes(layout: str, dtypes: Any, form: str) -> None:
 )
 def test_several_blocks_of_rows(form: str, rows: int, classes: int) -> None:
     check(make_input((rows, classes)), make_input((classes, 3), seed=1), form, "native")
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("classes", [6, 40])
+def test_nearly_equal_rows(classes: int, spread: float, form: str, backend: str) -> None:
+    """Rows of a vocabulary that were never trained: v is not negative, and off by no more than rounding of |w|^2."""
+    z, weight = nearly_equal_rows(classes, 24, spread)
+    upstream = torch.rand(len(z))
+    value, dz, dw = differentiate(call(form, backend), z, weight, upstream)
+    truth = differentiate(oracle.softmax_trace, z.double(), weight.double(), upstream)
+    rounding = 16 * torch.finfo(torch.float32).eps
+    squares = float(weight.square().sum(1).max())
+    assert (value >= 0).all()
+    assert (value - truth[0]).abs().max() <= rounding * squares
+    assert (dz - truth[1]).abs().max() <= rounding * squares
+    assert (dw - truth[2]).abs().max() <= rounding * math.sqrt(squares) * upstream.sum()
 
 
 @needs_native

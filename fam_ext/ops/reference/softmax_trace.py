@@ -18,6 +18,11 @@ def softmax_trace(logits: Tensor, weight: Tensor, form: str) -> Tensor:
         return compute(z.to(acc), weight.to(acc)).reshape(rows.shape[:-1])
 
 
+def at_least_zero(values: Tensor) -> Tensor:
+    """Numbers that only rounding makes negative, where nearly equal rows of the weight are subtracted; gradients as they are."""
+    return values + (values.clamp(min=0) - values).detach()
+
+
 def shifted(z: Tensor, w: Tensor) -> Tensor:
     """Form (a): the mean weight as a shift from the most likely class's; one (N,O)x(O,I) product.
 
@@ -38,7 +43,7 @@ def shifted(z: Tensor, w: Tensor) -> Tensor:
     wy = w[y.squeeze(1)]  # (N, I)
     u = p @ w - r * wy
     sq = w.square().sum(1)  # (O,)
-    return p @ sq - r.squeeze(1) * sq[y.squeeze(1)] - 2 * (wy * u).sum(1) - u.square().sum(1)
+    return at_least_zero(p @ sq - r.squeeze(1) * sq[y.squeeze(1)] - 2 * (wy * u).sum(1) - u.square().sum(1))
 
 
 def pairwise(z: Tensor, w: Tensor) -> Tensor:
@@ -47,6 +52,8 @@ def pairwise(z: Tensor, w: Tensor) -> Tensor:
     gram = w @ w.T
     sq = gram.diagonal()
     distances = sq[:, None] + sq[None, :] - 2 * gram
-    distances = distances.masked_fill(torch.eye(len(w), dtype=torch.bool, device=w.device), 0.0)
+    distances = at_least_zero(
+        distances.masked_fill(torch.eye(len(w), dtype=torch.bool, device=w.device), 0.0)
+    )
     p = torch.softmax(z, 1)
     return 0.5 * ((p @ distances) * p).sum(1)
