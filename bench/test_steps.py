@@ -1,6 +1,6 @@
 """The steps of the quick cases under pytest-benchmark, which keeps its runs and compares them:
 
-pytest bench --benchmark-only --benchmark-autosave, then pytest-benchmark compare --group-by=group,param. Steps run one after the
+pytest bench --benchmark-only --benchmark-autosave, then pytest-benchmark compare --group-by=group,name. Steps run one after the
 other here, so their ratios are less steady than those of bench/run.py.
 """
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
+import json
 import math
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +157,38 @@ def result(variant: str, median: float, spread: float = 0.01, baseline: float = 
     return report.Result(
         "op", "case", 1, variant, "plain", median, low, high, *ratio, 1e-7, 0.0, 0.0, 0.0, 0.0, 1.0
     )  # fmt: skip
+
+
+def test_pytest_benchmark_keeps_runs_and_compares_them(tmp_path: Path) -> None:
+    def python(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    short = (
+        "--benchmark-max-time=0.01",
+        "--benchmark-min-rounds=1",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "patch_sqnorm and small",
+    )
+    python(
+        "pytest",
+        "bench",
+        "--benchmark-only",
+        f"--benchmark-storage={tmp_path}",
+        "--benchmark-autosave",
+        *short,
+    )
+    (kept,) = tmp_path.rglob("*.json")
+    benchmarks = json.loads(kept.read_text())["benchmarks"]
+    assert {b["group"] for b in benchmarks} == {"patch_sqnorm: small training"}
+    assert all(b["extra_info"]["error"] <= 2e-6 for b in benchmarks)
+    compared = python("pytest_benchmark", f"--storage={tmp_path}", "compare", "--group-by=group,name")
+    assert all(b["name"] in compared for b in benchmarks)
 
 
 def test_fitted_exponents() -> None:
@@ -314,3 +352,26 @@ def test_terminal_shows_one_table_for_an_operation(capsys: Any) -> None:
     shown = capsys.readouterr().out
     assert shown.count("relative") == 1
     assert "105 ms" in shown
+
+
+def test_the_faster_form_is_told_for_each_number_of_threads() -> None:
+    """Here `auto` takes the slower one with one thread; other backends are no matter."""
+    own = [result("native a (auto)", 120), result("native b", 100), result("reference a", 5)]
+    more = [replace(r, threads=2, median_us=50.0) for r in own[:1]] + [replace(own[1], threads=2)]
+    assert report.faster_form([*own, *more]).splitlines() == [
+        "1 thread(s): auto takes a, b is faster; auto/fastest 1.20",
+        "2 thread(s): auto takes a, a is faster; auto/fastest 1.00",
+    ]
+    assert report.faster_form(own[2:]) == ""
+
+
+def test_no_circle_among_the_benchmarks_imports() -> None:
+    files = {path.stem: path for path in (ROOT / "bench").glob("*.py")}
+    imports: dict[str, set[str]] = {}
+    for name, path in files.items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imports[name] = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
+        imports[name] |= {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+    own = {name: used & set(files) for name, used in imports.items()}
+    assert list(graphlib.TopologicalSorter(own).static_order())  # CycleError names the circle
+    assert "memory" in own["case"]
