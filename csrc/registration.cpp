@@ -23,7 +23,6 @@ TORCH_LIBRARY(fam_ext, m) {
       "head_cross_entropy_forward(Tensor logits, Tensor features, Tensor weight, Tensor target, Tensor? class_weight, "
       "int ignore_index, float label_smoothing, bool mean, float strength, bool curvature_grad, bool pairwise, "
       "bool grad_logits, bool grad_features, bool grad_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
   // linear_cross_entropy itself is defined in fam_ext/ops/_linear_cross_entropy_op.py; these are its row kernels
   m.def(
       "linear_cross_entropy_softmax_rows(Tensor(a!) z, Tensor? bias, Tensor squares, Tensor? omega, Tensor target, "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fam_ext import _checks
-from fam_ext.errors import NoClosedForm
+from fam_ext.errors import NoClosedForm, UnsupportedError
 from fam_ext.loss_hessians import LossHessian
 from fam_ext.ops.backends import BACKENDS
 
@@ -16,7 +16,7 @@ MEASURES = ("neuronwise", "layerwise", "trace")
 EIGENVALUE_MEASURES = ("layerwise_eigenvalue", "neuronwise_eigenvalue")
 _CURVATURES = ("hessian", "ggn", "fisher", "empirical_fisher")
 
-_METHODS = ("auto", "closed_form", "exact", "hutchinson", "finite_difference")
+_METHODS = ("auto", "closed_form", "exact", "hutchinson", "finite_difference", "noise")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Options:
             _checks.bad_value(
                 self.caller, "method", f"'auto' or 'exact' with measure={self.measure!r}", self.method
             )
+        if self.method == "noise":
+            self._check_noise()
         if self.method == "finite_difference" and not self.curvature_grad:
             _checks.bad_value(self.caller, "curvature_grad", "True with method='finite_difference'", False)
         if self.curvature == "hessian":
@@ -94,6 +96,24 @@ class Options:
                 f"'hessian' with measure={self.measure!r} and method={self.method!r}",
                 self.curvature,
             )
+
+    def _check_noise(self) -> None:
+        """Refuse what a perturbed loss does not have."""
+        if self.caller != "FAMLoss":
+            raise UnsupportedError(
+                f"{self.caller}: method='noise' perturbs the network so that its expected loss holds the term, and has no value "
+                "of kappa; use method='hutchinson' or curvature='fisher'"
+            )
+        for argument, value, expected, way_out in (
+            ("measure", self.measure, "neuronwise", "the noise is that of kappa"),
+            ("curvature", self.curvature, "hessian", "the noise's term is the Hessian's"),
+            ("curvature_grad", self.curvature_grad, True, "the gradient flows through the perturbed network"),
+            ("probes", self.probes, 1, "each step has one draw; a larger batch averages more"),
+        ):
+            if value != expected:
+                _checks.bad_value(
+                    self.caller, argument, f"{expected!r} with method='noise' ({way_out})", value
+                )
 
     @property
     def closed_form(self) -> bool:

@@ -116,6 +116,7 @@ class FeatureLoss:
         layers: Sequence[LinearMap],
         criterion: Any,
         loss_hessian: Any,
+        factor: float,
         features: Tensor,
         weight: Tensor,
         target: Tensor,
@@ -136,7 +137,7 @@ class FeatureLoss:
             )
         self.tensors = (features, weight, target)
         self.num_items = num_items
-        self.factor = 1.0 if options.normalize is None else 1.0 / layer.fan_in
+        self.factor = factor
         self.arguments: dict[str, Any] = {
             "bias": bias,
             "class_weight": loss_hessian.weight,

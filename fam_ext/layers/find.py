@@ -14,6 +14,7 @@ from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import adapters
 from fam_ext.layers.linear_map import is_layer
+from fam_ext.schedules import check_strength
 
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel
 # attributes that models of many libraries keep their last layer under
@@ -94,6 +95,45 @@ def select_layers(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         _checks.bad_value(caller, "layer", f"a pattern of layers that can be regularized ({reasons})", layer)
     return Selection(dict(chosen.values()), left_out)
+
+
+def select_with_strengths(
+    caller: str,
+    model: nn.Module,
+    layer: str | nn.Module | Sequence[str | nn.Module] | None,
+    strengths: dict[str, float],
+) -> tuple[Selection, list[float]]:
+    """The layers that the patterns of `strengths` match, within those that `layer` names if it does, and a number for each.
+
+    The first pattern that matches counts. Raises ValueError where a pattern matches nothing or a layer has no number.
+    """
+    if not strengths:
+        _checks.bad_value(caller, "strength", "a dict that is not empty", strengths)
+    of_layer: dict[int, float] = {}
+    selections = [select_layers(caller, model, pattern) for pattern in strengths]
+    for one, value in zip(selections, strengths.values(), strict=True):
+        number = check_strength(caller, "strength", value)
+        if callable(number):
+            _checks.bad_type(caller, "strength", "a dict from patterns to numbers", value)
+        for module in one.layers.values():
+            of_layer.setdefault(id(module), number)
+    if layer is None:
+        named = {name: m for name, m in model.named_modules() if id(m) in of_layer}
+        left_out = {
+            name: why for one in selections for name, why in one.left_out.items() if name not in named
+        }
+        selection = Selection(named, left_out)
+    else:
+        selection = select_layers(caller, model, layer)
+        missing = [name for name, m in selection.layers.items() if id(m) not in of_layer]
+        if missing:
+            _checks.bad_value(
+                caller,
+                "strength",
+                f"a dict with a pattern for every layer (none for {missing[0]})",
+                strengths,
+            )
+    return selection, [of_layer[id(m)] for m in selection.layers.values()]
 
 
 def find_layers(

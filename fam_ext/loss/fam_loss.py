@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext import _checks
 from fam_ext.head import one_pass
-from fam_ext.layers.find import find_layers
-from fam_ext.loss.layer_criterion import LayerCriterion, outside_graph
+from fam_ext.layers.find import select_layers, select_with_strengths
+from fam_ext.loss.layer_criterion import outside_graph
 from fam_ext.loss.plan import CLOSED_FORM
 from fam_ext.loss.step_record import StepRecord
+from fam_ext.loss.training_criterion import TrainingCriterion
 from fam_ext.options import Options
-from fam_ext.schedules import Schedule, TargetRatio, check_strength
+from fam_ext.schedules import Schedule, TargetRatio
 
 
-class FAMLoss(LayerCriterion):
+class FAMLoss(TrainingCriterion):
     r"""The criterion's loss plus strength times the relative flatness of a layer, or of several.
 
     .. math:: L + \mathrm{strength} \cdot \kappa, \qquad
@@ -96,16 +96,7 @@ class FAMLoss(LayerCriterion):
             max_bytes,
             hold_statistics,
         )
-        if isinstance(every, bool) or not isinstance(every, int):
-            _checks.bad_type("FAMLoss", "every", "an integer", every)
-        if every < 1:
-            _checks.bad_value("FAMLoss", "every", "at least 1", every)
-        checked = self._check_strength(strength)
-        super().__init__(criterion, layer, options)
-        self._strength = checked
-        self.every = every
-        self.step = 0
-        self.last = StepRecord()
+        super().__init__(criterion, layer, options, strength, every)
         self._one_pass = (  # what of it does not change from step to step
             options.closed_form
             and measure == "neuronwise"
@@ -113,53 +104,58 @@ class FAMLoss(LayerCriterion):
             and not self.terms[0].layer.input_first
             and len(self.terms) == 1
         )
-        self._ordinary = self._one_pass and curvature != "fisher" and backend in ("auto", "native")
-
-    @staticmethod
-    def _check_strength(value: object) -> Any:
-        return value if isinstance(value, TargetRatio) else check_strength("FAMLoss", "strength", value)
-
-    @property
-    def strength(self) -> Any:
-        """The number or schedule in use; may be set at any time."""
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float | Schedule | TargetRatio) -> None:
-        self._strength = self._check_strength(value)
+        self._ordinary = self._one_pass and curvature in ("hessian", "ggn") and backend in ("auto", "native")
+        self.left_out: dict[str, str] = {}
+        self._guess: str | None = None
 
     @classmethod
     def for_model(
         cls,
         criterion: Any,
         model: nn.Module,
-        layer: str | nn.Module | None = None,
+        layer: str | nn.Module | Sequence[str | nn.Module] | None = None,
         *,
         strength: Any,
         **options: Any,
     ) -> FAMLoss:
-        """FAMLoss on layers of `model` by name or glob pattern (several: the sum); default: its last Linear or Conv layer."""
-        return cls(criterion, find_layers("FAMLoss.for_model", model, layer), strength, **options)
+        """FAMLoss on layers of `model` by name or glob pattern (several: the sum); default: the model's head.
+
+        "*" is every Linear and convolution but those that cannot be regularized, which `left_out` lists with the reasons. kappa
+        does not change when a ReLU network is rescaled, so that layers are comparable and one strength suits all of them;
+        `strength` may also be a dict from patterns to numbers: each layer takes the number of the first pattern that matches, and
+        the term is the sum of strength * kappa over the layers (`last.strength` is 1 then).
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or a name matches nothing (near names are listed).
+            UnsupportedError: a layer that is named cannot be regularized.
+
+        Example:
+            >>> import torch, fam_ext
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+            >>> ce = torch.nn.CrossEntropyLoss()
+            >>> len(fam_ext.FAMLoss.for_model(ce, net, "*", strength=0.01, method="noise").terms)
+            2
+            >>> [t.share for t in fam_ext.FAMLoss.for_model(ce, net, strength={"0": 0.01, "*": 0.1}).terms]
+            [0.01, 0.1]
+        """
+        caller = "FAMLoss.for_model"
+        shares: list[float] = []
+        if isinstance(strength, dict):
+            selection, shares = select_with_strengths(caller, model, layer, strength)
+            strength = 1.0
+        else:
+            selection = select_layers(caller, model, layer)
+        made = cls(criterion, list(selection.layers.values()), strength, **options)
+        for term, share in zip(made.terms, shares, strict=False):
+            term.share = share
+        made.left_out, made._guess = selection.left_out, selection.guess
+        if made._noise:
+            made._set_noise()
+        return made
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, strength={self._strength}"
-
-    def get_extra_state(self) -> dict[str, Any]:
-        schedule = self._strength
-        state = schedule.state_dict() if hasattr(schedule, "state_dict") else None
-        return {"step": self.step, "schedule": state}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        if state["schedule"] is not None and hasattr(self._strength, "load_state_dict"):
-            self._strength.load_state_dict(state["schedule"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "last": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.last = StepRecord()
+        left_out = f", {len(self.left_out)} left out" if self.left_out else ""
+        return f"{super().extra_repr()}, strength={self._strength}{left_out}"
 
     def forward(self, outputs: Any, *targets: Any, closure: Any = None, **kwargs: Any) -> Tensor:
         """The total loss; arguments as the criterion takes them.
@@ -170,30 +166,14 @@ class FAMLoss(LayerCriterion):
         for term in self.terms:
             training = training and term.module.training
         if not training:
+            if self._noise and self.training:
+                self._reset_noise()
             plain: Tensor = self.criterion(outputs, *targets, **kwargs)
             return plain
         if torch.compiler.is_compiling():
             compiled: Tensor = outside_graph(self._train, outputs, targets, kwargs, closure)
             return compiled
         return self._train(outputs, targets, kwargs, closure)
-
-    def _finish(self, last: StepRecord) -> None:
-        """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
-        state = self.__dict__
-        state["last"] = last
-        state["step"] += 1
-
-    def _strength_now(self) -> Any:
-        """This step's strength: a number, or TargetRatio. 0 on a step without the term."""
-        if self.step % self.every:
-            return 0.0
-        strength = self._strength
-        if not isinstance(strength, (float, TargetRatio)):
-            what = "the value of the strength schedule"
-            strength = check_strength("FAMLoss", what, strength(self.step))
-            if callable(strength):
-                _checks.bad_type("FAMLoss", what, "a number", strength)
-        return strength
 
     def linear_cross_entropy(
         self,
@@ -238,6 +218,7 @@ class FAMLoss(LayerCriterion):
             [term.layer for term in self.terms],
             self.criterion,
             self._bind_arguments((target,), {}),
+            self.terms[0].factor,
             features,
             weight,
             target,
@@ -256,6 +237,8 @@ class FAMLoss(LayerCriterion):
         return total
 
     def _train(self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> Tensor:
+        if self._noise:
+            return self._perturbed(outputs, targets, kwargs)
         strength = self._strength_now()
         if isinstance(strength, float) and strength == 0:
             self.reset()

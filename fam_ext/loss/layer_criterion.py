@@ -39,8 +39,12 @@ class LayerCriterion(nn.Module):
         if name == "criterion":  # it may be replaced later: the closed form must be the new one's
             self._read_criterion()
         elif name == "training":  # train(), eval(), or a tool that sets it itself
-            for term in self.__dict__.get("terms", ()):
-                term.hook.active = value and term.handle is not None
+            self._activate(value)
+
+    def _activate(self, training: bool) -> None:
+        """The hooks follow the mode."""
+        for term in self.__dict__.get("terms", ()):
+            term.hook.active = training and term.handle is not None
 
     def _read_criterion(self) -> None:
         """How to bind the criterion's arguments, where it has a closed form; else why not."""

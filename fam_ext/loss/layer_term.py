@@ -13,7 +13,9 @@ from fam_ext.capture.calls import CapturedCalls, layer_weight
 from fam_ext.capture.hook import LayerHook
 from fam_ext.errors import NoClosedForm
 from fam_ext.head.closed_form import weight_factor
+from fam_ext.hessian.noise import on_input
 from fam_ext.layers.linear_map import LinearMap
+from fam_ext.loss.noise_hook import NoiseHook
 from fam_ext.loss.plan import CouplingMemory, Plan
 from fam_ext.options import Options
 
@@ -30,8 +32,8 @@ class LayerTerm:
         self.module = module  # the layer, or the adapter around it
         self.layer = LinearMap(options.caller, module)
         self.captures = CapturedCalls(str(module), self.layer.class_dim, self.layer.unusual)
-        self.factor = 1.0 if options.normalize is None else 1.0 / self.layer.fan_in  # of an operation's kappa
-        self.hook = LayerHook()
+        self.share = 1.0  # what the layer's kappa counts in the sum
+        self.hook: LayerHook | NoiseHook = LayerHook()
         self.handle: Any = None
         self.plan: Plan | None = None
         self.memory = CouplingMemory()
@@ -44,13 +46,18 @@ class LayerTerm:
         """Put the hook on the layer; without effect while it is there."""
         if self.handle is not None:
             return
-        hooks = self.module._forward_hooks
-        for key in [k for k, hook in hooks.items() if isinstance(hook, LayerHook) and hook.captures is None]:
-            del hooks[key]  # left by a copy of the layer
-            self.module._forward_hooks_with_kwargs.pop(key, None)
-        self.hook = LayerHook(self.captures, owner.any_mode)
+        _remove_inert_hooks(self.module)
+        options, module = self.options, self.module
+        if options.method == "noise":
+            self.hook = NoiseHook(self.layer, options.generator, options.per_sample_probes is False)
+            if on_input(self.layer):
+                self.handle = module.register_forward_pre_hook(self.hook, with_kwargs=True)
+            else:
+                self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
+        else:
+            self.hook = LayerHook(self.captures, owner.any_mode)
+            self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
         self.hook.active = owner.training
-        self.handle = self.module.register_forward_hook(self.hook, with_kwargs=True)
         weakref.finalize(owner, self.handle.remove).atexit = False
 
     def detach(self) -> None:
@@ -93,6 +100,17 @@ class LayerTerm:
             self._generators[device] = torch.Generator(device).manual_seed(_SEED)
         return self._generators[device]
 
+    def generator_states(self) -> dict[str, Tensor]:
+        """By device; of the user's generator too."""
+        own = dict(self._generators)
+        if self.options.generator is not None:
+            own = {self.options.generator.device: self.options.generator}
+        return {str(device): generator.get_state() for device, generator in own.items()}
+
+    def load_generator_states(self, states: dict[str, Tensor]) -> None:
+        for name, state in states.items():
+            self.generator(torch.device(name)).set_state(state)
+
     def scale_to_measure(self, value: Tensor, weight: Tensor) -> Tensor:
         """The measure from the curvature: times the norm of the weight (any layout), over the fan-in."""
         options = self.options
@@ -100,7 +118,12 @@ class LayerTerm:
             factor = weight_factor(weight, options.measure, options.norm_power)
             if factor is not None:
                 value = value * factor.to(value.dtype)
-        return value if options.normalize is None else value / self.layer.fan_in
+        return value if self.factor == 1.0 else value * self.factor
+
+    @property
+    def factor(self) -> float:
+        """What kappa is multiplied with: its share in the sum, over the fan-in if that is asked for."""
+        return self.share if self.options.normalize is None else self.share / self.layer.fan_in
 
     def record_plan(self, plan: Plan) -> None:
         if plan is not self.plan and plan != self.plan:
@@ -108,7 +131,24 @@ class LayerTerm:
             log.info("%s on %s: %s", self.options.caller, type(self.layer.module).__name__, plan)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"options": self.options, "module": self.module, "attached": self.handle is not None}
+        return {"options": self.options, "module": self.module, "share": self.share}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["options"], state["module"])  # type: ignore[misc]
+        self.share = state["share"]
+
+
+def _remove_inert_hooks(module: nn.Module) -> None:
+    """Hooks that a copy of the layer carries, tied to no criterion."""
+    untyped: Any = module
+    for hooks, marks in (
+        (untyped._forward_hooks, untyped._forward_hooks_with_kwargs),
+        (untyped._forward_pre_hooks, untyped._forward_pre_hooks_with_kwargs),
+    ):
+        for key, hook in list(hooks.items()):
+            inert = (isinstance(hook, LayerHook) and hook.captures is None) or (
+                isinstance(hook, NoiseHook) and hook.layer is None
+            )
+            if inert:
+                del hooks[key]
+                marks.pop(key, None)

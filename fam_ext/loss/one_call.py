@@ -119,7 +119,7 @@ def sum_of_terms(
             options, term.layer, head.loss_hessian, outputs, head.class_dim, head.rows, head.features, head.weight, samples,
             per_sample,
         )  # fmt: skip
-        estimates.append(Estimate(kappa, None))
+        estimates.append(Estimate(kappa if term.share == 1.0 else kappa * term.share, None))
     if others and options.method == "finite_difference":
         for term in others:
             term.captures.done()

@@ -43,6 +43,9 @@ class Plan:
 
 
 CLOSED_FORM = Plan("closed_form", None, 0, "the layer's output is what the criterion receives")
+_NOISE = "the loss is that of the perturbed network; where samples are coupled after the layer (batch_norm in training mode) "
+NOISE = Plan("noise", "samples", 0, _NOISE + "its mean holds kappa without the terms between samples")
+NOISE_SHARED = Plan("noise", "batch", 0, _NOISE + "its mean holds all of kappa")
 UNUSED = Plan("unused", None, 0, "the latest loss does not depend on the layer, whose kappa is 0 then")
 
 

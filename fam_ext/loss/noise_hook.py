@@ -1,0 +1,140 @@
+"""method="noise": the hook that perturbs a layer in the forward pass, one draw for all calls of a step."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fam_ext.capture.calls import layer_weight
+from fam_ext.errors import UnsupportedError
+from fam_ext.hessian import noise
+from fam_ext.layers.linear_map import LinearMap
+
+_KEY = "fam_ext_noise"  # in the metadata of an autograd node
+
+
+class _Token:
+    """Lives as long as the graph of the call that it was made for."""
+
+
+class NoiseHook:
+    """Adds the noise of one layer: to its input as a forward pre-hook, to its output as a forward hook (`noise.on_input`).
+
+    All calls of the layer between two losses share one draw, since they share one weight. Every call takes the same amount of
+    random numbers all the same, so that a checkpointed call replays the generator as its first pass found it.
+
+    `active` is false in evaluation mode and where the strength is 0: nothing is drawn then.
+    """
+
+    __name__ = "fam_ext_noise_hook"
+
+    def __init__(self, layer: LinearMap | None = None, generator: Any = None, shared: bool = False) -> None:
+        self.layer = layer  # None: the inert hook of a copied module
+        self.generator = generator
+        self.shared = shared
+        self.active = False
+        self.called = False  # in this step
+        self.seen = False  # in any step
+        self.value = 0.0
+        self.tensor: Tensor | None = (
+            None  # of the same value: a number that changes would make torch.compile compile again
+        )
+        self.drawn: noise.Draw | None = None
+        self.kept: noise.Draw | None = (
+            None  # of the step before, whose backward pass may call the layer again
+        )
+        self._token: Any = None
+
+    def set(self, strength: float, device: torch.device) -> None:
+        """The strength of the next step."""
+        if self.tensor is None or self.tensor.device != device:
+            self.tensor = torch.full((), strength, device=device)
+        elif strength != self.value:
+            self.tensor.fill_(strength)
+        self.value = strength
+
+    def finish(self) -> None:
+        """A loss has been taken: the next call draws anew."""
+        self.drawn, self.kept, self._token = None, self.drawn, None
+        self.called = False
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward pre-hook of a layer whose input is perturbed."""
+        if not self.active or not module.training or _exporting():
+            return None
+        layer, features = self._layer(), args[0] if args else kwargs["input"]
+        perturbed = noise.perturb_input(layer, self._draw(features), features, self._strength())
+        self._remember(perturbed)
+        if args:
+            return (perturbed, *args[1:]), kwargs
+        return args, {**kwargs, "input": perturbed}
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The forward hook of a layer whose output is perturbed."""
+        if not self.active or not module.training or _exporting():
+            return None
+        layer, features = self._layer(), args[0] if args else kwargs["input"]
+        drawn = self._draw(features)
+        perturbed = noise.perturb_output(
+            layer, drawn, features, layer_weight(module), output, self._strength()
+        )
+        self._remember(perturbed)
+        return perturbed
+
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        """`rest` is (kwargs,) before the layer and (kwargs, output) after it."""
+        if not self.active:
+            return None
+        if noise.on_input(self._layer()):
+            return self.before(module, args, *rest)
+        return self.after(module, args, *rest)
+
+    def _layer(self) -> LinearMap:
+        assert self.layer is not None
+        return self.layer
+
+    def _strength(self) -> float | Tensor:
+        compiling = torch.compiler.is_compiling()
+        return self.tensor if compiling and self.tensor is not None else self.value
+
+    def _draw(self, features: Tensor) -> noise.Draw:
+        generator = self.generator
+        fresh = noise.draw(self._layer(), features, generator, self.shared)
+        self.called = self.seen = True
+        if torch.compiler.is_compiling():
+            if self.drawn is None:
+                self.drawn = fresh
+            return self.drawn
+        if torch._C._current_graph_task_id() != -1:  # checkpointing: called again in the backward pass
+            return self.drawn or self.kept or fresh
+        without_loss = (
+            self._token is not None and self._token() is None
+        )  # the graph of the earlier call is gone
+        if self.drawn is None or without_loss:
+            self.drawn, self._token = fresh, None
+        elif self.drawn.samples != fresh.samples:
+            raise UnsupportedError(
+                f"FAMLoss: method='noise' has one draw for all calls of a layer in a step, and this one has {fresh.samples} "
+                f"samples where an earlier one had {self.drawn.samples}; share one draw in the batch "
+                "(per_sample_probes=False), or call criterion.reset() after a forward pass that no loss follows"
+            )
+        return self.drawn
+
+    def _remember(self, perturbed: Tensor) -> None:
+        """Tie the draw to the graph of its first call."""
+        if self._token is not None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        token = _Token()
+        node: Any = perturbed.grad_fn
+        (perturbed.__dict__ if node is None else node.metadata)[_KEY] = token
+        self._token = weakref.ref(token)
+
+    def __reduce__(self) -> Any:
+        return NoiseHook, ()
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_compiling() and torch.compiler.is_exporting()

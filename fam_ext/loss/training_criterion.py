@@ -1,0 +1,167 @@
+"""What FAMLoss keeps from step to step: strength and its schedule, the step, its record, the hooks' noise, the saved state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fam_ext import _checks
+from fam_ext.capture.calls import layer_weight
+from fam_ext.loss.layer_criterion import LayerCriterion
+from fam_ext.loss.noise_hook import NoiseHook
+from fam_ext.loss.plan import NOISE, NOISE_SHARED
+from fam_ext.loss.state import from_bytes, to_bytes
+from fam_ext.loss.step_record import StepRecord
+from fam_ext.options import Options
+from fam_ext.schedules import Schedule, TargetRatio, check_strength
+
+
+class TrainingCriterion(LayerCriterion):
+    """A criterion that adds its term on some steps, with the strength of the step."""
+
+    def __init__(
+        self,
+        criterion: Any,
+        layer: nn.Module | Sequence[nn.Module],
+        options: Options,
+        strength: float | Schedule | TargetRatio,
+        every: int,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int):
+            _checks.bad_type("FAMLoss", "every", "an integer", every)
+        if every < 1:
+            _checks.bad_value("FAMLoss", "every", "at least 1", every)
+        super().__init__(criterion, layer, options)
+        self._strength = self._check_strength(strength)
+        self.every = every
+        self.step = 0
+        self.last = StepRecord()
+        self._noise = options.method == "noise"
+        if self._noise:
+            self._set_noise()
+
+    def _check_strength(self, value: object) -> Any:
+        if isinstance(value, TargetRatio):
+            if self.options.method == "noise":
+                _checks.bad_type(
+                    "FAMLoss",
+                    "strength",
+                    "a number or a schedule of steps with method='noise', which has no value of kappa",
+                    value,
+                )
+            return value
+        return check_strength("FAMLoss", "strength", value)
+
+    @property
+    def strength(self) -> Any:
+        """The number or schedule in use; may be set at any time."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float | Schedule | TargetRatio) -> None:
+        self._strength = self._check_strength(value)
+        if self._noise:
+            self._set_noise()
+
+    def attach(self) -> None:
+        """Put the hooks on the layers (again); without effect while they are there."""
+        super().attach()
+        if self.__dict__.get("_noise"):
+            self._set_noise()
+
+    def get_extra_state(self) -> Tensor:
+        """Step, schedule and random generators, as a tensor of bytes."""
+        schedule = self._strength
+        generators = [term.generator_states() for term in self.terms]
+        state = schedule.state_dict() if hasattr(schedule, "state_dict") else None
+        return to_bytes({"step": self.step, "schedule": state, "generators": generators})
+
+    def set_extra_state(self, state: Any) -> None:
+        state = from_bytes(state)
+        self.step = state["step"]
+        if state["schedule"] is not None and hasattr(self._strength, "load_state_dict"):
+            self._strength.load_state_dict(state["schedule"])
+        for term, of_term in zip(self.terms, state.get("generators", ()), strict=False):
+            term.load_generator_states(of_term)
+        if self._noise:
+            self._set_noise()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As nn.Module's, but a state of a model that was trained with the criterion alone lacks nothing."""
+        super()._load_from_state_dict(*args, **kwargs)
+        prefix, missing = args[1], args[4]
+        key = f"{prefix}_extra_state"
+        if key in missing:
+            missing.remove(key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "last": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.last = StepRecord()
+
+    def _finish(self, last: StepRecord) -> None:
+        """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
+        state = self.__dict__
+        state["last"] = last
+        state["step"] += 1
+
+    def _activate(self, training: bool) -> None:
+        """In evaluation mode and at strength 0 nothing is perturbed."""
+        on = training and not (self.__dict__.get("_noise") and self.terms[0].hook.value == 0)
+        super()._activate(on)
+
+    def _set_noise(self) -> None:
+        """Tell the hooks the strength of the step to come."""
+        strength = self._strength_now()
+        if strength < 0:
+            _checks.bad_value("FAMLoss", "strength", "at least 0 with method='noise', a variance", strength)
+        shared = self.options.per_sample_probes is False
+        for term in self.terms:
+            hook: Any = term.hook
+            if isinstance(hook, NoiseHook):
+                hook.set(strength * term.factor, layer_weight(term.module).device)
+            if term.plan is None:
+                term.record_plan(NOISE_SHARED if shared else NOISE)
+        self._activate(self.training)
+
+    def _reset_noise(self) -> None:
+        for term in self.terms:
+            if isinstance(term.hook, NoiseHook):
+                term.hook.finish()
+
+    def reset(self) -> None:
+        """Drop the features, and the noise, of forward calls that no loss follows."""
+        super().reset()
+        self._reset_noise()
+
+    def _perturbed(self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The loss of the network that the hooks have perturbed."""
+        strength = self._strength_now()
+        if strength:
+            self._check_attached()
+            for term in self.terms:
+                hook: Any = term.hook
+                if not hook.called and not hook.seen:
+                    raise term.captures.not_called("FAMLoss")
+        loss: Tensor = self.criterion(outputs, *targets, **kwargs)
+        self._reset_noise()
+        self._finish(StepRecord(loss.detach(), None, strength))
+        if callable(self._strength) or self.every > 1:
+            self._set_noise()
+        return loss
+
+    def _strength_now(self) -> Any:
+        """This step's strength: a number, or TargetRatio. 0 on a step without the term."""
+        if self.step % self.every:
+            return 0.0
+        strength = self._strength
+        if not isinstance(strength, (float, TargetRatio)):
+            what = "the value of the strength schedule"
+            strength = check_strength("FAMLoss", what, strength(self.step))
+            if callable(strength):
+                _checks.bad_type("FAMLoss", what, "a number", strength)
+        return strength
