@@ -114,14 +114,14 @@ void forward_tile(const Geometry& g, const S* x, T* out, const Tile& tile, Scrat
           window<true, T>(g, sums, inputs, scratch.line.get(), tile.w);
           line = scratch.line.get();
         }
-        for (int64_t k = 0; k < h.kernel; ++k) {
+        for (int64_t k = h.next(0); k < h.kernel; k = h.next(k + 1)) {
           const int64_t oh = h.output(k, y, tile.h);
           if (oh >= 0) add(plane + (oh - tile.h.begin) * plane_step, line, line_size);
         }
       }
       y = end;
     }
-    for (int64_t k = 0; k < d.kernel && d.kernel > 1; ++k) {
+    for (int64_t k = d.next(0); k < d.kernel && d.kernel > 1; k = d.next(k + 1)) {
       const int64_t od = d.output(k, z, tile.d);
       for (int64_t oh = tile.h.begin; oh < tile.h.end && od >= 0; ++oh) {
         add(target(od, oh), plane + (oh - tile.h.begin) * line_size, line_size);
@@ -145,7 +145,7 @@ void backward_tile(const Geometry& g, const S* x, const T* grad, S* dx, const Ti
     int64_t plane_step = g.row_size();
     if (d.kernel > 1) {
       std::fill_n(scratch.plane.get(), hs.size() * line_size, T(0));
-      for (int64_t k = 0; k < d.kernel; ++k) {
+      for (int64_t k = d.next(0); k < d.kernel; k = d.next(k + 1)) {
         const int64_t od = d.output(k, z, ds);
         for (int64_t oh = hs.begin; oh < hs.end && od >= 0; ++oh) {
           add(scratch.plane.get() + (oh - hs.begin) * line_size, source(od, oh), line_size);
@@ -166,7 +166,7 @@ void backward_tile(const Geometry& g, const S* x, const T* grad, S* dx, const Ti
         if (plane == nullptr || line_size == 0) continue;
         T* line = w.trivial() ? row : scratch.line.get();
         if (line != row) std::fill_n(line, line_size, T(0));
-        for (int64_t k = 0; k < h.kernel; ++k) {
+        for (int64_t k = h.next(0); k < h.kernel; k = h.next(k + 1)) {
           const int64_t oh = h.output(k, i, hs);
           if (oh >= 0) add(line, plane + (oh - hs.begin) * plane_step, line_size);
         }

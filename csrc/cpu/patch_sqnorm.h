@@ -81,13 +81,24 @@ struct Axis {
             std::min(outputs.end, ceil_div(inputs.end + shift, stride))};
   }
   int64_t tap(int64_t o, int64_t k) const { return o * stride - pad + k * dilation; }
+  // The first tap from k on that lies inside the input for any output, or `kernel`. A small kernel tries all: they are no loss.
+  int64_t next(int64_t k) const {
+    while (kernel > 64 && k < kernel) {
+      const int64_t shift = pad - k * dilation;  // output o sees input o * stride - shift
+      const int64_t o = shift <= 0 ? 0 : ceil_div(shift, stride);
+      if (o < out && o * stride - shift < in) return k;
+      if (o == 0) return kernel;
+      k = std::max(k + 1, ceil_div(pad - std::min(o - 1, out - 1) * stride, dilation));
+    }
+    return k;
+  }
   // the output whose k-th tap is input i, or -1
   int64_t output(int64_t k, int64_t i, Range outputs) const {
     const Range o = taps(k, {i, i + 1}, outputs);
     return o.begin < o.end ? o.begin : -1;
   }
   bool used(int64_t i, Range outputs) const {
-    for (int64_t k = 0; k < kernel; ++k) {
+    for (int64_t k = next(0); k < kernel; k = next(k + 1)) {
       if (output(k, i, outputs) >= 0) return true;
     }
     return false;
@@ -269,7 +280,7 @@ template <bool gather, typename T>
 void window(const Geometry& g, std::conditional_t<gather, const T, T>* row, Range inputs,
             std::conditional_t<gather, T, const T>* line, Range outputs) {
   const Axis& w = g.axes[3];
-  for (int64_t k = 0; k < w.kernel; ++k) {
+  for (int64_t k = w.next(0); k < w.kernel; k = w.next(k + 1)) {
     const Range o = w.taps(k, inputs, outputs);
     if (o.size() == 0) continue;
     auto* r = row + (w.tap(o.begin, k) - inputs.begin) * g.inner;
