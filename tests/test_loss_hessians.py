@@ -152,11 +152,6 @@ BAD_TARGETS: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "bool": (torch.tensor([0, 1, 1]).bool(), TypeError, "class indices of int64.*got a bool"),
     "list": ([0, 1, 1], TypeError, r"target must be a tensor, got \[0, 1, 1\]"),
-    "sparse": (
-        torch.rand(3, 4).to_sparse(),
-        TypeError,
-        r"dense tensor, got a tensor of layout torch.sparse_coo",
-    ),
     "shape": (torch.zeros(2).long(), ValueError, r"target must be of shape \(3,\)"),
     "soft shape": (torch.rand(3), ValueError, r"target must be of shape \(3, 4\)"),
 }
