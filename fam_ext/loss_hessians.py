@@ -134,18 +134,12 @@ class CrossEntropy(LossHessian):
         weight = self.weight
         if weight is None or weight.dtype == outputs.dtype or _soft(self.target):
             return
-        if torch.is_autocast_enabled(outputs.device.type) and torch.float64 not in (
-            weight.dtype,
-            outputs.dtype,
-        ):
+        dtypes = weight.dtype, outputs.dtype
+        if torch.is_autocast_enabled(outputs.device.type) and torch.float64 not in dtypes:
             return
-        _checks.bad_type(
-            caller,
-            "class_weight",
-            f"of the dtype of the outputs, {outputs.dtype} (torch's cross_entropy takes no other; convert the criterion with "
-            ".to(dtype))",
-            weight,
-        )
+        way_out = "torch's cross_entropy takes no other; convert the criterion with .to(dtype)"
+        expected = f"of the dtype of the outputs, {outputs.dtype} ({way_out})"
+        _checks.bad_type(caller, "class_weight", expected, weight)
 
     def check_values(self, caller: str, outputs: Tensor) -> None:
         if self.target is not None and not _soft(self.target):
@@ -204,12 +198,8 @@ class MeanSquaredError(LossHessian):
         if self.weight is not None:
             _checks.check_floating(caller, "element_weight", self.weight)
             if self.weight.shape != outputs.shape:
-                _checks.bad_value(
-                    caller,
-                    "element_weight",
-                    f"of the shape of the outputs, {tuple(outputs.shape)}",
-                    self.weight,
-                )
+                expected = f"of the shape of the outputs, {tuple(outputs.shape)}"
+                _checks.bad_value(caller, "element_weight", expected, self.weight)
 
     def denominator(self, outputs: Tensor) -> Tensor | float:
         return float(outputs.numel()) if self.weight is None else self.weight.sum()
@@ -219,9 +209,8 @@ class MeanSquaredError(LossHessian):
         if self.weight is not None:
             exact = MeanSquaredError(self.target, self.reduction, self.weight.to(acc))
             return exact._reduced(2 * self.weight.to(acc), outputs)
-        return self._reduced(
-            torch.full((), 2.0, dtype=acc, device=outputs.device).expand(outputs.shape), outputs
-        )
+        two = torch.full((), 2.0, dtype=acc, device=outputs.device)
+        return self._reduced(two.expand(outputs.shape), outputs)
 
 
 @dataclass

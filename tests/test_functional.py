@@ -235,11 +235,6 @@ PHI, W, Z = torch.zeros(6, 5), torch.zeros(4, 5), torch.zeros(6, 4)
     ("changed", "error", "match"),
     [
         ({"features": PHI.int()}, TypeError, "features must be a float32"),
-        (
-            {"weight": torch.nn.LazyLinear(4).weight},
-            TypeError,
-            "weight must be a dense tensor, got an uninitialized",
-        ),
         ({"loss": "gaussian_nll", "variance": -1.0}, ValueError, "variance must be at least 0, got -1.0"),
         ({"label_smoothing": "a"}, TypeError, "label_smoothing must be a number"),
         ({"ignore_index": "a"}, TypeError, "ignore_index must be an integer"),
@@ -282,3 +277,10 @@ def test_no_features_no_flatness(loss: str, backend: str) -> None:
     phi, weight = torch.zeros(3, 0, requires_grad=True), torch.zeros(4, 0, requires_grad=True)
     kappa = fam_ext.relative_flatness(phi, weight, torch.randn(3, 4), loss=loss, backend=backend)
     assert kappa == 0 and torch.autograd.grad(kappa, phi)[0].shape == (3, 0)
+
+
+def test_weights_without_a_shape() -> None:
+    with pytest.raises(
+        TypeError, match="relative_flatness: weight must be a dense tensor, got an uninitialized"
+    ):
+        fam_ext.relative_flatness(PHI, torch.nn.LazyLinear(4).weight, Z)
