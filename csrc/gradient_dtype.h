@@ -7,10 +7,11 @@
 
 namespace fam_ext {
 
-// A gradient made in the forward pass does not hold the loss scale yet. float16's range is too small for it: such a gradient stays in
-// float32 until backward has multiplied it by the upstream gradient, and is rounded then, once.
+// A gradient made in the forward pass does not hold the loss scale yet. float16's range is too small for it, and bfloat16 would be
+// rounded twice: such a gradient stays in float32 until backward has multiplied it by the upstream gradient, and is rounded then, once.
 inline at::ScalarType gradient_dtype(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kHalf ? at::kFloat : tensor.scalar_type();
+  const at::ScalarType type = tensor.scalar_type();
+  return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
 }
 
 // A gradient of `tensor`, not filled, or an empty tensor where it is not wanted.

@@ -9,6 +9,8 @@
 #include <initializer_list>
 #include <string>
 
+#include "gradient_dtype.h"
+
 namespace fam_ext {
 
 // The upstream gradient of a training loss is 1 almost always: then the gradients are handed out as they are. On a GPU nobody knows
@@ -37,14 +39,16 @@ inline void refuse_second_derivative(const char* op, torch::autograd::variable_l
   }
 }
 
-// Which of the inputs are float16, as bits: their gradients were made in float32.
-inline int64_t float16_inputs(std::initializer_list<const at::Tensor*> inputs) {
-  int64_t bits = 0, bit = 1;
+// The dtypes of the inputs, a byte each, where gradients of some were made in float32 in place of less; else 0.
+inline int64_t rounded_dtypes(std::initializer_list<const at::Tensor*> inputs) {
+  int64_t dtypes = 0, shift = 0;
+  bool any = false;
   for (const at::Tensor* input : inputs) {
-    if (input->scalar_type() == at::kHalf) bits |= bit;
-    bit <<= 1;
+    any = any || gradient_dtype(*input) != input->scalar_type();
+    dtypes |= static_cast<int64_t>(input->scalar_type()) << shift;
+    shift += 8;
   }
-  return bits;
+  return any ? dtypes : 0;
 }
 
 // upstream * gradient, rounded once. On the CPU a factor without dimensions keeps its digits; a GPU would first round it to the
@@ -56,14 +60,14 @@ inline at::Tensor scaled_gradient(const at::Tensor& gradient, const at::Tensor& 
   return gradient.mul(whole ? upstream : upstream.reshape({1})).to(dtype);
 }
 
-// grads[k] = upstream * made[k] for all that was made; `float16` as float16_inputs gave it.
-inline void hand_out(const torch::autograd::variable_list& made, const at::Tensor& upstream, int64_t float16,
+// grads[k] = upstream * made[k] for all that was made; `dtypes` as rounded_dtypes gave them.
+inline void hand_out(const torch::autograd::variable_list& made, const at::Tensor& upstream, int64_t dtypes,
                      const char* op, torch::autograd::variable_list& grads) {
   {
     const at::AutoGradMode no_graph(false);
     torch::autograd::variable_list alike;  // of the upstream gradient's dtype: one launch on a GPU
     for (const at::Tensor& gradient : made) {
-      if (gradient.defined() && float16 == 0 && gradient.scalar_type() == upstream.scalar_type())
+      if (gradient.defined() && dtypes == 0 && gradient.scalar_type() == upstream.scalar_type())
         alike.push_back(gradient);
     }
     const bool together = upstream.is_cuda() && alike.size() > 1, one = is_one(upstream);
@@ -71,7 +75,7 @@ inline void hand_out(const torch::autograd::variable_list& made, const at::Tenso
     size_t next = 0;
     for (size_t k = 0; k < made.size(); ++k) {
       if (!made[k].defined()) continue;
-      const at::ScalarType dtype = float16 >> k & 1 ? at::kHalf : made[k].scalar_type();
+      const auto dtype = dtypes == 0 ? made[k].scalar_type() : static_cast<at::ScalarType>(dtypes >> 8 * k & 0xff);
       const bool done = together && made[k].scalar_type() == upstream.scalar_type();
       grads[k] = done ? alike[next++] : scaled_gradient(made[k], upstream, one, dtype);
     }

@@ -29,7 +29,7 @@ TORCH_LIBRARY(fam_ext, m) {
       "bool smooth, Tensor(b!) best, Tensor(c!) stats) -> ()");
   m.def(
       "linear_cross_entropy_mean_rows(Tensor(a!) shift, Tensor weight, Tensor offset, Tensor features, Tensor squares, "
-      "Tensor best, Tensor stats, Tensor pull, Tensor(b!)? means, Tensor(c!)? scaled, Tensor(d!) found) -> ()");
+      "Tensor best, Tensor stats, Tensor curvature_factor, Tensor(b!)? means, Tensor(c!)? scaled, Tensor(d!) row_sums) -> ()");
   m.def(
       "linear_cross_entropy_grad_logits(Tensor e, Tensor? dots, Tensor(a!) dz, int first, int count, Tensor squares, "
       "Tensor? omega, bool smooth, Tensor target, Tensor best, Tensor factors, Tensor(b!)? class_sums, "

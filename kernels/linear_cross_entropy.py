@@ -140,10 +140,10 @@ def mean_rows_kernel(
     squares,  # (V,)
     best,  # (rows,)
     stats,  # (4, rows) of softmax_rows
-    pull,  # (rows,): strength c
+    curvature_factor,  # (rows,): strength c
     means,  # (1 or 2 rows, I): u - m, in two parts where SPLIT
     scaled,  # (rows, I): -2 g / Z (u - m)
-    found,  # (4, rows): v, |U|^2, |u - m|^2 + 2 <m, u - m>, |phi|^2
+    row_sums,  # (4, rows): v, |U|^2, |u - m|^2 + 2 <m, u - m>, |phi|^2
     rows,
     fan_in,
     weight_row,
@@ -197,12 +197,12 @@ def mean_rows_kernel(
     v -= 2.0 * tl.sum(dot, axis=0) + shift_square
     v = tl.where(v < 0.0, 0.0, v)  # rounding, where all likely rows nearly agree; nan stays
     length = tl.sum(norm, axis=0)
-    tl.store(found + row, v)
-    tl.store(found + (size + row), shift_square)
-    tl.store(found + (2 * size + row), tl.sum(squared_mean, axis=0) + 2.0 * tl.sum(along, axis=0))
-    tl.store(found + (3 * size + row), length)
+    tl.store(row_sums + row, v)
+    tl.store(row_sums + (size + row), shift_square)
+    tl.store(row_sums + (2 * size + row), tl.sum(squared_mean, axis=0) + 2.0 * tl.sum(along, axis=0))
+    tl.store(row_sums + (3 * size + row), length)
     if GRADS:
-        factor = -2.0 * length * tl.load(pull + row)
+        factor = -2.0 * length * tl.load(curvature_factor + row)
         for start in range(0, fan_in, BLOCK):
             i = start + lanes
             mask = i < fan_in
@@ -255,7 +255,7 @@ def grad_logits_kernel(
     share = tl.full((1, BLOCK_S), 1.0, tl.float32)
     if HAS_OMEGA:
         share = tl.load(omega + s, mask=inside, other=0.0)
-    pulled = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
+    weighted_sum = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
     summed = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
     for start in range(0, rows, BLOCK_N):
         n = (start + tl.arange(0, BLOCK_N).to(tl.int64))[:, None]
@@ -288,13 +288,13 @@ def grad_logits_kernel(
             distance = tl.where(is_y, at_y, tl.where(distance < 0.0, 0.0, distance))
             out += g * tl.where(is_y, inverse, p) * (distance - v)
         if CLASS_SUMS:
-            pulled += tl.where(mask, g * p, 0.0)
+            weighted_sum += tl.where(mask, g * p, 0.0)
         if BIAS_SUMS:
             summed += tl.where(mask, out, 0.0)
         tl.store(dz + (n * dz_row + s), _round(out, dz.dtype.element_ty), mask=mask)
     if CLASS_SUMS:
         place = class_sums + s
-        tl.store(place, tl.load(place, mask=inside) + tl.sum(pulled, axis=0)[None, :], mask=inside)
+        tl.store(place, tl.load(place, mask=inside) + tl.sum(weighted_sum, axis=0)[None, :], mask=inside)
     if BIAS_SUMS:
         place = bias_sums + s
         tl.store(place, tl.load(place, mask=inside) + tl.sum(summed, axis=0)[None, :], mask=inside)
@@ -348,13 +348,13 @@ def softmax_rows(
 
 def mean_rows(
     shift: Tensor, weight: Tensor, offset: Tensor, features: Tensor, squares: Tensor, best: Tensor, stats: Tensor,
-    pull: Tensor, means: Tensor | None, scaled: Tensor | None, found: Tensor,
+    curvature_factor: Tensor, means: Tensor | None, scaled: Tensor | None, row_sums: Tensor,
 ) -> None:  # fmt: skip
-    """`found` (4, rows) and, unless None, `means` and `scaled` are written, and `shift` becomes what add_rows adds."""
+    """`row_sums` (4, rows) and, unless None, `means` and `scaled` are written, and `shift` becomes what add_rows adds."""
     rows, fan_in = features.shape
     mean_rows_kernel[(rows,)](
-        shift, weight, offset, features, squares, best, stats, pull, shift if means is None else means,
-        shift if scaled is None else scaled, found, rows, fan_in, *weight.stride(),
+        shift, weight, offset, features, squares, best, stats, curvature_factor, shift if means is None else means,
+        shift if scaled is None else scaled, row_sums, rows, fan_in, *weight.stride(),
         SPLIT=shift.shape[0] != rows, GRADS=means is not None, BLOCK=block_of(fan_in, MEAN_BLOCK), num_warps=ROW_WARPS,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBlockClasses = 1024;  // classes of one task: what it keeps of them stays in the nearest cache
 constexpr int64_t kSumTerms = 32;        // rows between two levels of a sum over rows
-enum Factor { kRest, kTrace, kSquaredShift, kSquaredMean, kPull, kCoefficient, kHard, kSoft, kOthers, kFactors };
+enum Factor { kRest, kTrace, kSquaredShift, kSquaredMean, kUpstream, kCoefficient, kHard, kSoft, kOthers, kFactors };
 
 int64_t row_grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)); }
 
@@ -144,8 +144,8 @@ void softmax_rows(const Tensor& z, const OptionalTensor& bias, const Tensor& squ
 
 // What a row of e W becomes: see mean_rows.
 template <typename T>
-void mean_row(T* shift, const T* wy, const T* m, const T* phi, int64_t fan_in, T rest, T weighted, T square, T pull,
-              T* mean, T* scaled, T (&found)[4]) {
+void mean_row(T* shift, const T* wy, const T* m, const T* phi, int64_t fan_in, T rest, T weighted, T square,
+              T curvature_factor, T* mean, T* scaled, T (&row_sums)[4]) {
   const T inverse = 1 / (1 + rest), r = rest * inverse;
   LongSum<T> dot, squared, squared_mean, along, norm;
   for_each_vector<T>(fan_in, [&](int64_t i, int64_t count) {
@@ -162,12 +162,12 @@ void mean_row(T* shift, const T* wy, const T* m, const T* phi, int64_t fan_in, T
     whole.store(mean + i, static_cast<int>(count));
   });
   const auto sum = [](const LongSum<T>& lanes) { return detail::horizontal_sum(lanes.total()); };
-  found[1] = sum(squared);
-  found[0] = at_least_zero(shifted_trace(weighted * inverse - r * square, sum(dot), found[1]));
-  found[2] = sum(squared_mean) + 2 * sum(along);
-  found[3] = sum(norm);
+  row_sums[1] = sum(squared);
+  row_sums[0] = at_least_zero(shifted_trace(weighted * inverse - r * square, sum(dot), row_sums[1]));
+  row_sums[2] = sum(squared_mean) + 2 * sum(along);
+  row_sums[3] = sum(norm);
   if (mean == nullptr) return;
-  const T factor = -2 * found[3] * pull;
+  const T factor = -2 * row_sums[3] * curvature_factor;
   for_each_vector<T>(fan_in, [&](int64_t i, int64_t count) {
     const Vec<T> whole = load(mean + i, count), u = load(shift + i, count);
     (Vec<T>(factor * inverse) * whole).store(scaled + i, static_cast<int>(count));
@@ -175,11 +175,11 @@ void mean_row(T* shift, const T* wy, const T* m, const T* phi, int64_t fan_in, T
   });
 }
 
-// shift (rows, I) is e W. found (4, rows): v, |U|^2, |u - m|^2 + 2 <m, u - m>, |phi|^2. Where gradients are wanted: means = u - m,
-// scaled = -2 g / (1 + sum e) (u - m), and shift becomes -2 g (U - r (u - m)), with g = pull |phi|^2.
+// shift (rows, I) is e W. row_sums (4, rows): v, |U|^2, |u - m|^2 + 2 <m, u - m>, |phi|^2. Where gradients are wanted: means = u - m,
+// scaled = -2 g / (1 + sum e) (u - m), and shift becomes -2 g (U - r (u - m)), with g = curvature_factor |phi|^2.
 void mean_rows(const Tensor& shift, const Tensor& weight, const Tensor& offset, const Tensor& features,
-               const Tensor& squares, const Tensor& best, const Tensor& stats, const Tensor& pull,
-               const OptionalTensor& means, const OptionalTensor& scaled, const Tensor& found) {
+               const Tensor& squares, const Tensor& best, const Tensor& stats, const Tensor& curvature_factor,
+               const OptionalTensor& means, const OptionalTensor& scaled, const Tensor& row_sums) {
   const char* op = "mean_rows";
   TORCH_CHECK_VALUE(shift.dim() == 2 && weight.dim() == 2,
                     "linear_cross_entropy_mean_rows: shift and weight must be matrices");
@@ -189,23 +189,23 @@ void mean_rows(const Tensor& shift, const Tensor& weight, const Tensor& offset, 
                     "linear_cross_entropy_mean_rows: weight must be floating, (V, ", fan_in, ")");
   check_matrix(op, "features", features, rows, fan_in, true);
   check_matrix(op, "stats", stats, 4, rows, true);
-  check_matrix(op, "found", found, 4, rows, true);
+  check_matrix(op, "row_sums", row_sums, 4, rows, true);
   check_vector(op, "offset", offset, fan_in);
   check_vector(op, "squares", squares, classes);
   check_vector(op, "best", best, rows);
-  check_vector(op, "pull", pull, rows);
+  check_vector(op, "curvature_factor", curvature_factor, rows);
   TORCH_CHECK_VALUE(means.has_value() == scaled.has_value(), "linear_cross_entropy_mean_rows: means without scaled");
   if (means) check_matrix(op, "means", *means, rows, fan_in, true);
   if (scaled) check_matrix(op, "scaled", *scaled, rows, fan_in, true);
   const Tensor likely = at::index_select(weight, 0, best).to(shift.scalar_type()).contiguous();
   const auto* y = best.const_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES(shift.scalar_type(), "linear_cross_entropy", [&] {
-    auto *u = shift.mutable_data_ptr<scalar_t>(), *out = found.mutable_data_ptr<scalar_t>();
+    auto *u = shift.mutable_data_ptr<scalar_t>(), *out = row_sums.mutable_data_ptr<scalar_t>();
     auto *mean = means ? means->mutable_data_ptr<scalar_t>() : nullptr,
          *right = scaled ? scaled->mutable_data_ptr<scalar_t>() : nullptr;
     const auto *w = likely.const_data_ptr<scalar_t>(), *m = offset.const_data_ptr<scalar_t>(),
                *phi = features.const_data_ptr<scalar_t>(), *q = squares.const_data_ptr<scalar_t>(),
-               *sums = stats.const_data_ptr<scalar_t>(), *factor = pull.const_data_ptr<scalar_t>();
+               *sums = stats.const_data_ptr<scalar_t>(), *factor = curvature_factor.const_data_ptr<scalar_t>();
     at::parallel_for(0, rows, row_grain(fan_in), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         const int64_t at = n * fan_in;
@@ -230,7 +230,7 @@ struct ClassBlock {
 template <typename T>
 void grad_row(const ClassBlock<T>& block, const T* e, const T* dots, T* dz, bool smooth, T* sums) {
   const T *f = block.f, inverse = 1 / (1 + f[kRest]);
-  const Vec<T> inv(inverse), c(f[kCoefficient]), soft(f[kSoft]), g(f[kPull]), v(f[kTrace]), mean(f[kSquaredMean]);
+  const Vec<T> inv(inverse), c(f[kCoefficient]), soft(f[kSoft]), g(f[kUpstream]), v(f[kTrace]), mean(f[kSquaredMean]);
   for_each_vector<T>(block.count, [&](int64_t s, int64_t count) {
     const int lanes = static_cast<int>(count);
     const Vec<T> p = load(e + s, count) * inv;
@@ -246,9 +246,9 @@ void grad_row(const ClassBlock<T>& block, const T* e, const T* dots, T* dz, bool
   if (block.target >= 0 && block.target < block.count) dz[block.target] -= f[kHard];
   if (block.y < 0 || block.y >= block.count) return;
   // the targets come in as c - q_y = those of all the others: p_y may be 1 to the last digit
-  const T p_tilde = -f[kRest] * inverse, through = f[kPull] * inverse * (f[kSquaredShift] - f[kTrace]);
+  const T p_tilde = -f[kRest] * inverse, through = f[kUpstream] * inverse * (f[kSquaredShift] - f[kTrace]);
   dz[block.y] = f[kCoefficient] * p_tilde + f[kOthers] + (dots == nullptr ? T(0) : through);
-  if (sums != nullptr) sums[block.y] += f[kPull] * p_tilde;
+  if (sums != nullptr) sums[block.y] += f[kUpstream] * p_tilde;
 }
 
 // A sum over rows for every class of a block, in two levels, so that its rounding error grows with the length of a part only.
@@ -301,19 +301,19 @@ void grad_logits(const Tensor& e, const OptionalTensor& dots, const Tensor& dz, 
         const int64_t offset = k * kBlockClasses, s = first + offset;
         ClassBlock<scalar_t> block{s, std::min(kBlockClasses, count - offset), q + s, w == nullptr ? w : w + s, {}, 0,
                                    0};
-        BlockSum<scalar_t> pulled(sums != nullptr, block.count), summed(totals != nullptr, block.count);
+        BlockSum<scalar_t> weighted_sum(sums != nullptr, block.count), summed(totals != nullptr, block.count);
         for (int64_t n = 0; n < rows; ++n) {
           for (int64_t j = 0; j < kFactors; ++j) block.f[j] = f[j * rows + n];
           block.y = y[n] - s, block.target = t[n] - s;
           scalar_t* row = out + n * dz_row + s;
           grad_row(block, p + n * e_row + s, dot == nullptr ? dot : dot + n * dot_row + offset, row, smooth,
-                   pulled.part());
+                   weighted_sum.part());
           if (scalar_t* part = summed.part()) {
             for (int64_t j = 0; j < block.count; ++j) part[j] += row[j];
           }
-          if (n % kSumTerms == kSumTerms - 1) pulled.flush(), summed.flush();
+          if (n % kSumTerms == kSumTerms - 1) weighted_sum.flush(), summed.flush();
         }
-        if (sums != nullptr) pulled.add_to(sums + s);
+        if (sums != nullptr) weighted_sum.add_to(sums + s);
         if (totals != nullptr) summed.add_to(totals + s);
       }
     });

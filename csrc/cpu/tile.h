@@ -119,7 +119,7 @@ struct Rows {
   T row_squared_norm(int64_t row) const {
     return squared_norm(data, layout.offset(row), layout.width_stride, layout.width);
   }
-  // out's row = factor * this row; out has this tensor's dtype, or float32 where that is float16
+  // out's row = factor * this row; out has this tensor's dtype, or float32 where that is less
   void scale_row(int64_t row, T factor, const Rows& out) const {
     scale(data, layout.offset(row), layout.width_stride, factor, const_cast<void*>(out.data), out.layout.offset(row),
           out.layout.width_stride, layout.width);
@@ -204,7 +204,7 @@ T squared_norm(const void* data, int64_t offset, int64_t stride, int64_t width) 
 
 // A gradient's dtype in memory, as gradient_dtype.h has it.
 template <typename S>
-using GradientOf = std::conditional_t<std::is_same_v<S, c10::Half>, float, S>;
+using GradientOf = std::conditional_t<std::is_same_v<S, c10::Half> || std::is_same_v<S, c10::BFloat16>, float, S>;
 
 template <typename S, typename T>
 void scale_row(const void* data, int64_t offset, int64_t stride, T factor, void* out, int64_t out_offset,

@@ -258,6 +258,10 @@ template <>
 struct GradientOf<Half> {
   using type = float;
 };
+template <>
+struct GradientOf<BFloat16> {
+  using type = float;
+};
 
 // out's row = factor * view's row, by the same threads; zeros where the factor is 0, whatever the row holds. `out` has the dtype of a
 // gradient of `view`.

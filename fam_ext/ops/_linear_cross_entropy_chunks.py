@@ -56,6 +56,11 @@ class Options:
     grad_bias: bool
 
 
+def weight_grad_dtype(weight: Tensor, acc: torch.dtype, accumulate_in_weight_dtype: bool) -> torch.dtype:
+    """What the weight's gradient is summed in over chunks: float16 could not hold what no loss scale has reached yet."""
+    return weight.dtype if accumulate_in_weight_dtype and weight.dtype == torch.bfloat16 else acc
+
+
 def row_kernels(triton: bool) -> Any:
     """What has the functions ROW_KERNELS; triton is imported when it is first asked for."""
     if triton:
@@ -131,8 +136,8 @@ class _Chunks:
         self.grads = options.grad_input or options.grad_weight or options.grad_bias
         self.curvature_grads = options.strength != 0  # gradients of kappa; through the Hessian, too:
         self.hessian_grads = self.grads and self.curvature_grads and options.curvature_grad
-        # float16 could not hold gradients that no loss scale has reached yet
-        self.in_weight_dtype = options.accumulate_in_weight_dtype and weight.dtype == torch.bfloat16
+        self.weight_grad_dtype = weight_grad_dtype(weight, acc, options.accumulate_in_weight_dtype)
+        self.in_weight_dtype = self.weight_grad_dtype != acc
         self.block = self._classes_per_block()
         self._find_offset()
         self._allocate_results()
@@ -156,10 +161,8 @@ class _Chunks:
         if options.grad_input:
             make = torch.empty if self.targets.kept is None else torch.zeros  # ignored rows get nothing
             self.grad_input = make(self.x.shape, dtype=self.grad_input.dtype, device=device)
-        dtype = self.weight.dtype if self.in_weight_dtype else self.acc
-        self.grad_weight = torch.empty(
-            self.weight.shape if options.grad_weight else 0, dtype=dtype, device=device
-        )
+        shape = self.weight.shape if options.grad_weight else 0
+        self.grad_weight = torch.empty(shape, dtype=self.weight_grad_dtype, device=device)
         sums = options.grad_weight and self.curvature_grads
         self.class_sums = torch.zeros(self.classes, dtype=self.acc, device=device) if sums else None
         self.bias_sums = torch.zeros(self.classes if options.grad_bias else 0, dtype=self.acc, device=device)
@@ -231,7 +234,7 @@ class _Chunks:
             multiply(phi, w.T, z[:, k : k + count])
         e, below = self.pairs[:rows, : self.classes], self.pairs[rows : 2 * rows, : self.classes]
         best = torch.empty(rows, dtype=torch.int64, device=z.device)
-        stats, found = (torch.empty(4, rows, dtype=self.acc, device=z.device) for _ in range(2))
+        stats, row_sums = (torch.empty(4, rows, dtype=self.acc, device=z.device) for _ in range(2))
         parts = ((e, below),) if self.split else ()
         self.kernels.softmax_rows(
             z, self.bias, self.squares, targets.omega, index, targets.smooth, best, stats, *parts
@@ -241,21 +244,21 @@ class _Chunks:
             add_product(self.pairs[: len(shift), k : k + count], w, shift, k == 0)
         grads = self.grads and self.curvature_grads
         means = self.means[: len(shift)] if grads else None
-        pull = self.options.strength * c
+        curvature_factor = self.options.strength * c
         self.kernels.mean_rows(
-            shift, self.weight, self.offset, phi, self.squares, best, stats, pull, means,
-            self.right[:rows] if grads else None, found,
+            shift, self.weight, self.offset, phi, self.squares, best, stats, curvature_factor, means,
+            self.right[:rows] if grads else None, row_sums,
         )  # fmt: skip
-        v, norm = found[0], found[3]
+        v, norm = row_sums[0], row_sums[3]
         curvature = torch.where(c == 0, 0.0, c * norm * v)
         if self.grads:
             factors = torch.stack([
-                stats[0], v, found[1], found[2], pull * norm, c, targets.hard[part], targets.soft[part],
+                stats[0], v, row_sums[1], row_sums[2], curvature_factor * norm, c, targets.hard[part], targets.soft[part],
                 targets.others(part, best),
             ])  # fmt: skip
             self._grad_logits(e, below, means, factors, index, best)
             if self.options.grad_input:
-                self._grad_input(part, phi, below, torch.where(c == 0, 0.0, 2 * pull * v))
+                self._grad_input(part, phi, below, torch.where(c == 0, 0.0, 2 * curvature_factor * v))
             if self.options.grad_weight:
                 self._grad_weight(rows, best, part.start == 0)
         return self._loss(part, c, stats), curvature
@@ -331,7 +334,7 @@ class _Chunks:
             for k, count in self._blocks(self.block):
                 rows = self._centered(k, count)
                 self.grad_weight[k : k + count] += rows.mul_(2 * self.class_sums[k : k + count].unsqueeze(1))
-        return self.grad_input, self.grad_weight.to(gradient_dtype(self.weight)), self.bias_sums
+        return self.grad_input, self.grad_weight, self.bias_sums
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

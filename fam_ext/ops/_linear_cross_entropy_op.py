@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
-from fam_ext.ops._linear_cross_entropy_chunks import Options, forward
+from fam_ext.ops._linear_cross_entropy_chunks import Options, forward, weight_grad_dtype
 from fam_ext.ops._linear_cross_entropy_targets import NONE, SUM
 from fam_ext.ops._registration import hand_out, made_gradient, register_fake
 
@@ -61,9 +61,11 @@ def _fake(
     """Values, and contiguous gradients."""
     acc, shape = accumulation_dtype(input, weight, bias), target.shape if reduction == NONE else ()
     loss, flatness = (input.new_empty(shape, dtype=acc) for _ in range(2))
-    grads = [made_gradient(x, needed) for x, needed in zip((input, weight), options[-3:-1], strict=True)]
+    grad_input = made_gradient(input, options[-3])
+    dtype = weight_grad_dtype(weight, acc, options[-5])
+    grad_weight = weight.new_empty(weight.shape if options[-2] else 0, dtype=dtype)
     grad_bias = made_gradient(weight.new_empty(0, dtype=acc) if bias is None else bias, options[-1])
-    return loss, flatness, grads[0], grads[1], grad_bias
+    return loss, flatness, grad_input, grad_weight, grad_bias
 
 
 def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

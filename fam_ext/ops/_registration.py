@@ -23,10 +23,12 @@ def refuse_double_backward(op: str) -> None:
 
 
 def gradient_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of a gradient that is made in the forward pass, before the loss scale is known: float32 for float16, whose range
-    is too small for it. The backward pass multiplies by the upstream gradient and rounds then, once. As csrc/gradient_dtype.h.
+    """The dtype of a gradient that is made in the forward pass, before the loss scale is known.
+
+    float32 in place of float16, whose range is too small for it, and of bfloat16, which would be rounded twice: the backward pass
+    multiplies by the upstream gradient and rounds then, once. csrc/gradient_dtype.h is the same rule.
     """
-    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
 def made_gradient(tensor: Tensor, wanted: bool) -> Tensor:

@@ -44,29 +44,32 @@ def linear_cross_entropy(
     cross-entropy receives, as torch.nn.functional.linear_cross_entropy computes CE alone. All backends but the reference take the
     rows in chunks and never hold an (N, V) matrix; the gradients of input, weight and bias are made in the forward pass (with
     reduction="none" in the backward pass, chunk by chunk again). Rows that are ignored cost nothing. What does not require grad
-    is skipped. A backward pass whose upstream gradient is not 1 scales the gradients, which needs one copy of them for its time.
+    is skipped. On a GPU one call waits for the device once: how many rows are ignored decides what is launched.
+    A backward pass whose upstream gradient is not 1 scales the gradients, which needs one copy of them for its time.
     The "reference" backend, plain PyTorch, holds the logits.
 
     Args:
         input: phi, (*rows, I), any strides.
         weight: W, (V, I); the `linear_weight` of torch's function.
         target: class indices, (*rows), int64 (or uint8). Class probabilities, as large as the logits, are refused.
-        bias: b, (V,); it takes no part in kappa itself.
+        bias: b, (V,); kappa depends on it through p alone.
         class_weight, ignore_index, label_smoothing, reduction: as in torch.nn.functional.cross_entropy.
         strength: factor of kappa; any finite number.
         curvature_grad: False holds the Hessian constant: kappa's gradient flows only through <w_s, w_s'>.
-        accumulate: what the weight's gradient is summed over chunks in: "float32" (float64 if an input is), or "input", the
-            weight's own dtype, which halves the memory of a bfloat16 head and rounds once per chunk. Everything else is formed in
-            float32 (float64) always.
+        accumulate: what the weight's gradient is summed over chunks in: "float32" (float64 if an input is), or "input", bfloat16
+            for a bfloat16 weight, which halves the memory and rounds each chunk's share and its sum. A float16 weight's is summed
+            in float32 always: gradients made before the loss scale is known would underflow. Everything else is formed in float32
+            (float64).
         max_bytes: bound on the buffers of a chunk of rows (default: 128 MiB on a CPU, 512 MiB on a GPU); not less than 16 rows
-            at a time. The more rows, the fewer passes over the weight's gradient. Not counted: the gradients; for a weight of
-            less than float32, blocks of it in float32 (up to a quarter of max_bytes), and under accumulate="float32" its
-            gradient in float32.
+            at a time. The more rows, the fewer passes over the weight's gradient. Not counted: the gradients, in float32 until
+            the backward pass has multiplied them by the upstream gradient; blocks of the weight in float32 (up to a quarter of
+            max_bytes).
         backend: "auto", "native", "triton" (no float64) or "reference".
 
     Returns:
         (loss, flatness): the total, differentiable once, and kappa, detached. 0-d, or (*rows) with reduction="none". float64 if
-        an input is, else float32. As in torch, the mean over no valid row is nan; kappa is 0 there.
+        an input is, else float32. As in torch, the mean over no valid row is nan (kappa is 0 there), and class weights that sum
+        to 0 over the rows make loss, kappa and gradients not finite.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -74,6 +77,13 @@ def linear_cross_entropy(
         IndexError: a class index is outside 0..V-1 and is not ignore_index.
         UnsupportedError: target holds class probabilities.
         RuntimeError: a backend asked for by name is not available.
+
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2).requires_grad_()
+        >>> loss, kappa = linear_cross_entropy(features, weight, torch.tensor([1]), strength=0.1)
+        >>> loss.backward()
+        >>> kappa, weight.grad[0]  # |phi|^2 v = 5 * 0.3932
+        (tensor(1.9661), tensor([0.5564, 0.5230]))
     """
     _check(input, weight, target, bias, class_weight)
     _checks.check_choice(_NAME, "reduction", reduction, REDUCTIONS)

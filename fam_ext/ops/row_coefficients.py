@@ -41,6 +41,11 @@ def cross_entropy_coefficients(
 
     Returns:
         Tensor of the accumulation dtype (float32, float64 when an input is float64).
+
+    Example:
+        >>> logits, target = torch.zeros(3, 2), torch.tensor([0, -100, 1])
+        >>> cross_entropy_coefficients(logits, target, class_weight=torch.tensor([1.0, 3.0]))
+        tensor([0.2500, 0.0000, 0.7500])
     """
     acc = torch.float64 if torch.float64 in (logits.dtype, target.dtype) else torch.float32
     if class_weight is not None and class_weight.dtype == torch.float64:

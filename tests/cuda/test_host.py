@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import cuda_host_library
+import head_problems as head
 import oracle
+import patch_problems as patch
 import pytest
-import test_head_cross_entropy as head
-import test_patch_sqnorm as patch
-import test_softmax_trace as trace
 import torch
+import trace_problems as trace
 from cuda_host_library import Shim, kernels_on_the_host
 from hypothesis import given, settings
 from inputs import DTYPES, LAYOUTS, confident_logits, make_input, needs_native
@@ -92,7 +92,7 @@ def test_confident_predictions(classes: int, form: str) -> None:
         phi, weight, upstream = torch.randn(67, 37), torch.randn(classes, 37), torch.rand(67)
         results = trace.differentiate(trace.call(form, "native"), z, weight, upstream)
         truth = trace.differentiate(oracle.softmax_trace, z.double(), weight.double(), upstream)
-        results += head.differentiate(lambda *t: head.head_cross_entropy(*t, y), (z, phi, weight))  # noqa: B023
+        results += head.differentiate(lambda *t: head_module.head_cross_entropy(*t, y), (z, phi, weight))  # noqa: B023
         inputs = (z.double(), phi.double(), weight.double())
         truth += head.differentiate(lambda *t: head.exact(*t, y, strength=1.0), inputs)  # noqa: B023
         assert max(relative_error(a, b) for a, b in zip(results, truth, strict=True)) <= 2e-6
@@ -101,9 +101,9 @@ def test_confident_predictions(classes: int, form: str) -> None:
 def test_bad_numbers_stay_in_their_rows(form: str) -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
         for shape in ((20, 4), (20, 40)):
-            trace.test_bad_numbers_stay_in_their_rows(bad, shape, form, "native")
+            trace.check_bad_numbers_stay_in_their_rows(bad, shape, form, "native")
     for classes in (4, 40):
-        trace.test_masked_class_is_no_class(classes, form, "native")
+        trace.check_masked_class_is_no_class(classes, form, "native")
 
 
 @pytest.mark.parametrize("variant", head.VARIANTS)
@@ -125,12 +125,12 @@ def test_head_layouts_and_dtypes(layout: str, dtypes: Any, form: str) -> None:
 
 
 def test_head_edges(form: str) -> None:
-    head.test_all_rows_ignored(form, "native")
-    head.test_no_rows(form, "native")
+    head.check_all_rows_ignored(form, "native")
+    head.check_no_rows(form, "native")
     for shape in ((20, 4), (20, 40), (4, 3, 5)):
-        head.test_ignored_rows_may_hold_anything("smoothing weights", shape, form, "native")
+        head.check_ignored_rows_may_hold_anything("smoothing weights", shape, form, "native")
     for where in range(3):
-        head.test_bad_numbers_come_out(torch.nan, where, form, "native")
+        head.check_bad_numbers_come_out(torch.nan, where, form, "native")
 
 
 @pytest.mark.parametrize("rows", [1, 513, 4100])

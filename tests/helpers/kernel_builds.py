@@ -101,7 +101,7 @@ def _rows(function: str, what: str, dtypes: dict[str, str], block: dict[str, str
 
 _POINTERS = {
     "softmax_rows": "z high low bias squares omega target best stats",
-    "mean_rows": "shift weight offset features squares best stats pull means scaled found",
+    "mean_rows": "shift weight offset features squares best stats curvature_factor means scaled row_sums",
     "grad_logits": "high low dots dz squares omega target best factors class_sums bias_sums",
     "add_rows": "source classes order out",
 }
@@ -136,7 +136,6 @@ LINEAR_CROSS_ENTROPY = (
         HAS_OMEGA=False, SMOOTH=False,
     ),
     _rows("add_rows", "float32", _INDICES, _COLUMNS),
-    _rows("add_rows", "float32 to bfloat16", {**_INDICES, "out": "*bf16"}, _COLUMNS),
 )  # fmt: skip
 
 BUILDS = (

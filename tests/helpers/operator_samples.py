@@ -94,7 +94,7 @@ def softmax_rows(rows: int, classes: int, bias: bool, smooth: bool, dtype: torch
 def mean_rows(rows: int, fan_in: int, classes: int, grads: bool, dtype: torch.dtype = D) -> Any:
     shift, features, mean, scaled = (make_input((rows, fan_in), dtype, seed=k) for k in range(4))
     weight, squares = make_input((classes, fan_in), dtype, "transposed"), torch.rand(classes, dtype=dtype)
-    stats, pull = torch.rand(4, rows, dtype=dtype), torch.rand(rows, dtype=dtype)
+    stats, curvature_factor = torch.rand(4, rows, dtype=dtype), torch.rand(rows, dtype=dtype)
     made = (mean, scaled) if grads else (None, None)
     return (
         shift,
@@ -104,7 +104,7 @@ def mean_rows(rows: int, fan_in: int, classes: int, grads: bool, dtype: torch.dt
         squares,
         row_vectors(rows, classes)[1],
         stats,
-        pull,
+        curvature_factor,
         *made,
         stats.clone(),
     )

@@ -95,6 +95,17 @@ def test_upstream_one_hands_out_the_gradients_as_they_are() -> None:
         torch.testing.assert_close(half, 0.5 * expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("upstream", [-1.0, 0.0, 2.0, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_upstream_gradients(reduction: str, upstream: float, backend: str) -> None:
+    """Any number is a factor, its sign included."""
+    inputs = make_problem()
+    loss = call(*inputs, reduction=reduction, backend=backend)[0].sum()
+    expected = [upstream * g for g in torch.autograd.grad(loss, inputs, retain_graph=True)]
+    (upstream * loss).backward()
+    torch.testing.assert_close([t.grad for t in inputs], expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_accumulation_over_calls(reduction: str, backend: str) -> None:
     """Two losses, and one loss backwards twice: .grad adds up, and no saved gradient is written."""

@@ -15,8 +15,8 @@ pytestmark = needs_native
 OPERATIONS = [
     op for op in SAMPLES if op.startswith(("softmax_trace", "head_cross_entropy", "linear_cross_entropy"))
 ]
-# arguments whose first dimension is free: rows of logits that nothing else counts, and the classes that add_rows writes
-FREE = {("softmax_trace", 0), ("linear_cross_entropy_add_rows", 2)}
+# arguments whose first dimension nothing else says: rows of logits, classes without a bias, those that add_rows writes
+FREE = {("softmax_trace", 0), ("linear_cross_entropy", 1), ("linear_cross_entropy_add_rows", 2)}
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "one dimension more": lambda t: t.unsqueeze(0),
     "shorter": lambda t: t[:-1],
