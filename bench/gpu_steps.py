@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -10,41 +9,20 @@ import gpu_baselines
 import models
 import torch
 import torch.nn.functional as F
+from gpu_timing import Step
 from torch import Tensor, nn
 
 import fam_ext
 from fam_ext import functional
 
 STRENGTH = 0.01
-ROUNDS = 7
-Step = Callable[[], Any]
-
-
-def milliseconds(steps: dict[str, Step]) -> dict[str, tuple[float, float]]:
-    """(median time in ms, peak MB beyond what was held before) of each step, in interleaved rounds after two for warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    peaks = {}
-    for k in range(ROUNDS + 2):
-        for name, step in steps.items():
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            torch.cuda.synchronize()
-            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            if k >= 2:
-                times[name].append(start.elapsed_time(end))
-    return {name: (statistics.median(values), peaks[name]) for name, values in times.items()}
 
 
 def vocabulary(rows: int, fan_in: int, classes: int) -> dict[str, Step]:
     """CE + FAM from features to gradients in bfloat16, beside cross-entropy alone."""
-    x = torch.randn(rows, fan_in, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    weight = (torch.randn(classes, fan_in, device="cuda") / fan_in**0.5).bfloat16().requires_grad_()
-    target = torch.randint(classes, (rows,), device="cuda")
+    x = torch.randn(rows, fan_in, dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(classes, fan_in) / fan_in**0.5).bfloat16().requires_grad_()
+    target = torch.randint(classes, (rows,))
     with torch.no_grad():  # a part of the rows against float64
         some = slice(0, 64)
         ours = functional.linear_cross_entropy(x[some], weight, target[some], strength=STRENGTH)[0]
@@ -70,11 +48,8 @@ def vocabulary(rows: int, fan_in: int, classes: int) -> dict[str, Step]:
 
 def gram(samples: int, positions: int, width: int) -> dict[str, Step]:
     """gram_trace of a token layer in bfloat16, forward and backward, in both forms and by the reference."""
-    x, s = (
-        torch.randn(samples, positions, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        for _ in range(2)
-    )
-    weight = (torch.randn(width, width, device="cuda") / width**0.5).bfloat16().requires_grad_()
+    x, s = (torch.randn(samples, positions, width, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    weight = (torch.randn(width, width) / width**0.5).bfloat16().requires_grad_()
 
     def step(**options: Any) -> Any:
         return torch.autograd.grad(functional.gram_trace(x, s, weight, **options).sum(), (x, s, weight))
@@ -89,12 +64,13 @@ def gram(samples: int, positions: int, width: int) -> dict[str, Step]:
 
 def training(rows: int) -> dict[str, Step]:
     """ResNet-18 on CIFAR shapes, bfloat16 autocast, SGD: plain and with FAM on the head."""
-    x = torch.randn(rows, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
-    y = torch.randint(10, (rows,), device="cuda")
+    x = torch.randn(rows, 3, 32, 32).to(memory_format=torch.channels_last)
+    y = torch.randint(10, (rows,))
 
     def network(fam: bool) -> Step:
         torch.manual_seed(0)
-        model: Any = models.ResNet18().cuda().to(memory_format=torch.channels_last)
+        kind = x.device.type
+        model: Any = models.ResNet18().to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
         criterion: nn.Module = nn.CrossEntropyLoss()
         if fam:
@@ -102,7 +78,7 @@ def training(rows: int) -> dict[str, Step]:
 
         def step() -> None:
             optimizer.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast(kind, torch.bfloat16):
                 loss = criterion(model(x), y)
             loss.backward()
             optimizer.step()
@@ -112,8 +88,13 @@ def training(rows: int) -> dict[str, Step]:
     return {"plain": network(False), "FAM on the head": network(True)}
 
 
-CASES: dict[str, Callable[[], dict[str, Step]]] = {
-    "vocabulary 8192x4096x128256 bf16": lambda: vocabulary(8192, 4096, 128256),
-    "gram_trace 16x1024x768 bf16": lambda: gram(16, 1024, 768),
-    "ResNet-18 step, B=128 bf16": lambda: training(128),
-}
+def cases(small: bool) -> dict[str, Callable[[], dict[str, Step]]]:
+    """Name -> what makes the steps; `small` is for a rehearsal on the CPU."""
+    rows, fan_in, classes = (64, 8, 50) if small else (8192, 4096, 128256)
+    samples, positions, width = (2, 5, 6) if small else (16, 1024, 768)
+    images = 4 if small else 128
+    return {
+        f"vocabulary {rows}x{fan_in}x{classes} bf16": lambda: vocabulary(rows, fan_in, classes),
+        f"gram_trace {samples}x{positions}x{width} bf16": lambda: gram(samples, positions, width),
+        f"ResNet-18 step, B={images} bf16": lambda: training(images),
+    }

@@ -73,7 +73,7 @@ def poisoned_memory() -> Iterator[None]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests marked on_devices run on the CPU and, where there is one, on a GPU as the default device.
 
-    With FAM_EXT_TEST_DEVICE=other they run on the device of helpers/other_device.py alone.
+    With FAM_EXT_TEST_DEVICE=cuda or cpu they run there alone, with =other on the device of helpers/other_device.py.
     """
     if metafunc.definition.path.parent.name == "kernels":
         devices = ["cuda"] if TRITON_ON_GPU else []
@@ -81,6 +81,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         devices = []
     elif ON_OTHER:
         devices = [other_device.NAME]
+    elif os.environ.get("FAM_EXT_TEST_DEVICE"):
+        devices = [d for d in [os.environ["FAM_EXT_TEST_DEVICE"]] if d != "cpu"]
     else:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else []
     if devices:

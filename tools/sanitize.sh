@@ -20,14 +20,24 @@ rm -f "$out"/reports/*
 PATH=$(dirname "$python"):$PATH FAM_EXT_SANITIZE=1 FAM_EXT_CUDA=0 "$python" setup.py -q build --build-base "$out" --build-lib "$out/lib" \
     >"$out/compile.log" 2>&1 || { cat "$out/compile.log"; exit 1; }
 
+cat >"$out/overflow.cpp" <<'CPP'
+extern "C" int read_past(int n) { int* p = new int[n]; int last = p[n]; delete[] p; return last; }
+CPP
 library() { realpath "$(${CXX:-c++} -print-file-name="$1")"; }
+# python keeps memory to the end, which is no leak; libstdc++ comes first so that exceptions are seen
+sanitized() {
+    env LD_PRELOAD="$(library libasan.so):$(library libstdc++.so)" PYTHONPATH="$out/lib" PYTHONMALLOC=malloc OMP_NUM_THREADS=2 \
+        ASAN_OPTIONS="detect_leaks=0:log_path=$out/reports/address" \
+        UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1:log_path=$out/reports/undefined" "$python" "$@"
+}
 status=0
 cd "$out" # not the root, where fam_ext is the library that is compiled there
-# python keeps memory to the end, which is no leak; libstdc++ comes first so that exceptions are seen
-env LD_PRELOAD="$(library libasan.so):$(library libstdc++.so)" PYTHONPATH="$out/lib" PYTHONMALLOC=malloc OMP_NUM_THREADS=2 \
-    ASAN_OPTIONS="detect_leaks=0:log_path=$out/reports/address" \
-    UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1:log_path=$out/reports/undefined" \
-    "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -k "not compile and not inductor" \
+${CXX:-c++} -shared -fPIC -fsanitize=address overflow.cpp -o overflow.so
+sanitized -c 'import ctypes; ctypes.CDLL("./overflow.so").read_past(5)' && { echo "the sanitizer sees no overflow here"; exit 1; }
+grep -q heap-buffer-overflow reports/* || { echo "the sanitizer reports nothing here"; exit 1; }
+rm reports/*
+sanitized -c 'import fam_ext, sys; from fam_ext.ops import backends as b; print(b.__file__); sys.exit(str(b.native_reason() or ""))'
+sanitized -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -k "not compile and not inductor" \
     "${files[@]}" "${arguments[@]}" || status=$?
 cat "$out"/reports/* 2>/dev/null || echo "no report of a sanitizer"
 exit $status

@@ -50,7 +50,8 @@ def test_anomaly_mode_reports_nothing_of_ours() -> None:
 
 def test_every_way_out_is_named() -> None:
     for name, (why, way_out) in verdicts.REFUSED.items():
-        assert why and way_out and name.endswith("Backward")
+        assert why and way_out
+        assert name.endswith("Backward") or name == "torch::autograd::NotImplemented"
 
 
 class Unknown(torch.autograd.Function):
