@@ -16,6 +16,7 @@ from fam_ext.hessian.eigenvalue import largest_direction
 from fam_ext.layers.find import find_layers
 from fam_ext.loss.layer_criterion import Part
 from fam_ext.loss.relative_flatness import RelativeFlatness
+from fam_ext.measurement.features import feature_scale
 from fam_ext.options import EIGENVALUE_MEASURES, MEASURES
 
 _NAME = "measure"
@@ -92,8 +93,10 @@ def measure(
         measures: of "neuronwise", "layerwise", "trace", "layerwise_eigenvalue", "neuronwise_eigenvalue" (see FAMLoss).
         progress: show a progress bar where tqdm is installed.
         training: False measures in evaluation mode. Modes are restored; in training mode normalization statistics move.
-        normalize_features: measure the layer after its features are divided by their standard deviation over the data set (by
-            input channel) and its weight is multiplied with it: the same function (Petzka et al. 2021).
+        normalize_features: measure the layer after its features are divided by a scale (by input channel) and its weight is
+            multiplied with it: the same function (Petzka et al. 2021). The scale is the feature's standard deviation over the
+            data set. A feature that is constant and not zero is divided by its absolute value. A feature that is zero for every
+            sample (a dead ReLU) has scale 0, and its weights count as zero: they do not matter to the function.
         method, curvature, probes, norm_power, normalize, generator, backend: as for FAMLoss.
 
     Returns:
@@ -294,26 +297,14 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _feature_scale(model: nn.Module, part: Part, batches: Iterable[Any]) -> Tensor:
-    """Standard deviation of the layer's input by channel over the data set; 1 where it is constant."""
-    moments: list[Tensor] = []
+    seen = 0
 
-    def collect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = (args[0] if args else kwargs["input"]).detach().double()
-        rows = x.movedim(part.layer.class_dim, -1).reshape(
-            -1, part.layer.inputs
-        )  # channels lie where neurons do
-        moments.append(torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)]))
+    def go_through() -> None:
+        nonlocal seen
+        for inputs, _ in _pairs(batches):
+            _call(model, inputs)
+            seen += 1
+        if seen == 0:
+            _checks.bad_value(_NAME, "batches", "at least one batch", "none")
 
-    handle = part.module.register_forward_pre_hook(collect, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            for inputs, _ in _pairs(batches):
-                _call(model, inputs)
-    finally:
-        handle.remove()
-    if not moments:
-        _checks.bad_value(_NAME, "batches", "at least one batch", "none")
-    count, total, squares = torch.stack(moments).sum(0)
-    variance = (squares / count - (total / count).square()).clamp(min=0)
-    scale = variance.sqrt()
-    return torch.where(scale > 1e-12 * scale.max(), scale, 1.0).to(part.weight().dtype)
+    return feature_scale(part.module, part.layer, go_through, part.weight().dtype)
