@@ -88,7 +88,8 @@ class Curvature:
         if self.on_weight:
             return self.layer.canonical(product)
         origin = torch.zeros_like(self.weight, dtype=product.dtype, requires_grad=True)
-        z = self.layer.apply(self.features.to(product.dtype), origin)
+        with torch.enable_grad():
+            z = self.layer.apply(self.features.to(product.dtype), origin)
         (pulled,) = torch.autograd.grad(z, origin, product, create_graph=not self.hold)
         return self.layer.canonical(pulled)
 
@@ -102,10 +103,11 @@ def products(
     The derivatives of the autograd nodes in `correct` are put right meanwhile (fam_ext.corrections). `doubtful` names nodes after
     the layers that have never been verified: only then the gradients are searched for operations that forbid a second derivative.
     """
-    with corrections.corrected(correct), torch.enable_grad():
-        gradients = torch.autograd.grad(
-            loss, [c.origin for c in curvatures], create_graph=True, allow_unused=True
-        )
+    with corrections.corrected(correct):
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(
+                loss, [c.origin for c in curvatures], create_graph=True, allow_unused=True
+            )
         for curvature, gradient in zip(curvatures, gradients, strict=True):
             if gradient is not None and gradient.requires_grad:
                 curvature.gradient = gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fam_ext.errors import UnsupportedError
 from fam_ext.head.closed_form import weight_factor
-from fam_ext.hessian import coupling, eigenvalue, exact, finite_difference, gauss_newton
+from fam_ext.hessian import coupling, eigenvalue, exact, finite_difference, gauss_newton, memory
 from fam_ext.hessian.estimate import Estimate
 from fam_ext.hessian.products import Curvature, LayerCall
 from fam_ext.layers.linear_map import LinearMap
@@ -55,6 +55,8 @@ class General:
         self._levels: dict[Any, str] = {}  # the widest level found, by graph
         self._apart: set[Any] = set()  # graphs found to keep samples apart
         self._uses: dict[Any, int] = {}  # of such a finding, by graph
+        self._bytes: dict[Any, memory.ProductBytes] = {}  # of one product, by graph
+        self._at_once: dict[Any, int] = {}  # products within max_bytes, by graph
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -75,6 +77,8 @@ class General:
         """Products with the Hessian through these calls of the layer, inside fam_ext.curvature.products."""
         if len(calls) > 1:
             self._check_weight_is_leaf(weight)
+        elif not torch.is_grad_enabled():
+            weight = weight.detach()
         return Curvature(self.layer, weight, calls, hold=not self.options.curvature_grad)
 
     def by_differences(self, closure: Any, per_sample: bool) -> Estimate:
@@ -126,15 +130,14 @@ class General:
         uses = self._uses[key] = self._uses.get(key, 0) + 1
         return uses & (uses - 1) == 0
 
-    def choose(self, curvature: Curvature, level: str, nodes: int, products: int) -> Plan:
+    def choose(self, curvature: Curvature, level: str, between: list[Any], products: int) -> Plan:
         """How to form the term; `products` is what exact values take, those of the other layers in the sum included."""
         options = self.options
         if options.measure in EIGENVALUE_MEASURES:
             return Plan("lanczos", None, 0, "an eigenvalue")
         own = exact.exact_products(self.layer, curvature, level)
-        size = sum(_bytes(call) for call in curvature.calls) * max(8, 2 * nodes)
-        total = own * size
         if options.method == "exact":
+            total = self._graph_bytes(curvature, level, between, own)
             if total > options.max_bytes:
                 raise UnsupportedError(
                     f"{options.caller}: method='exact' takes {own} Hessian products here, about {total / 2**30:.3g} GiB of "
@@ -149,10 +152,32 @@ class General:
             probes_level = "rows" if independent else "samples"
         if options.method == "hutchinson":
             return Plan("hutchinson", probes_level, options.probes, "asked for")
-        if products <= EXACT_PRODUCTS and total <= options.max_bytes:
-            return Plan("exact", level, own, f"at most {EXACT_PRODUCTS} products")
+        if products <= EXACT_PRODUCTS:
+            if self._graph_bytes(curvature, level, between, own) <= options.max_bytes:
+                return Plan("exact", level, own, f"at most {EXACT_PRODUCTS} products")
+            reason = f"the exact value's graph takes more than max_bytes={options.max_bytes}"
+            return Plan("hutchinson", probes_level, options.probes, reason)
         reason = f"the exact value takes {products} products"
         return Plan("hutchinson", probes_level, options.probes, reason + " for all layers" * (products > own))
+
+    def _graph_bytes(self, curvature: Curvature, level: str, between: list[Any], products: int) -> float:
+        """What the exact value takes for its gradient; 0 where it has none: products leave nothing then."""
+        if curvature.hold:
+            return 0.0
+        together = min(2, products)
+        key = self._key(curvature, between, level, together)
+        if key not in self._bytes:
+            self._bytes[key] = memory.count(self._summand(curvature, level), together)
+        return self._bytes[key].total(products, _AT_ONCE)
+
+    def _summand(self, curvature: Curvature, level: str) -> Callable[[int], Tensor]:
+        """A function of k: the first k products of the exact value, summed."""
+        weighted = self.options.measure == "neuronwise"
+        return lambda k: next(exact.exact(curvature, level, weighted, k, self.options.backend))
+
+    @staticmethod
+    def _key(curvature: Curvature, between: list[Any], *more: Any) -> Any:
+        return (*more, tuple(call.shape for call in curvature.calls), *map(_signature, between))
 
     def share(self, curvature: Curvature, summand: Tensor, per_sample: bool) -> Tensor:
         """The sum, or the sums by sample, of a summand."""
@@ -160,18 +185,29 @@ class General:
             return summand.sum()
         return summand.reshape(self.layer.samples(curvature.calls[0].shape), -1).sum(1)
 
-    def exact(self, curvature: Curvature, plan: Plan, per_sample: bool) -> Tensor:
+    def exact(self, curvature: Curvature, plan: Plan, between: list[Any], per_sample: bool) -> Tensor:
         """The exact value of a measure that is linear in the Hessian, or of one with eigenvalues."""
         options = self.options
         if options.measure in EIGENVALUE_MEASURES:
             return self.finish(self._eigenvalue(curvature), curvature.weight)
-        size = max(1, sum(_bytes(call) for call in curvature.calls) * 16)
-        chunk = max(1, min(plan.products, _AT_ONCE, options.max_bytes // (16 * size)))
+        level = str(plan.level)
+        chunk = max(1, min(plan.products, _AT_ONCE))
+        if curvature.hold:
+            chunk = self.at_once(curvature, level, between, self._summand(curvature, level), chunk)
         weighted = options.measure == "neuronwise"
         total: Any = 0
-        for summand in exact.exact(curvature, str(plan.level), weighted, chunk, options.backend):
+        for summand in exact.exact(curvature, level, weighted, chunk, options.backend):
             total = total + self.share(curvature, summand, per_sample)
         return self.finish(total, curvature.weight)
+
+    def at_once(
+        self, curvature: Curvature, what: str, between: list[Any], take: Callable[[int], object], most: int
+    ) -> int:
+        """How many of `most` products are formed together where none leaves a graph: counted once for a graph."""
+        key = self._key(curvature, between, what, most)
+        if key not in self._at_once:
+            self._at_once[key] = memory.at_once(self.options.caller, take, most, self.options.max_bytes)
+        return self._at_once[key]
 
     def _eigenvalue(self, curvature: Curvature) -> Tensor:
         """lambda_max(H), or sum_s |w_s|^2 lambda_max(H_ss); "layerwise" is multiplied with the norm in finish."""
@@ -222,10 +258,3 @@ class General:
 
 def _signature(node: Any) -> Any:
     return node.name(), getattr(node, "_saved_training", None) if "Norm" in node.name() else None
-
-
-def _bytes(call: LayerCall) -> int:
-    numbers = 1
-    for size in call.shape:
-        numbers *= size
-    return numbers * 4

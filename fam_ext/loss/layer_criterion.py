@@ -279,7 +279,7 @@ class LayerCriterion(nn.Module):
                 f"{caller}: the criterion must return one number where the layer is no head, got shape {tuple(loss.shape)}; use "
                 "reduction='mean' or 'sum'"
             )
-        if not torch.is_grad_enabled() or not loss.requires_grad:
+        if not loss.requires_grad:
             raise UnsupportedError(
                 f"{caller}: this layer is no head, its curvature needs gradients: {self._no_graph(parts[0])}"
             )
@@ -313,8 +313,8 @@ class LayerCriterion(nn.Module):
 
     def _hessian_terms(self, loss: Tensor, found: Sequence[Found], per_sample: bool) -> list[Estimate]:
         """The terms of layers that are no heads, from products that share the first gradient of the loss."""
-        curvatures = [f.part.general.curvature(f.weight, f.calls) for f in found]
         wanted = torch.is_grad_enabled()
+        curvatures = [f.part.general.curvature(f.weight, f.calls) for f in found]
         with self._products(loss, found, curvatures):
             layers = [(f.part.general, c, f.between) for f, c in zip(found, curvatures, strict=True)]
             terms = hessian_terms(layers, per_sample)

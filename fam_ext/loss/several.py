@@ -29,37 +29,44 @@ def hessian_terms(found: Sequence[tuple[General, Curvature, list[Any]]], per_sam
     )
     terms, estimated = [], []
     for (general, curvature, nodes), level in zip(found, levels, strict=True):
-        plan = general.choose(curvature, level, len(nodes), products)
+        plan = general.choose(curvature, level, nodes, products)
         general.note(plan)
         if per_sample and plan.level == "batch":
             raise UnsupportedError(
                 f"{general.options.caller}: samples interact after the layer, kappa has no shares by sample; use per_sample=False"
             )
         if plan.method == "hutchinson":
-            estimated.append((general, curvature, str(plan.level)))
+            estimated.append((general, curvature, str(plan.level), nodes))
         else:
-            terms.append(Estimate(general.exact(curvature, plan, per_sample), None))
+            terms.append(Estimate(general.exact(curvature, plan, nodes, per_sample), None))
     if estimated:
         terms.append(_estimate(estimated, per_sample))
     return terms
 
 
-def _estimate(found: Sequence[tuple[General, Curvature, str]], per_sample: bool) -> Estimate:
-    first, curvature, _ = found[0]
+def _estimate(found: Sequence[tuple[General, Curvature, str, list[Any]]], per_sample: bool) -> Estimate:
+    first, curvature, _, nodes = found[0]
     options, generator = first.options, first.generator(curvature.device)
     weighted = options.measure == "neuronwise"
-    probes = [
-        hutchinson.draw(curvature, level, weighted, options.probes, generator, options.backend)
-        for _, curvature, level in found
-    ]
-    summands = hutchinson.hutchinson(probes)
-    values: Any = sum(
-        general.finish(
-            torch.stack([general.share(curvature, s, per_sample) for s in stack]), curvature.weight
+
+    def values(probes: int) -> Tensor:
+        drawn = [
+            hutchinson.draw(curvature, level, weighted, probes, generator, options.backend)
+            for _, curvature, level, _ in found
+        ]
+        total: Any = sum(
+            general.finish(
+                torch.stack([general.share(curvature, s, per_sample) for s in stack]), curvature.weight
+            )
+            for (general, curvature, *_), stack in zip(found, hutchinson.hutchinson(drawn), strict=True)
         )
-        for (general, curvature, _), stack in zip(found, summands, strict=True)
-    )
-    return Estimate.of(values)
+        return total  # type: ignore[no-any-return]
+
+    chunk = options.probes
+    if curvature.hold and not torch.is_grad_enabled():
+        chunk = first.at_once(curvature, "probes", nodes, values, options.probes)
+    sizes = [min(chunk, options.probes - done) for done in range(0, options.probes, chunk)]
+    return Estimate.of(torch.cat([values(size) for size in sizes]))
 
 
 def positive_terms(
@@ -103,7 +110,7 @@ def _positive(
     per_sample: bool,
 ) -> Estimate:
     first = group[0][0]
-    options, hold = first.options, not first.options.curvature_grad
+    options, hold = first.options, not first.options.curvature_grad or not torch.is_grad_enabled()
     if options.curvature == "ggn":
         drawn = gauss_newton.output_factors(bound, outputs, samples)
     else:
