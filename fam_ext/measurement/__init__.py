@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from fam_ext.measurement.data_set import Report, measure
+from fam_ext.measurement.data_set import measure
+from fam_ext.measurement.report import LayerRow, Report
 
-__all__ = ["Report", "measure"]
+__all__ = ["LayerRow", "Report", "measure"]

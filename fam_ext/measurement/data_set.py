@@ -1,69 +1,27 @@
-"""Relative flatness of a trained model over a data set."""
+"""fam_ext.measure: relative flatness and companion measures of a trained model over a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fam_ext import _checks, loss_hessians
-from fam_ext.errors import UnsupportedError
-from fam_ext.hessian.eigenvalue import largest_direction
+from fam_ext import _checks
 from fam_ext.layers.find import find_layers
-from fam_ext.loss.layer_criterion import Part
-from fam_ext.loss.relative_flatness import RelativeFlatness
-from fam_ext.measurement.features import feature_scale
-from fam_ext.options import EIGENVALUE_MEASURES, MEASURES
-
-_NAME = "measure"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `measure` found: numbers by measure, for the loss over the whole data set."""
-
-    values: dict[str, float]
-    standard_errors: dict[str, float | None]
-    """None where the value is exact."""
-    loss: float
-    samples: int
-    batches: int
-    layer: str
-    plans: dict[str, str] = field(default_factory=dict)
-    """How each measure was computed, and why."""
-
-    def as_dict(self) -> dict[str, float]:
-        """Flat, for loggers: loss, samples, each measure, and <measure>_standard_error where it was estimated."""
-        errors = {f"{k}_standard_error": e for k, e in self.standard_errors.items() if e is not None}
-        return {"loss": self.loss, "samples": float(self.samples), **self.values, **errors}
-
-    def table(self) -> str:
-        """A text table."""
-        rows = [("measure", "value", "standard error", "computed")]
-        for name, value in self.values.items():
-            error = self.standard_errors[name]
-            rows.append(
-                (name, f"{value:.6g}", "exact" if error is None else f"{error:.2g}", self.plans.get(name, ""))
-            )
-        widths = [max(len(row[k]) for row in rows) for k in range(3)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows
-        ]
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        head = f"{self.layer}: loss {self.loss:.6g} over {self.samples} samples in {self.batches} batches"
-        return f"{head}\n{self.table()}"
+from fam_ext.measurement import companions
+from fam_ext.measurement.batches import NAME, DataSet, Mean, mode
+from fam_ext.measurement.layer_terms import EIGENVALUES, LayerTerms
+from fam_ext.measurement.report import Report
+from fam_ext.options import MEASURES
 
 
 def measure(
     model: nn.Module,
     batches: Iterable[Any],
-    layer: str | nn.Module | None,
+    layer: str | nn.Module | Sequence[str | nn.Module] | None,
     criterion: Any,
     measures: Sequence[str] = ("neuronwise", "layerwise", "trace"),
     *,
@@ -73,238 +31,191 @@ def measure(
     method: str = "auto",
     curvature: str = "hessian",
     probes: int = 8,
+    rtol: float | None = None,
+    max_probes: int = 1024,
     norm_power: int = 2,
     normalize: str | None = None,
+    radius: float = 0.05,
+    adaptive_radius: float = 0.5,
+    max_bytes: int = 2**30,
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> Report:
-    r"""Relative flatness of one layer of a trained model, for the loss over a whole data set.
+    r"""Relative flatness of layers of a trained model, and companion measures, for the loss over a whole data set.
 
     The Hessian of the data set's loss is the mean of the batches' Hessians, weighted as the criterion weights their losses (by
-    samples, or by the class weights of valid targets; summed for reduction="sum"): unequal batches count right.
+    samples, or by the class weights of valid targets; summed for reduction="sum"): unequal batches count right. Where every
+    target is ignored the mean is over nothing, and all numbers are nan, as torch's mean loss is.
 
     Args:
         model: called as model(inputs), model(*inputs) for a tuple or list, or model(**inputs) for a mapping; it returns what the
             criterion takes (wrap one whose output is an object with logits).
         batches: an iterable of pairs (inputs, targets) on the model's device, a DataLoader say; iterated again for each product
-            of an eigenvalue measure and for normalize_features.
-        layer: a name, a glob, a module of the model, or None for its last Linear or Conv layer.
+            of an eigenvalue, for normalize_features, with rtol, and for the measures of the whole network.
+        layer: a name, a glob, a module of the model, several of these, or None for its last Linear or Conv layer. Each layer
+            that they match has a row in the report.
         criterion: as for FAMLoss; reduction "mean" or "sum" (one that does not tell its reduction counts as a mean over samples).
-        measures: of "neuronwise", "layerwise", "trace", "layerwise_eigenvalue", "neuronwise_eigenvalue" (see FAMLoss).
+        measures: of each layer "neuronwise", "layerwise", "trace", "layerwise_eigenvalue", "neuronwise_eigenvalue" (see FAMLoss)
+            and "largest_eigenvalue", lambda_max of the layer's Hessian; of the whole network "fisher_rao", "pac_bayes_sharpness",
+            "sam_sharpness", "adaptive_sam_sharpness" and "weight_norm" (definitions: fam_ext.measurement.companions).
         progress: show a progress bar where tqdm is installed.
         training: False measures in evaluation mode. Modes are restored; in training mode normalization statistics move.
-        normalize_features: measure the layer after its features are divided by a scale (by input channel) and its weight is
+        normalize_features: measure a layer after its features are divided by a scale (by input channel) and its weight is
             multiplied with it: the same function (Petzka et al. 2021). The scale is the feature's standard deviation over the
             data set. A feature that is constant and not zero is divided by its absolute value. A feature that is zero for every
             sample (a dead ReLU) has scale 0, and its weights count as zero: they do not matter to the function.
-        method, curvature, probes, norm_power, normalize, generator, backend: as for FAMLoss.
+        probes: random draws per batch for an estimate; also the draws of "pac_bayes_sharpness".
+        rtol: go through the data set again, with new draws, until an estimate's standard error is at most rtol times its value,
+            or `max_probes` draws per batch are used up. Needs probes of 2 or more.
+        radius, adaptive_radius: the ball's radius of "sam_sharpness" and "adaptive_sam_sharpness".
+        max_bytes: bound on what Hessian products take at a time, beside the forward pass and its gradient. Products leave no
+            graph here; as many are formed together as fit.
+        method, curvature, norm_power, normalize, generator, backend: as for FAMLoss.
 
     Returns:
-        Report: values, standard errors where estimated, the loss; as_dict(), table() and repr.
+        Report: a row of values and standard errors for each layer, the network's measures, the loss; as_dict(), table(),
+        to_csv(), plot() and repr.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or there is no batch.
-        UnsupportedError: a right number cannot be given.
+        UnsupportedError: a right number cannot be given, or one Hessian product takes more than max_bytes.
+        MemoryError (on a GPU torch.OutOfMemoryError): the machine's memory did not do.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> data = [(torch.randn(16, 4), torch.randint(0, 3, (16,))) for _ in range(2)]
+    >>> report = measure(model, data, "*", nn.CrossEntropyLoss(), ["neuronwise", "weight_norm"], progress=False)
+    >>> list(report.values)
+    ['0/neuronwise', '2/neuronwise', 'weight_norm']
     """
-    names = tuple(measures)
-    if not names or isinstance(measures, str):
-        _checks.bad_type(_NAME, "measures", "a sequence of names", measures)
-    for name in names:
-        _checks.check_choice(_NAME, "measures", name, MEASURES + EIGENVALUE_MEASURES)
-    again = normalize_features or any(name in EIGENVALUE_MEASURES for name in names)
-    if again and isinstance(batches, Iterator):  # the second pass would find nothing
+    names = _checked(measures)
+    if rtol is not None and not (isinstance(rtol, float) and rtol > 0):
+        _checks.bad_value(NAME, "rtol", "None or a positive float", rtol)
+    if rtol is not None and probes < 2:
+        _checks.bad_value(NAME, "probes", "2 or more with rtol (one draw has no standard error)", probes)
+    if isinstance(max_probes, bool) or not isinstance(max_probes, int) or max_probes < 1:
+        _checks.bad_value(NAME, "max_probes", "a positive integer", max_probes)
+    companions.check_radius(NAME, radius=radius, adaptive_radius=adaptive_radius)
+    again = normalize_features or rtol is not None or any(name not in MEASURES for name in names)
+    if again and isinstance(batches, Iterator):  # the second pass would meet nothing
         _checks.bad_value(
-            _NAME, "batches", "a collection, not an iterator: it is gone through several times", batches
+            NAME, "batches", "a collection, not an iterator: it is gone through several times", batches
         )
-    (module,) = _one(find_layers(_NAME, model, layer))
+    data = DataSet(model, batches, criterion, progress)
+    chosen = set(find_layers(NAME, model, layer))
+    modules = {name: module for name, module in model.named_modules() if module in chosen}
+    own = [name for name in names if name not in companions.NETWORK]
     options: dict[str, Any] = {
         "method": method, "curvature": curvature, "probes": probes, "normalize": normalize, "generator": generator,
-        "backend": backend,
+        "backend": backend, "max_bytes": max_bytes,
     }  # fmt: skip
-    terms = {
-        name: RelativeFlatness(
-            criterion,
-            module,
-            measure=name,
-            norm_power=norm_power if name.startswith("layerwise") else 2,
-            **options,
-        )
-        for name in names
-    }
-    linear = {name: term for name, term in terms.items() if name in MEASURES}
+    layers: dict[str, LayerTerms] = {}
     try:
-        with _mode(model, training):
-            if normalize_features:
-                scale = _feature_scale(model, terms[names[0]].parts[0], batches)
-                for term in terms.values():
-                    term.parts[0].scale = scale
-            sums = _Sums()
-            for inputs, targets in _pairs(_shown(batches, progress)):
-                sums.add(_call(model, inputs), targets, criterion, linear)
-            values, errors = sums.finish()
-            for name in names:
-                if name in EIGENVALUE_MEASURES:
-                    values[name] = _eigenvalue(terms[name], model, batches, criterion)
-                    errors[name] = None
+        for name, module in modules.items():
+            layers[name] = LayerTerms(module, own, criterion, norm_power, **options)
+        with mode(model, training), _memory(method, probes, max_bytes):
+            totals = _by_layer(data, layers, own, normalize_features, rtol, max_probes, probes)
+            network = {
+                name: companions.NETWORK[name](data, radius, adaptive_radius, probes, generator)
+                if totals.counts or name == "weight_norm"
+                else float("nan")
+                for name in names
+                if name in companions.NETWORK
+            }
     finally:
-        for term in terms.values():
-            term.detach()
-    plans = {name: str(term.plan) for name, term in terms.items() if term.plan is not None}
-    return Report(
-        {name: values[name] for name in names},
-        {name: errors[name] for name in names},
-        sums.loss / sums.total,
-        sums.samples,
-        sums.batches,
-        repr(module),
-        plans,
-    )
+        for terms in layers.values():
+            terms.detach()
+    rows = {name: terms.row() for name, terms in layers.items()} if own else {}
+    return Report(rows, network, totals.loss, totals.samples, totals.batches)
 
 
-def _one(layers: list[nn.Module]) -> list[nn.Module]:
-    if len(layers) != 1:
-        _checks.bad_value(_NAME, "layer", "one layer", f"{len(layers)} layers")
-    return layers
+def _checked(measures: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(measures)
+    if not names or isinstance(measures, str):
+        _checks.bad_type(NAME, "measures", "a sequence of names", measures)
+    for name in names:
+        _checks.check_choice(NAME, "measures", name, (*MEASURES, *EIGENVALUES, *companions.NETWORK))
+    return names
 
 
-class _Sums:
-    """Sums over batches, each weighted as its loss counts in the data set's."""
+class _Totals:
+    """Loss, samples and batches of the data set."""
 
     def __init__(self) -> None:
-        self.loss = self.total = 0.0
+        self.mean = Mean()
         self.samples = self.batches = 0
-        self.values: dict[str, float] = {}
-        self.variances: dict[str, float | None] = {}
 
-    def add(self, outputs: Any, targets: Any, criterion: Any, terms: Mapping[str, RelativeFlatness]) -> None:
+    def add(self, criterion: Any, outputs: Any, targets: Any) -> None:
         loss = criterion(outputs, targets)
         if loss.dim() != 0:
-            _checks.bad_value(_NAME, "criterion", "one with reduction 'mean' or 'sum'", criterion)
-        weight, total = _weight(criterion, outputs, targets)
+            _checks.bad_value(NAME, "criterion", "one with reduction 'mean' or 'sum'", criterion)
+        self.mean.add(criterion, outputs, targets, float(loss.detach()))
         self.samples += len(targets)
         self.batches += 1
-        self.total = self.total + total if total is not None else 1.0
-        if weight == 0:  # every target is ignored: the mean over none is nan
-            return
-        self.loss += weight * float(loss.detach())
-        for name, term in terms.items():
-            value = term(outputs, targets)
-            self.values[name] = self.values.get(name, 0.0) + weight * float(value.detach())
-            if term.standard_error is None:
-                self.variances.setdefault(name, None)
-                continue
-            variance = (weight * float(term.standard_error)) ** 2
-            self.variances[name] = (self.variances.get(name) or 0.0) + variance
 
-    def finish(self) -> tuple[dict[str, float], dict[str, float | None]]:
-        if self.batches == 0:
-            _checks.bad_value(_NAME, "batches", "at least one batch", "none")
-        values = {name: value / self.total for name, value in self.values.items()}
-        errors = {n: None if v is None else v**0.5 / self.total for n, v in self.variances.items()}
-        return values, errors
+    @property
+    def counts(self) -> bool:
+        """Whether any target does."""
+        return self.mean.total != 0
+
+    @property
+    def loss(self) -> float:
+        return self.mean.value()
 
 
-def _weight(criterion: Any, outputs: Any, targets: Any) -> tuple[float, float | None]:
-    """(weight of a batch's loss in the data set's, its share of the total); the total is None for sums, where it is 1."""
-    try:
-        bound: loss_hessians.Bound | None = loss_hessians.read(_NAME, criterion)(targets)
-    except UnsupportedError:
-        bound = None
-    reduction = bound.reduction if bound is not None else getattr(criterion, "reduction", "mean")
-    if reduction == "sum":
-        return 1.0, None
-    if isinstance(bound, loss_hessians.CrossEntropy) and not targets.is_floating_point():
-        valid = targets != bound.ignore_index
-        count = (
-            valid.sum()
-            if bound.weight is None
-            else bound.weight[torch.where(valid, targets, 0)].mul(valid).sum()
-        )
-        return float(count), float(count)
-    if isinstance(bound, loss_hessians.MeanSquaredError) and bound.weight is not None:
-        return float(bound.weight.sum()), float(bound.weight.sum())
-    elements = bound is not None and not isinstance(bound, loss_hessians.CrossEntropy)
-    size = float(outputs.numel() if elements else len(targets))
-    return size, size
+def _by_layer(
+    data: DataSet,
+    layers: dict[str, LayerTerms],
+    own: Sequence[str],
+    normalize_features: bool,
+    rtol: float | None,
+    max_probes: int,
+    probes: int,
+) -> _Totals:
+    """Take the measures of all layers, with shared passes over the data set."""
 
+    def go_through() -> None:
+        for inputs, _ in data.pairs():
+            data.call(inputs)
 
-def _eigenvalue(term: RelativeFlatness, model: nn.Module, batches: Iterable[Any], criterion: Any) -> float:
-    """Of the mean Hessian, not the mean of eigenvalues: every product goes over the data set."""
-    part = term.parts[0]
-    weight = part.weight()
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-    def product(direction: Tensor) -> Tensor:
-        total, result = 0.0, torch.zeros_like(weight)
-        for inputs, targets in _pairs(batches):
-            outputs = _call(model, inputs)
-            share, counted = _weight(criterion, outputs, targets)
-            total = total + counted if counted is not None else 1.0
-            if share:
-                result += share * term.weight_product(criterion(outputs, targets), direction)
-        return result / total
-
-    def largest(neuron: int | None = None) -> Tensor:
-        direction = largest_direction(product, weight, neuron)
-        return (direction * product(direction)).sum()
-
-    if term.options.measure == "layerwise_eigenvalue":
-        return float(part.general.finish(largest(), weight))
-    squares = weight.square().sum(2).flatten()
-    blocks = torch.stack([largest(neuron) for neuron in range(len(squares))])
-    return float(part.general.finish((squares * blocks).sum(), weight))
-
-
-def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    for batch in batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            _checks.bad_type(_NAME, "batches", "an iterable of pairs (inputs, targets)", batch)
-        yield batch[0], batch[1]
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
-
-
-def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return batches
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return batches
-    shown: Iterable[Any] = tqdm(
-        batches, desc=_NAME, total=len(batches) if isinstance(batches, Sized) else None
-    )
-    return shown
+    totals = _Totals()
+    if normalize_features and own:
+        for terms in layers.values():
+            terms.normalize_features(go_through)
+    first = True
+    active = [term for terms in layers.values() for term in terms.terms.values()]
+    while True:
+        for inputs, targets in data.pairs(NAME if first else f"{NAME}, more probes"):
+            outputs = data.call(inputs)
+            if first:
+                totals.add(data.criterion, outputs, targets)
+            for term in active:
+                term.add(data, inputs, outputs, targets)
+        if totals.batches == 0:
+            _checks.bad_value(NAME, "batches", "at least one batch", "none")
+        for term in active:
+            term.end_round()
+        active = [t for terms in layers.values() for t in terms.unfinished(rtol, max_probes, probes)]
+        if not active:
+            break
+        first = False
+    for terms in layers.values():
+        terms.take_eigenvalues(data, totals.counts)
+    return totals
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in one mode, every module's own restored afterwards; gradients enabled."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
+def _memory(method: str, probes: int, max_bytes: int) -> Iterator[None]:
+    """Name the settings that decide about memory where there was not enough of it."""
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _feature_scale(model: nn.Module, part: Part, batches: Iterable[Any]) -> Tensor:
-    seen = 0
-
-    def go_through() -> None:
-        nonlocal seen
-        for inputs, _ in _pairs(batches):
-            _call(model, inputs)
-            seen += 1
-        if seen == 0:
-            _checks.bad_value(_NAME, "batches", "at least one batch", "none")
-
-    return feature_scale(part.module, part.layer, go_through, part.weight().dtype)
+        yield
+    except (MemoryError, RuntimeError) as error:
+        on_device = isinstance(error, torch.OutOfMemoryError)
+        if not (on_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        kind = torch.OutOfMemoryError if on_device else MemoryError
+        raise kind(
+            f"{NAME}: out of memory with method={method!r}, probes={probes} and max_bytes={max_bytes}: lower max_bytes (Hessian "
+            "products are taken in smaller chunks) or probes, use smaller batches, or method='hutchinson' in place of 'exact'. "
+            f"The allocator said: {error}"
+        ) from error
