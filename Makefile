@@ -5,18 +5,21 @@
 #                          written to its environment (the package goes to .venv-env, which sees its packages)
 #   DEMO_ARGS, TEST_ARGS, BENCH_ARGS   passed to the demo, pytest and bench/run.py
 #   FAM_EXT_BUILD, FAM_EXT_SIMD, FAM_EXT_CUDA, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CXX in the environment: see setup.py
+# Tests run in as many processes as there are cores, each with one thread, where pytest-xdist is installed: TEST_ARGS="-n 0 --pdb"
+# runs them in one. `make test-torch TORCH=torch==2.14.1` tests with another torch in .venv-torch-2.14.1 (tools/test_torch.sh).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ENV ?=
 VENV := $(if $(ENV),.venv-env,.venv)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n auto --dist loadfile')
 CURVLINOPS := curvlinops-for-pytorch==3.0.1 einconv einops opt_einsum linear_operator
 SOURCES := setup.py tools/build_config.py $(shell find csrc -type f)
 WANTED := $(VENV) $(ENV) $(FAM_EXT_BUILD) $(FAM_EXT_SIMD) $(FAM_EXT_CUDA) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton lint bench bench-tools bench-readme clean setup FORCE
+.PHONY: help demo test test-torch test-triton sanitize lint bench bench-tools bench-readme clean setup FORCE
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -25,12 +28,18 @@ demo: setup  ## train with SGD, SAM and FAM on handwritten digits (DEMO_ARGS=--q
 	$(PY) examples/digits.py $(DEMO_ARGS)
 
 test: lint  ## lint, then run all tests (TEST_ARGS="-k name")
-	$(PY) -m pytest $(TEST_ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(TEST_ARGS) || test $$? = 5 # 5: TEST_ARGS left none of them
+	$(PYTEST) $(TEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(TEST_ARGS) || test $$? = 5 # 5: TEST_ARGS left none of them
+
+test-torch:  ## run the library's tests with another torch (TORCH=torch==2.14.1 FAM_EXT_BUILD=0 TEST_ARGS="-k name")
+	bash tools/test_torch.sh "$(PYTHON)" "$(TORCH)" $(TEST_ARGS)
+
+sanitize: setup $(VENV)/.tools  ## run the operations' tests under the address and undefined-behaviour sanitizers (TEST_ARGS="-k name")
+	bash tools/sanitize.sh $(PY) $(TEST_ARGS)
 
 test-triton: setup $(VENV)/.tools  ## run the Triton kernels in Triton's interpreter on the CPU, and compile them for GPUs
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(TEST_ARGS)
-	$(PY) -m pytest tests/packaging/test_kernels.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(TEST_ARGS)
+	$(PYTEST) tests/packaging/test_kernels.py
 
 lint: setup $(VENV)/.tools  ## ruff, mypy and clang-format, changing nothing
 	@bash tools/lint.sh $(PY) $(ENV)
@@ -45,11 +54,11 @@ ifeq ($(ENV),)
 	echo "curvlinops cannot be installed here: its baseline is left out"
 endif
 
-bench-readme: setup  ## put the table and the plot of bench/results into the README
+bench-readme: setup  ## put the tables and plots of bench/results into docs/performance.md
 	$(PY) bench/readme.py
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-env build dist out *.egg-info fam_ext/_C*.so fam_ext/_build.json
+	rm -rf .venv .venv-env .venv-torch* build dist out *.egg-info fam_ext/_C*.so fam_ext/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 setup: build/.stamp
@@ -81,4 +90,28 @@ build/.stamp: $(VENV)/.stamp $(SOURCES) $(if $(findstring :$(WANTED):,:$(file <b
 	@touch $@
 
 .venv-env/.tools: .venv-env/.stamp
+	@touch $@
+
+# ---- documentation and releases: environments of their own, without torch
+.PHONY: docs docs-serve check-release
+DOCS := build/docs-env
+RELEASE := build/release-env
+
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(DOCS)/.stamp  ## build the documentation site into build/site; a broken link or reference is an error
+	$(DOCS)/bin/python -m mkdocs build --strict
+
+docs-serve: $(DOCS)/.stamp  ## show the site at localhost:8000, built again on every change
+	$(DOCS)/bin/python -m mkdocs serve
+
+check-release: $(VENV)/.stamp docs $(RELEASE)/.stamp  ## what the workflows check before a release: distributions, metadata, a fresh install
+	$(RELEASE)/bin/python tools/check_release.py $(PY)
+
+$(DOCS)/.stamp: EXTRA = docs
+$(RELEASE)/.stamp: EXTRA = release
+$(DOCS)/.stamp $(RELEASE)/.stamp: pyproject.toml tools/extras.py
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python tools/extras.py $(EXTRA) > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -r $(@D)/requirements.txt
 	@touch $@

@@ -3,6 +3,7 @@
 FAM_EXT_BUILD=0                         pure Python, nothing is compiled
 FAM_EXT_SIMD=native|avx512|avx2|default the instruction set; native is what torch finds on this machine
 FAM_EXT_CUDA=0                          no CUDA kernels, which are compiled where nvcc and a torch with CUDA are
+FAM_EXT_SANITIZE=1                      with the address and undefined-behaviour sanitizers: tools/sanitize.sh
 FORCE_CUDA=1                            CUDA kernels, or an error that says why not
 TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX    as torch reads them
 """
@@ -31,8 +32,12 @@ except ImportError:
 NO_TORCH = """fam_ext compiles against the torch that will load it, and this build sees none: there is none, or pip hides it for
 lack of --no-build-isolation. Install torch, then run: pip install --no-build-isolation .
 (or, for pure Python: FAM_EXT_BUILD=0 pip install --no-build-isolation .)"""
-NO_COMPILE = """fam_ext: compiling failed, see above. It needs a C++20 compiler and Python's headers (python3-dev).
+NO_COMPILE = """fam_ext: compiling failed, see above. It needs Python's headers (python3-dev) and a compiler for the C++ of
+torch's headers: C++20, up to torch 2.11 C++17.
 For pure Python, same numbers but slower: FAM_EXT_BUILD=0 pip install --no-build-isolation ."""
+NO_COMPILE_CUDA = """CUDA kernels were to be compiled with the toolkit in {home}. Two ways out:
+without them: FAM_EXT_CUDA=0 pip install --no-build-isolation .
+with another toolkit: CUDA_HOME=/path/to/cuda pip install --no-build-isolation ."""
 
 
 def write_record(in_source, build_lib, **record):
@@ -59,13 +64,14 @@ def native():
     version = subprocess.check_output([*shlex.split(compiler), "--version"], text=True).split("\n")[0]
     simd, openmp = build_config.simd_level(torch), ["-fopenmp"] * (sys.platform == "linux")
     flags = [
-        *build_config.FLAGS.split(),
+        *build_config.flags(),
         *openmp,
         f"-DCPU_CAPABILITY={simd.upper()}",
         *build_config.SIMD_FLAGS[simd].split(),
     ]
     flags += [include := f"-I{os.path.abspath('csrc')}", f'-DFAM_EXT_TORCH_VERSION="{torch.__version__}"']
-    cuda, arch_list, no_cuda = build_config.cuda(torch, cpp_extension.CUDA_HOME)
+    cpp_extension.CUDA_HOME = home = build_config.cuda_home(cpp_extension.CUDA_HOME)
+    cuda, arch_list, no_cuda = build_config.cuda(torch, home)
     flags += [f'-DFAM_EXT_CUDA="{cuda}"', f'-DFAM_EXT_CUDA_ARCHITECTURES="{";".join(arch_list)}"'] * bool(
         cuda
     )
@@ -78,6 +84,8 @@ def native():
     ext.depends = sorted(str(p) for p in Path("csrc").rglob("*.*h"))
     # GCC: libgomp comes with libtorch_cpu, and linking it here could load a second OpenMP runtime
     ext.extra_link_args = openmp if "clang" in version else []
+    if os.environ.get("FAM_EXT_SANITIZE") == "1":
+        ext.extra_link_args = [*ext.extra_link_args, *build_config.SANITIZE.split()]
     record = {"torch": str(torch.__version__), "python": sys.version.split()[0], "compiler": version}
     record.update(simd=simd, cuda=cuda, arch_list=arch_list, no_cuda=no_cuda)
 
@@ -87,6 +95,8 @@ def native():
                 super().run()
             except Exception:
                 print(NO_COMPILE, file=sys.stderr)
+                if cuda:
+                    print(NO_COMPILE_CUDA.format(home=home), file=sys.stderr)
                 raise
             write_record(self.inplace, self.build_lib, built=True, **record)
 

@@ -6,7 +6,9 @@
   other estimator;
 - PyHessian's procedure (Z. Yao et al., "PyHessian: Neural Networks Through the Lens of the Hessian", 2020): the gradient with its
   graph once, then one product for each Rademacher vector; written anew, as the package needs torchvision;
-- curvlinops (F. Dangel et al.): its Hessian operator with its Hutch++ (Meyer et al. 2021), where it is installed.
+- curvlinops (F. Dangel et al.): its Hessian operator with its Hutch++ (Meyer et al. 2021), where it is installed;
+- SAM along the momentum (M. Becker, F. Altrock, B. Risse, "Momentum-SAM: Sharpness Aware Minimization without Computational
+  Overhead", arXiv 2401.12033), which pytorch_optimizer does not have.
 """
 
 from __future__ import annotations
@@ -19,6 +21,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def textbook_trace(z: Tensor, w: Tensor) -> Tensor:
+    """sum_s p_s |w_s|^2 - |sum_s p_s w_s|^2 of every row: what one would write, without digits on confident predictions."""
+    p = z.softmax(1)
+    return p @ w.square().sum(1) - (p @ w).square().sum(1)
+
+
+def by_trace(
+    trace: Callable[[Tensor, Tensor], Tensor],
+    strength: float,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    t: Tensor,
+) -> Tensor:
+    """CE + strength * kappa of a head from `trace`(logits, weight) of every row."""
+    z = F.linear(x, w, b)
+    return F.cross_entropy(z, t) + strength * (x.square().sum(1) * trace(z, w)).mean()
 
 
 def hessian_kappa(loss: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
@@ -98,3 +119,26 @@ def probes_for(estimates: Tensor, mean: float, wanted: float = 0.01) -> tuple[in
     """(probes for the relative standard error `wanted`, relative standard deviation of one), from independent estimates."""
     deviation = float(estimates.detach().double().std()) / abs(mean)
     return max(1, math.ceil((deviation / wanted) ** 2)), deviation
+
+
+class MomentumSAM(torch.optim.SGD):
+    """SGD with momentum m whose gradients are taken at w + rho m / |m|: a sharpness-aware step at the price of a plain one.
+
+    The parameters stay at the perturbed point between steps, where the next gradient is taken.
+    """
+
+    def __init__(self, parameters: Any, rho: float, **options: float) -> None:
+        super().__init__(parameters, **options)
+        self.rho = rho
+        self.moved: list[Tensor] = []
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.moved:
+            torch._foreach_sub_(parameters, self.moved)
+        super().step()
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        length = torch.stack(torch._foreach_norm(momenta)).norm()
+        self.moved = list(torch._foreach_mul(momenta, self.rho / length))
+        torch._foreach_add_(parameters, self.moved)

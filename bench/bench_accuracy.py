@@ -3,7 +3,7 @@
 First table: relative error of the trace v and of its gradients (the larger of dz's and dW's) against float64 on the same inputs:
 by dtype, method, and confidence of the predictions, whose most likely class has probability 1 - delta in every row. Gradients are
 compared with the nearest numbers of their dtype (float16 has only subnormal ones, or zero, for confident predictions). The
-textbook form sum_s p_s |w_s|^2 - |sum_s p_s w_s|^2 is what one would write. An error above LIMIT in a method of this package
+textbook form is what one would write (bench/baselines.py). An error above LIMIT in a method of this package
 ends the run.
 
 Second table: relative standard error of estimates by the number of probes, a hidden layer 64 -> 32 on 128 samples after some
@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import plots
-import pytest
 import torch
-from common import Settings, Variant, interleaved, quantiles
+from baselines import textbook_trace
+from case import Settings, Variant
 from machine import making_tensors, thread_count
-from report import time_text, write_rows
+from report import table, time_text, write_rows
 from rich.console import Console
-from rich.table import Table
+from timing import interleaved, quantiles
 from torch import Tensor, nn
 
 import fam_ext
@@ -41,11 +41,6 @@ TRAINED = 200  # steps
 DRAWS, PROBES = 256, (1, 2, 4, 8, 16, 32)
 TEXTBOOK = "textbook"
 Trace = Callable[[Tensor, Tensor], Tensor]
-
-
-def textbook(z: Tensor, w: Tensor) -> Tensor:
-    p = z.softmax(1)
-    return p @ w.square().sum(1) - (p @ w).square().sum(1)
 
 
 def inputs(delta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -77,7 +72,7 @@ def methods() -> dict[str, Trace]:
     ours = {
         f"{n} {f}": partial(softmax_trace, form=f, backend=n) for n in names for f in ("pairwise", "shifted")
     }
-    return {**ours, TEXTBOOK: textbook}
+    return {**ours, TEXTBOOK: textbook_trace}
 
 
 @torch.no_grad()
@@ -102,12 +97,12 @@ def limits(dtype: torch.dtype) -> tuple[float, float]:
     return LIMIT, LIMIT + torch.finfo(dtype).eps
 
 
-def check(method: str, dtype: torch.dtype, delta: float, found: tuple[float, float]) -> None:
+def check(method: str, dtype: torch.dtype, delta: float, pair: tuple[float, float]) -> None:
     if method == TEXTBOOK:
         return
-    if not all(error <= limit for error, limit in zip(found, limits(dtype), strict=True)):
+    if not all(error <= limit for error, limit in zip(pair, limits(dtype), strict=True)):
         raise RuntimeError(
-            f"{method}, {dtype}, delta={delta:g}: relative errors {found} exceed {limits(dtype)}"
+            f"{method}, {dtype}, delta={delta:g}: relative errors {pair} exceed {limits(dtype)}"
         )
 
 
@@ -117,19 +112,19 @@ def by_confidence(dtypes: Sequence[torch.dtype], seconds: float) -> list[dict[st
         own: dict[str, dict[float, tuple[float, float]]] = {}
         for name, trace in methods().items():
             own[name] = {delta: errors(trace, delta, dtype) for delta in DELTAS}
-            for delta, found in own[name].items():
-                check(name, dtype, delta, found)
+            for delta, pair in own[name].items():
+                check(name, dtype, delta, pair)
         z, w = inputs(DELTAS[0], dtype)
         timed = [Variant(name, partial(step, trace, z, w), TEXTBOOK) for name, trace in methods().items()]
         times = interleaved(timed, 15, 3, seconds / len(dtypes))
-        for name, found in own.items():
+        for name, by_delta in own.items():
             micros = 1e6 * quantiles(times[name])[1]
             rows += [
                 {
                     "table": "confidence", "dtype": str(dtype).removeprefix("torch."), "method": name, "delta": delta,
                     "value_error": value, "gradient_error": gradient, "time_us": micros,
                 }
-                for delta, (value, gradient) in found.items()
+                for delta, (value, gradient) in by_delta.items()
             ]  # fmt: skip
     return rows
 
@@ -204,47 +199,29 @@ def run(console: Console, settings: Settings) -> list[dict[str, object]]:
 
 
 def _show_confidence(console: Console, rows: Sequence[dict[str, object]]) -> None:
-    table = Table(
-        title="accuracy: relative error of value / gradients", title_justify="left", title_style="bold"
-    )
-    table.add_column("dtype")
-    table.add_column("method", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
-    for delta in DELTAS:
-        table.add_column(f"max p = 1 - {delta:g}", justify="right", no_wrap=True)
+    lines: list[list[str] | None] = []
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
-        table.add_section()
+        lines.append(None)
         for method in dict.fromkeys(r["method"] for r in rows):
             own = [r for r in rows if (r["dtype"], r["method"]) == (dtype, method)]
             cells = [f"{r['value_error']:.0e} / {r['gradient_error']:.0e}" for r in own]
-            table.add_row(dtype, method, time_text(own[0]["time_us"]), *cells)
-    console.print(table)
+            lines.append([dtype, method, time_text(own[0]["time_us"]), *cells])
+    columns = ["time", *(f"max p = 1 - {delta:g}" for delta in DELTAS)]
+    title = "accuracy: relative error of value / gradients"
+    console.print(table(title, ["dtype", "method"], columns, lines))
 
 
 def _show_probes(console: Console, rows: Sequence[dict[str, object]]) -> None:
-    title = "accuracy: relative standard error of one training step's estimate, hidden layer 64 -> 32, B=128"
-    table = Table(title=title, title_justify="left", title_style="bold", min_width=len(title))
-    for name in (
-        "probes",
-        "of shared probes",
-        "measured",
-        "time",
-        "of each sample's own",
-        "measured",
-        "time",
-    ):
-        table.add_column(name, justify="right")
+    lines = []
     for k in dict.fromkeys(r["probes"] for r in rows):
         cells = [str(k)]
         for r in (r for r in rows if r["probes"] == k):
             cells += [f"{r['standard_error']:.3f}", f"{r['measured_error']:.3f}", time_text(r["time_us"])]
-        table.add_row(*cells)
-    console.print(table)
-
-
-@pytest.mark.parametrize("method", methods())
-def test_accuracy(benchmark, method):
-    benchmark.group = OP
-    trace = methods()[method]
-    check(method, torch.float32, DELTAS[-1], errors(trace, DELTAS[-1], torch.float32))
-    benchmark(partial(step, trace, *inputs(DELTAS[-1], torch.float32)))
+        lines.append(cells)
+    columns = [
+        f"{kind}{what}"
+        for kind in ("shared", "each sample's own")
+        for what in (", std / sqrt(k)", ": measured", ": time")
+    ]
+    title = "accuracy: relative standard error of one training step's estimate, hidden layer 64 -> 32, B=128"
+    console.print(table(title, ["probes"], columns, lines))

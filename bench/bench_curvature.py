@@ -1,10 +1,14 @@
-"""The price of kappa for a layer inside a network: exact, estimated, Gauss-Newton, finite differences, and the usual ways.
+"""The price of kappa for a layer inside a network: exact, estimated, Gauss-Newton, Fisher, noise, differences, the usual ways.
 
 Two layers: the 512 -> 256 hidden layer of a perceptron on 128 samples (rows independent after it), and the last 3x3 convolution,
 256 -> 256 at 8x8, of a small residual network on 32 samples with batch_norm in training mode (samples interact); GELU, since
 differences of the loss smooth the kinks of ReLU. A step is a training step without the optimizer, its time divided by that of
-the plain step; kappa's gradient reaches all parameters. "value only" is a forward pass and kappa, no backward. Estimates are
-checked against many probes, exact values against float64.
+the plain step; kappa's gradient reaches all parameters. "value only" is a forward pass and kappa, no backward.
+
+Checked before any time is taken: exact values and the batch's own labels against float64; estimates of the Hessian's kappa
+against many probes; draws of labels against Gauss-Newton's value, which is their mean; noise, where samples do not interact, by
+the mean of (loss - plain loss) / strength, whose spread the table shows. A way that this version of the package cannot take is
+named, with the reason.
 
 Baselines: Hutchinson by double backward over all parameters, as PyHessian does it (Yao et al. 2020), here with the same
 weighted probes; torch.func.hessian of the layer holds (O I)^2 numbers: 64 GiB for the perceptron, 1.3 TiB for the convolution.
@@ -12,7 +16,6 @@ weighted probes; torch.func.hessian of the layer holds (O I)^2 numbers: 64 GiB f
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,18 +23,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Settings, Variant, interleaved, machine_line, quantiles, thread_count
-from memory import peak_megabytes
+from case import Build, Case, Settings, Variant, results
+from machine import making_tensors, thread_count
+from report import ratio_text, table, time_text, write_rows
 from rich.console import Console
-from rich.table import Table
+from timing import interleaved
 from torch import Tensor, nn
 
-from fam_ext import FAMLoss, RelativeFlatness
+import fam_ext
 from fam_ext.hessian.hutchinson import gram_root
 
 OP = "curvature"
 SHARE = 0  # minutes of its own: only when asked for
 STRENGTH = 1e-3
+DRAWS = 60
+PLAIN = "plain"
+Step = Callable[[], tuple[Tensor, ...]]
 
 
 class Block(nn.Module):
@@ -55,74 +62,87 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """A network, the layer that is measured, and a batch."""
+    """A network, the layer that is measured, a batch, and whether samples interact after the layer."""
 
     name: str
     model: nn.Module
     layer: nn.Module
     x: Tensor
     y: Tensor
-    ways: dict[str, dict[str, Any]]
+    interact: bool
 
     def plain(self) -> Tensor:
         return F.cross_entropy(self.model(self.x), self.y)
 
 
-HUTCHINSON = {
-    "hutchinson, 1 probe": {"method": "hutchinson", "probes": 1},
+HUTCHINSON = "hutchinson, 1 probe"
+GGN, FISHER, EMPIRICAL, NOISE = "ggn", "fisher, 1 draw", "empirical fisher", "noise"
+EXACT = "exact, 256 products"
+WAYS: dict[str, dict[str, Any]] = {
+    EXACT: {"method": "exact", "max_bytes": 2**34},
+    HUTCHINSON: {"method": "hutchinson", "probes": 1},
     "hutchinson, 8 probes": {"method": "hutchinson", "probes": 8},
     "finite difference, 1 probe": {"method": "finite_difference", "probes": 1},
+    GGN: {"curvature": "ggn"},
+    FISHER: {"curvature": "fisher", "probes": 1},
+    EMPIRICAL: {"curvature": "empirical_fisher"},
+    NOISE: {"method": "noise"},
 }
+DETERMINISTIC = (EXACT, GGN, EMPIRICAL)
 
 
 def perceptron() -> Problem:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.Tanh(), nn.Linear(256, 10))
-    ways = {
-        "exact, 256 products": {"method": "exact", "max_bytes": 2**34},
-        **HUTCHINSON,
-        "ggn": {"curvature": "ggn"},
-    }
-    x, y = torch.randn(128, 784), torch.randint(10, (128,))
-    return Problem("hidden layer 512 -> 256, B=128", model, model[2], x, y, ways)
+    with making_tensors():
+        model = nn.Sequential(
+            nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.Tanh(), nn.Linear(256, 10)
+        )
+        x, y = torch.randn(128, 784), torch.randint(10, (128,))
+    return Problem("hidden layer 512 -> 256, B=128", model, model[2], x, y, False)
 
 
 def residual() -> Problem:
     torch.manual_seed(0)
-    model = Block()
-    x, y = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
-    ways = {**HUTCHINSON, "ggn": {"curvature": "ggn", "hold_statistics": True}}
-    return Problem("3x3 convolution 256 -> 256 at 8x8, B=32", model, model.conv2, x, y, ways)
+    with making_tensors():
+        model = Block()
+        x, y = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    return Problem("3x3 convolution 256 -> 256 at 8x8, B=32", model, model.conv2, x, y, True)
 
 
-def ours(problem: Problem, options: dict[str, Any]) -> Callable[[], list[Tensor]]:
-    criterion = FAMLoss(nn.CrossEntropyLoss(), problem.layer, STRENGTH, **options)
-    closure = {"closure": problem.plain} if options.get("method") == "finite_difference" else {}
+def options_of(problem: Problem, way: str) -> dict[str, Any]:
+    """Where samples interact, Gauss-Newton's forms take the batch statistics as constants."""
+    held = {"hold_statistics": True} if problem.interact and "curvature" in WAYS[way] else {}
+    return {**WAYS[way], **held}
 
-    def step() -> list[Tensor]:
-        criterion(problem.model(problem.x), problem.y, **closure).backward()
+
+def ours(problem: Problem, way: str) -> Step:
+    """A training step; returns kappa, or for noise what it adds to the loss, over strength."""
+    criterion = fam_ext.FAMLoss(nn.CrossEntropyLoss(), problem.layer, STRENGTH, **options_of(problem, way))
+    closure = {"closure": problem.plain} if WAYS[way].get("method") == "finite_difference" else {}
+    without = problem.plain().detach() if way == NOISE else torch.zeros(())
+
+    def step() -> tuple[Tensor, ...]:
+        loss = criterion(problem.model(problem.x), problem.y, **closure)
+        loss.backward()
         problem.model.zero_grad()
-        return [criterion.last.flatness]
+        return ((loss.detach() - without) / STRENGTH if way == NOISE else criterion.last.flatness,)
 
     return step
 
 
-def value_only(problem: Problem, options: dict[str, Any]) -> Callable[[], list[Tensor]]:
+def value_only(problem: Problem, way: str) -> Step:
     """kappa without its gradient, after a forward pass, and no training step."""
-    measure = RelativeFlatness(nn.CrossEntropyLoss(), problem.layer, curvature_grad=False, **options)
-
-    def step() -> list[Tensor]:
-        return [measure(problem.model(problem.x), problem.y).detach()]
-
-    return step
+    options = options_of(problem, way)
+    measure = fam_ext.RelativeFlatness(nn.CrossEntropyLoss(), problem.layer, curvature_grad=False, **options)
+    return lambda: (measure(problem.model(problem.x), problem.y).detach(),)
 
 
-def double_backward(problem: Problem) -> Callable[[], list[Tensor]]:
+def double_backward(problem: Problem) -> Step:
     """PyHessian's procedure: the gradient of every parameter with its graph, then a product with the probe."""
     parameters = list(problem.model.parameters())
     index = next(k for k, p in enumerate(parameters) if p is problem.layer.weight)
 
-    def step() -> list[Tensor]:
+    def step() -> tuple[Tensor, ...]:
         loss = problem.plain()
         gradients = torch.autograd.grad(loss, parameters, create_graph=True)
         weight = parameters[index].flatten(1)
@@ -135,118 +155,145 @@ def double_backward(problem: Problem) -> Callable[[], list[Tensor]]:
         kappa = (direction * products[index]).sum()
         (loss + STRENGTH * kappa).backward()
         problem.model.zero_grad()
-        return [kappa.detach()]
+        return (kappa.detach(),)
 
     return step
 
 
-def plain_step(problem: Problem) -> list[Tensor]:
+def plain_step(problem: Problem) -> tuple[Tensor, ...]:
     loss = problem.plain()
     loss.backward()
     problem.model.zero_grad()
-    return [loss.detach()]
+    return (loss.detach(),)
 
 
-def spread(step: Callable[[], list[Tensor]], draws: int) -> tuple[float, float]:
-    """(mean, standard deviation) of an estimate over repeated steps."""
+def steps(problem: Problem) -> tuple[dict[str, Step], dict[str, str]]:
+    """(a step of every way, why others are not available)."""
+    made: dict[str, Step] = {PLAIN: lambda: plain_step(problem)}
+    missing: dict[str, str] = {}
+    for name in WAYS:
+        if name == EXACT and problem.interact:
+            continue  # 2304 x 256 products
+        forms = [(name, ours)]
+        if name not in (
+            NOISE,
+            "finite difference, 1 probe",
+        ):  # no value without a step; holds nothing constant
+            forms.append((f"value only: {name}", value_only))
+        for title, make in forms:
+            try:
+                step = make(problem, name)
+                step()
+            except (ValueError, fam_ext.UnsupportedError) as error:
+                missing[title] = str(error)
+                continue
+            made[title] = step
+    made["double backward, 1 probe"] = double_backward(problem)
+    return made, missing
+
+
+def cases(quick: bool = False) -> list[Build]:
+    def build(make: Callable[[], Problem]) -> Case:
+        problem = make()
+        own = steps(problem)[0].items()
+        return Case(problem.name, [Variant(n, s, PLAIN, math.inf, s(), thin=n == EXACT) for n, s in own])
+
+    return [
+        lambda compiled, make=make: build(make)
+        for make in ((perceptron,) if quick else (perceptron, residual))
+    ]
+
+
+def spread(step: Step, draws: int) -> tuple[float, float]:
+    """(mean, standard deviation) of what repeated steps return."""
     values = torch.stack([step()[0] for _ in range(draws)]).double()
-    return float(values.mean()), float(values.std())
+    return float(values.mean()), float(values.std()) if draws > 1 else 0.0
+
+
+def references(problem: Problem, draws: int) -> dict[str, tuple[float, float]]:
+    """(value, standard error) of each kind of kappa in float64: the Hessian's, exact where samples do not interact."""
+    problem.model.double()
+    double = Problem(
+        problem.name, problem.model, problem.layer, problem.x.double(), problem.y, problem.interact
+    )
+    hessian = HUTCHINSON if problem.interact else EXACT
+    mean, deviation = spread(ours(double, hessian), 2 * draws if problem.interact else 1)
+    ggn = float(ours(double, GGN)()[0])
+    values = {"hessian": (mean, deviation / math.sqrt(2 * draws)), GGN: (ggn, 0.0)}
+    if not problem.interact:
+        values[EMPIRICAL] = (own_labels(double), 0.0)
+    problem.model.float()
+    return values
+
+
+def own_labels(problem: Problem) -> float:
+    """1/B sum_i |phi_i|^2 |W^T g_i|^2 with g_i the gradient of sample i's loss at the output: one row for each sample."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        kept.update(phi=args[0], z=output)
+
+    with problem.layer.register_forward_hook(keep):
+        loss = F.cross_entropy(problem.model(problem.x), problem.y, reduction="sum")
+    (g,) = torch.autograd.grad(loss, kept["z"])
+    shares = kept["phi"].square().sum(1) * (g @ problem.layer.weight).square().sum(1)
+    return float(shares.detach().mean())
+
+
+def check(
+    problem: Problem, name: str, step: Step, values: dict[str, tuple[float, float]], draws: int
+) -> float:
+    """Relative standard deviation of a step's number, once its mean agrees with float64."""
+    way = name.removeprefix("value only: ")
+    kind = {GGN: GGN, FISHER: GGN, EMPIRICAL: EMPIRICAL}.get(way, "hessian")
+    draws = 1 if way in DETERMINISTIC else draws
+    mean, deviation = spread(step, draws)
+    if kind in values and not (way == NOISE and problem.interact):
+        reference, error = values[kind]
+        allowed = 5 * math.hypot(deviation / math.sqrt(draws), error) + 2e-3 * abs(reference)
+        if not abs(mean - reference) <= allowed:
+            raise RuntimeError(
+                f"{problem.name}, {name}: {mean:.6g} instead of {reference:.6g} within {allowed:.2g}"
+            )
+    return deviation / abs(values["hessian"][0])
 
 
 def run(console: Console, settings: Settings) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+    draws = DRAWS // 5 if settings.quick else DRAWS
     for make in (perceptron, residual):
         problem = make()
-        steps: dict[str, Callable[[], list[Tensor]]] = {"plain": lambda problem=problem: plain_step(problem)}
-        for name, options in problem.ways.items():
-            steps[name] = ours(problem, options)
-        for name, options in problem.ways.items():
-            if options.get("method") != "finite_difference":  # holds nothing constant
-                steps[f"value only: {name}"] = value_only(problem, options)
-        steps["double backward, 1 probe"] = double_backward(problem)
-        draws = 12 if settings.quick else 60
-        reference, error = _reference(problem, draws)
+        values = references(problem, draws)
+        made, missing = steps(problem)
         with thread_count(settings.threads[-1]):
-            for name, step in steps.items():
-                rows.append(_describe(problem, name, step, draws, reference, error))
-            variants = [Variant(name, step, "plain", math.inf) for name, step in steps.items()]
+            stds = {
+                name: check(problem, name, step, values, draws)
+                for name, step in made.items()
+                if name != PLAIN
+            }
+            variants = [Variant(name, step, PLAIN) for name, step in made.items()]
             times = interleaved(variants, 5 if settings.quick else 15)
-        for row in rows:
-            if row["case"] == problem.name:
-                _add_times(row, times)
-        _show(console, problem.name, [r for r in rows if r["case"] == problem.name])
-    _write(settings, rows)
+            own = [
+                vars(r) for r in results(OP, Case(problem.name, variants), times, dict.fromkeys(made, 0.0))
+            ]
+        for r in own:
+            std = r["relative_std"] = stds.get(r["variant"], 0.0)
+            r["relative_error_after_1s"] = std * math.sqrt(1e-6 * r["median_us"])
+        _show(console, problem.name, own)
+        for name, why in missing.items():
+            console.print(f"{problem.name}: {name}: not available: {why}", soft_wrap=True)
+        rows += own
+    write_rows(settings.out / f"{OP}.csv", rows)
     return rows
 
 
-def _reference(problem: Problem, draws: int) -> tuple[float, float]:
-    """kappa of the float64 network, exact where that is possible, and its standard error."""
-    exact = any(o.get("method") == "exact" for o in problem.ways.values())
-    options: dict[str, Any] = (
-        {"method": "exact", "max_bytes": 2**36} if exact else {"method": "hutchinson", "probes": 1}
-    )
-    criterion = FAMLoss(nn.CrossEntropyLoss(), problem.layer, STRENGTH, **options)
-    model, x = problem.model.double(), problem.x.double()
-    values = []
-    for _ in range(1 if exact else 2 * draws):
-        criterion(model(x), problem.y)
-        values.append(float(criterion.last.flatness))
-    problem.model.float()
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
-    return mean, math.sqrt(variance / len(values))
-
-
-def _describe(
-    problem: Problem, name: str, step: Callable[[], list[Tensor]], draws: int, reference: float, error: float
-) -> dict[str, Any]:
-    """Checked against the reference before any time is taken; with the memory of a run of its own."""
-    row: dict[str, Any] = {"case": problem.name, "variant": name, "peak_mb": peak_megabytes(step)}
-    if name == "plain":
-        return row
-    estimate = not name.removeprefix("value only: ").startswith(("exact", "ggn"))
-    mean, deviation = spread(step, draws if estimate else 1)
-    if not name.endswith("ggn"):  # another quantity where the tail is not linear
-        allowed = 5 * math.hypot(deviation / math.sqrt(draws), error) if estimate else 1e-4 * abs(reference)
-        if not abs(mean - reference) <= allowed + 2e-3 * abs(reference):
-            raise RuntimeError(
-                f"{problem.name}, {name}: {mean:.6g} instead of {reference:.6g} within {allowed:.2g}"
-            )
-    row["relative_std"] = deviation / abs(reference) if estimate else 0.0
-    return row
-
-
-def _add_times(row: dict[str, Any], times: dict[str, list[float]]) -> None:
-    own = times[row["variant"]]
-    ratios = [a / b for a, b in zip(own, times["plain"], strict=True)]
-    p20, median, p80 = quantiles(own)
-    row.update(median_ms=1e3 * median, p20_ms=1e3 * p20, p80_ms=1e3 * p80, ratio=quantiles(ratios)[1])
-    if row.get("relative_std"):
-        row["relative_error_after_1s"] = row["relative_std"] * math.sqrt(median)
-
-
 def _show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("step", "ms (p20-p80)", "x plain", "peak MB", "relative std", "relative error after 1 s"):
-        table.add_column(column, justify="left" if column == "step" else "right")
+    lines = []
     for r in rows:
-        std = r.get("relative_std")
-        table.add_row(
-            r["variant"],
-            f"{r['median_ms']:.2f} ({r['p20_ms']:.1f}-{r['p80_ms']:.1f})",
-            f"{r['ratio']:.2f}",
-            f"{r['peak_mb']:.0f}",
-            "" if std is None else f"{std:.2f}" if std else "exact",
-            f"{r['relative_error_after_1s']:.3f}" if std else "",
-        )
-    console.print(table)
-
-
-def _write(settings: Settings, rows: list[dict[str, Any]]) -> None:
-    path = settings.out / f"{OP}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*fields, "machine"])
-        writer.writeheader()
-        writer.writerows({**row, "machine": machine_line()} for row in rows)
+        std, span = r["relative_std"], f"{time_text(r['p20_us'])}-{time_text(r['p80_us'])}"
+        lines.append([
+            r["variant"], f"{time_text(r['median_us'])} ({span})", ratio_text(r["ratio"]), f"{r['peak_mb']:.0f}",
+            f"{std:.2g}" if std else "", f"{r['relative_error_after_1s']:.2g}" if std else "",
+        ])  # fmt: skip
+    columns = ["time (p20-p80)", "x plain", "peak MB", "relative std", "relative error after 1 s"]
+    console.print(table(title, ["step"], columns, lines))

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
-from common import Case, Result, Variant, in_pytest
+from case import Build, Case, Variant
+from report import faster_form
 from torch import Tensor
 
 from fam_ext.functional import gram_trace
-from fam_ext.ops import backends
 from fam_ext.ops.gram_trace import choose_form
 
 OP = "gram_trace"
 SHARE = 0.5
+remark = faster_form
 FORMS = ("direct", "gram")
 BASELINE = "per-sample gradients, vmap(grad)"
 # input, weight, padding, factors K: the ggn of 10 classes takes 10
@@ -79,7 +79,7 @@ def case(problem: str, compiled: bool) -> Case:
     )
     ways: dict[str, Trace] = {}
     taken = chosen(*tensors)
-    for backend in ("native", "reference") if backends.native_loaded() else ("reference",):
+    for backend in ("native", "reference"):
         for form in FORMS:
             mark = " (auto)" if form == taken else ""
             ways[f"{backend} {form}{mark}"] = by_operation(form, backend, padding)
@@ -93,35 +93,7 @@ def case(problem: str, compiled: bool) -> Case:
     return Case(problem, variants)
 
 
-def remark(rows: Sequence[Result]) -> str:
-    """Which native form `auto` takes and which is faster."""
-    lines = []
-    for threads in sorted({r.threads for r in rows}):
-        times = {
-            r.variant: r.median_us for r in rows if r.threads == threads and r.variant.startswith("native")
-        }
-        if times:
-            taken = next(name for name in times if name.endswith("(auto)"))
-            fastest = min(times, key=times.__getitem__)
-            lines.append(
-                f"{threads} thread(s): auto takes {taken.split()[1]}, {fastest.split()[1]} is faster; "
-                f"auto/fastest {times[taken] / times[fastest]:.2f}"
-            )
-    return "\n".join(lines)
-
-
-def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+def cases(quick: bool = False) -> list[Build]:
     names = ("tokens, Q=16", "tokens, Q=256", "conv 8x8")
     names += () if quick else ("tokens, Q=1024", "conv 16x16")
     return [partial(case, name) for name in names]
-
-
-@pytest.mark.parametrize(
-    "way", ["native direct", "native gram", "reference direct", "reference gram", BASELINE]
-)
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_gram_trace(benchmark, problem, way):
-    if way.startswith("native") and not backends.native_loaded():
-        pytest.skip("the compiled library is not loaded")
-    built = case(problem, compiled=False)
-    in_pytest(benchmark, OP, built, next(v.name for v in built.variants if v.name.startswith(way)))

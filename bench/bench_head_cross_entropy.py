@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
-from baselines import full_hessian, hutchinson, hutchinson_values, probes_for
-from common import Case, Variant, in_pytest
+from baselines import by_trace, full_hessian, hutchinson, hutchinson_values, probes_for, textbook_trace
+from case import Build, Case, Variant
 from counts import head_step, linear_step
 from torch import Tensor, nn
 
@@ -44,16 +43,11 @@ def functional(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
     return head_cross_entropy(F.linear(x, w, b), x, w, t, strength=STRENGTH)[0]
 
 
-def textbook(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    z = F.linear(x, w, b)
-    p = z.softmax(1)
-    trace = p @ w.square().sum(1) - (p @ w).square().sum(1)
-    return F.cross_entropy(z, t) + STRENGTH * (x.square().sum(1) * trace).mean()
+textbook = partial(by_trace, textbook_trace, STRENGTH)
 
 
-def stable(form: str, x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    z = F.linear(x, w, b)
-    return F.cross_entropy(z, t) + STRENGTH * (x.square().sum(1) * stable_trace(z, w, form)).mean()
+def stable(form: str) -> Loss:
+    return partial(by_trace, partial(stable_trace, form=form), STRENGTH)
 
 
 def step(loss: Loss, x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> tuple[Tensor, ...]:
@@ -87,12 +81,12 @@ def case(shape: Shape, compiled: bool, others: bool = True) -> Case:
     hooked = nn.Linear(fan_in, classes)
     w, b = hooked.weight, hooked.bias = layer.weight, layer.bias
     fam = fam_ext.FAMLoss(nn.CrossEntropyLoss(), layer=hooked, strength=STRENGTH)
-    reference = partial(stable, choose_form(*shape))
+    reference = stable(choose_form(*shape))
     double = [a.detach().double().requires_grad_() for a in (x, w, b)]
     form = (
         "pairwise" if classes <= 1000 else "shifted"
     )  # float64 has the digits in both; O^2 numbers are held
-    without, total = step(plain, *double, t), step(partial(stable, form), *double, t)
+    without, total = step(plain, *double, t), step(stable(form), *double, t)
 
     def of(loss: Loss) -> Callable[[], tuple[Tensor, ...]]:
         return partial(step, loss, x, w, b, t)
@@ -128,13 +122,5 @@ def case(shape: Shape, compiled: bool, others: bool = True) -> Case:
     return Case(f"N={rows} I={fan_in} O={classes}, forward + backward", variants, flops=added)
 
 
-def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+def cases(quick: bool = False) -> list[Build]:
     return [partial(case, shape) for shape in (SHAPES[:2] if quick else SHAPES)]
-
-
-@pytest.mark.parametrize(
-    "name", [FUNCTIONS, MODULES, "head_cross_entropy", "FAMLoss", "textbook, eager", "stable, eager"]
-)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_head_cross_entropy(benchmark, shape, name):
-    in_pytest(benchmark, OP, case(shape, compiled=False, others=False), name)

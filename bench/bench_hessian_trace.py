@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from baselines import curvlinops, curvlinops_trace, probes_for, pyhessian_trace
-from common import Case, Variant, in_pytest
+from case import Build, Case, Variant
 from torch import Tensor, nn
 
 import fam_ext
@@ -73,11 +72,5 @@ def _products(layer: nn.Linear, x: Tensor, t: Tensor, exact: float) -> int:
     return products
 
 
-def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+def cases(quick: bool = False) -> list[Build]:
     return [partial(case, shape) for shape in (SHAPES[:1] if quick else SHAPES)]
-
-
-@pytest.mark.parametrize("name", [OURS, "full Hessian (torch.func)"])
-@pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
-def test_hessian_trace(benchmark, shape, name):
-    in_pytest(benchmark, OP, case(shape, compiled=False), name)

@@ -1,9 +1,9 @@
 """linear_cross_entropy at vocabulary size: CE + FAM of a language model's head, from features to gradients.
 
 Ratios are to torch's own chunked F.linear_cross_entropy with chunks of 256 rows, its options' default beside it. It computes CE
-alone: three products of size N x I x V, where CE + FAM takes six, the counted floor. Then comes what holds the logits: linear +
-CE, and the closed form in plain PyTorch, textbook (which loses its digits on confident predictions) and stable. Shapes of whole
-language models are in bench_vocabulary.py.
+alone: three products of size N x I x V, where CE + FAM takes six; "% of ceiling" counts six for all. Then comes what holds the
+logits: linear + CE, and the closed form in plain PyTorch, textbook (which loses its digits on confident predictions) and stable.
+Shapes of whole language models are in bench_vocabulary.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
-from common import Case, Result, Variant, in_pytest
+from baselines import by_trace, textbook_trace
+from case import Build, Case, Variant
 from torch import Tensor, nn
 
 from fam_ext.functional import linear_cross_entropy
@@ -48,10 +48,7 @@ def stable(x: Tensor, w: Tensor, t: Tensor, reduction: str = "mean") -> Tensor:
 
 
 def textbook(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-    z = F.linear(x, w)
-    p = z.softmax(1)
-    trace = p @ w.square().sum(1) - (p @ w).square().sum(1)
-    return F.cross_entropy(z, t) + STRENGTH * (x.square().sum(1) * trace).mean()
+    return by_trace(textbook_trace, STRENGTH, x, w, None, t)
 
 
 def step(loss: Loss, x: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
@@ -103,19 +100,8 @@ def case(shape: Shape, compiled: bool) -> Case:
     return Case(label, variants, flops=12 * rows * fan_in * classes, least=3 if classes > 10_000 else None)
 
 
-def remark(rows: Sequence[Result]) -> str:
-    """The rate is of six products, which CE alone does not need."""
-    return "GFLOP/s count six products, the floor of CE + FAM; CE alone takes three of them"
-
-
-def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+def cases(quick: bool = False) -> list[Build]:
     def build(shape: Shape, compiled: bool) -> Case:
         return case(shape, compiled and shape == COMPILED)
 
     return [partial(build, shape) for shape in (SHAPES[:1] if quick else SHAPES)]
-
-
-@pytest.mark.parametrize("name", [BASELINE, EAGER, OURS, "textbook, eager", "stable, eager"])
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-def test_linear_cross_entropy(benchmark, shape, name):
-    in_pytest(benchmark, OP, case(shape, compiled=False), name)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
-from common import Case, Variant, in_pytest
+from case import Build, Case, Variant
 from counts import patch_bytes
 from torch import Tensor
 
@@ -77,16 +76,7 @@ def case(problem: str, train: bool, compiled: bool) -> Case:
     return Case(f"{problem} {'training' if train else 'forward'}", variants, moved_bytes=moved)
 
 
-def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+def cases(quick: bool = False) -> list[Build]:
     """Forward alone is measured on one problem: the backward pass of the others contains it."""
     names = ("cnn", "small") if quick else tuple(PROBLEMS)
     return [partial(case, "cnn", False), *(partial(case, name, True) for name in names)]
-
-
-@pytest.mark.parametrize("name", ["native", BASELINE, "unfold, eager", "convolution, eager"])
-@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_patch_sqnorm(benchmark, problem, train, name):
-    if name == "native" and not backends.native_loaded():
-        pytest.skip("the compiled library is not loaded")
-    in_pytest(benchmark, OP, case(problem, train, compiled=False), name)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from bench_gram_trace import PROBLEMS, case, remark
-from common import Case
+from case import Build
 
 OP = "positions"
 SHARE = 0
@@ -14,5 +13,5 @@ SHARE = 0
 __all__ = ["OP", "SHARE", "cases", "remark"]
 
 
-def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+def cases(quick: bool = False) -> list[Build]:
     return [partial(case, name) for name in (list(PROBLEMS)[:1] if quick else PROBLEMS)]

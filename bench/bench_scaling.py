@@ -15,17 +15,15 @@ from functools import partial
 
 import bench_head_cross_entropy as head
 import bench_patch_sqnorm as patches
+import numpy
 import plots
-import pytest
 import torch
-from common import Case, Settings, Variant, in_pytest, interleaved, quantiles
+from case import Settings, Variant
 from counts import gram_direct, gram_gram, head_step, linear_cross_entropy_step, linear_step, patch_bytes
-from fit import exponent, larger_half
 from machine import making_tensors, thread_count
-from report import time_text, write_rows
+from report import table, time_text, write_rows
 from rich.console import Console
-from rich.table import Table
-from timing import ratios
+from timing import interleaved, quantiles, ratios
 from torch import Tensor, nn
 
 import fam_ext
@@ -54,8 +52,8 @@ class Sweep:
 
 
 def head_variants(shape: Callable[[int], head.Shape], size: int) -> list[Variant]:
-    found = head.case(shape(size), compiled=False, others=False).variants
-    return [v for v in found if v.name in HEAD_FUNCTIONS]
+    variants = head.case(shape(size), compiled=False, others=False).variants
+    return [v for v in variants if v.name in HEAD_FUNCTIONS]
 
 
 def head_law(shape: Callable[[int], head.Shape], size: int) -> dict[str, float]:
@@ -65,19 +63,16 @@ def head_law(shape: Callable[[int], head.Shape], size: int) -> dict[str, float]:
 
 
 def vocabulary_variants(shape: Callable[[int], head.Shape], size: int) -> list[Variant]:
-    """As above, with linear_cross_entropy where this build has it."""
-    found = head_variants(shape, size)
-    operation = getattr(fam_ext.functional, "linear_cross_entropy", None)
-    if operation is not None:
-        layer, x, t = head.inputs(shape(size))
+    """As above, with linear_cross_entropy."""
 
-        def step() -> tuple[Tensor, ...]:
-            loss = operation(x, layer.weight, t, bias=layer.bias, strength=head.STRENGTH)[0]
-            return loss, *torch.autograd.grad(loss, (x, layer.weight, layer.bias))
+    def loss(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        return fam_ext.functional.linear_cross_entropy(x, w, t, bias=b, strength=head.STRENGTH)[0]
 
-        exact = next(v.exact for v in found if v.name == "head_cross_entropy")
-        found.append(Variant("linear_cross_entropy", step, head.FUNCTIONS, 1e-4, exact))
-    return found
+    variants = head_variants(shape, size)
+    layer, x, t = head.inputs(shape(size))
+    step = partial(head.step, loss, x, layer.weight, layer.bias, t)
+    exact = next(v.exact for v in variants if v.name == "head_cross_entropy")
+    return [*variants, Variant("linear_cross_entropy", step, head.FUNCTIONS, 1e-4, exact)]
 
 
 def vocabulary_law(shape: Callable[[int], head.Shape], size: int) -> dict[str, float]:
@@ -257,46 +252,39 @@ def measure(sweep: Sweep, settings: Settings, seconds: float) -> list[dict[str, 
                 )  # fmt: skip
     for name in dict.fromkeys(r["variant"] for r in rows):
         own = [r for r in rows if r["variant"] == name]
-        fitted, error, law_exponent = fits(
-            [r["size"] for r in own], [r["cost_us"] for r in own], [r["law"] for r in own]
-        )
+        sizes = [r["size"] for r in own]
+        fitted, error = exponent(sizes, [r["cost_us"] for r in own])
+        law_exponent = exponent(sizes, [r["law"] for r in own])[0]
         for r in own:
             r.update(exponent=fitted, exponent_error=error, law_exponent=law_exponent)
     return rows
 
 
-def fits(sizes: Sequence[float], costs: Sequence[float], law: Sequence[float]) -> tuple[float, float, float]:
-    """(fitted exponent, its standard error, the law's); nan where noise made a difference of times negative."""
-    if min(costs) <= 0:
-        return math.nan, math.nan, exponent(*larger_half(sizes, law))[0]
-    fitted, error = exponent(*larger_half(sizes, costs))
-    return fitted, error, exponent(*larger_half(sizes, law))[0]
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
+    """(p, its standard error) of cost = a size^p: least squares in logarithms over the larger half of the sizes.
+
+    At least three sizes are taken, since a line through two says nothing about its error. nan where noise made a difference of
+    times negative.
+    """
+    points = sorted(zip(sizes, costs, strict=True))[-max(3, (len(sizes) + 1) // 2) :]
+    if min(cost for _, cost in points) <= 0:
+        return math.nan, math.nan
+    (slope, _), covariance = numpy.polyfit(*numpy.log(points).T, 1, cov=True)
+    return float(slope), float(covariance[0, 0]) ** 0.5
 
 
 def _show(console: Console, rows: Sequence[dict[str, object]]) -> None:
-    table = Table(title="scaling", title_justify="left", title_style="bold")
-    for name in ("sweep", "size", "variant"):
-        table.add_column(name, no_wrap=True)
-    for name in ("smallest", "largest", "x plain there", "exponent", "law"):
-        table.add_column(name, justify="right", no_wrap=True)
+    lines: list[list[str] | None] = []
     for sweep in dict.fromkeys(r["sweep"] for r in rows):
         of_sweep = [r for r in rows if r["sweep"] == sweep]
-        table.add_section()
+        lines.append(None)
         for name in dict.fromkeys(r["variant"] for r in of_sweep):
             own = [r for r in of_sweep if r["variant"] == name]
             first, last = own[0], own[-1]
-            table.add_row(
+            lines.append([
                 sweep, f"{last['letter']} {first['size']}-{last['size']}", name, time_text(first["median_us"]),
                 time_text(last["median_us"]), f"{last['ratio']:.2f}",
                 f"{last['exponent']:.2f} ± {last['exponent_error']:.2f}", f"{last['law_exponent']:.2f}",
-            )  # fmt: skip
-    console.print(table)
-
-
-@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda s: s.letter)
-def test_scaling(benchmark, sweep):
-    """The last variant at the smallest size."""
-    variants = sweep.build(sweep.sizes[0])
-    in_pytest(
-        benchmark, OP, Case(f"{sweep.title}: {sweep.letter} = {sweep.sizes[0]}", variants), variants[-1].name
-    )
+            ])  # fmt: skip
+    columns = ["smallest", "largest", "x plain there", "exponent", "law"]
+    console.print(table("scaling", ["sweep", "size", "variant"], columns, lines))

@@ -5,13 +5,13 @@ The remark under each table says which form `auto` takes, from counted operation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
-from common import Case, Result, Variant, in_pytest
+from case import Build, Case, Variant
 from counts import trace_step
+from report import faster_form
 from torch import Tensor
 
 from fam_ext.functional import softmax_trace
@@ -21,6 +21,7 @@ from fam_ext.ops.softmax_trace import choose_form
 OP = "softmax_trace"
 SHAPES = ((128, 512, 10), (128, 512, 100), (1024, 128, 100), (256, 512, 1000))  # rows N, fan-in I, classes O
 FORMS = ("shifted", "pairwise")
+remark = faster_form
 Shape = tuple[int, int, int]
 Trace = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,7 +52,11 @@ def case(shape: Shape, compiled: bool) -> Case:
         return partial(softmax_trace, form=form, backend=backend)
 
     # at random weights the gradient of the logits, g p (q - 2v), is a difference of nearly equal numbers
-    native = [variant(f"native {f}", on(f, "native"), 1e-5) for f in FORMS if backends.native_loaded()]
+    native = [
+        variant(f"native {f}{' (auto)' * (f == form)}", on(f, "native"), 1e-5)
+        for f in FORMS
+        if backends.native_loaded()
+    ]
     variants = native + [variant(f"reference {f}, eager", on(f, "reference"), 1e-4) for f in FORMS]
     if compiled:
         compiled_trace = torch.compile(on(form, "reference"), dynamic=False)
@@ -59,29 +64,5 @@ def case(shape: Shape, compiled: bool) -> Case:
     return Case(f"N={rows} I={fan_in} O={classes}, forward + backward", variants, flops=trace_step(*shape))
 
 
-def remark(rows: Sequence[Result]) -> str:
-    """Which native form `auto` takes and which is faster."""
-    rows = [r for r in rows if r.variant.startswith("native")]
-    if not rows:
-        return ""
-    taken = rows[0].baseline.split()[1].rstrip(",")
-    lines = []
-    for threads in sorted({r.threads for r in rows}):
-        times = {r.variant.split()[1]: r.median_us for r in rows if r.threads == threads}
-        fastest = min(times, key=times.__getitem__)
-        lines.append(
-            f"{threads} thread(s): auto takes {taken}, {fastest} is faster; auto/fastest {times[taken] / times[fastest]:.2f}"
-        )
-    return "\n".join(lines)
-
-
-def cases(quick: bool = False) -> list[Callable[[bool], Case]]:
+def cases(quick: bool = False) -> list[Build]:
     return [partial(case, shape) for shape in (SHAPES[:2] if quick else SHAPES)]
-
-
-@pytest.mark.parametrize("name", [f"native {f}" for f in FORMS] + [f"reference {f}, eager" for f in FORMS])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_softmax_trace(benchmark, shape, name):
-    if name.startswith("native") and not backends.native_loaded():
-        pytest.skip("the compiled library is not loaded")
-    in_pytest(benchmark, OP, case(shape, compiled=False), name)

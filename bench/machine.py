@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from fam_ext.ops import backends
 
 ALL_THREADS = torch.get_num_threads()
-
-
-_device = os.environ.get("FAM_EXT_BENCH_DEVICE", "cpu")
+_device = "cpu"
 
 
 def use_device(name: str) -> None:
@@ -36,11 +31,6 @@ def on_gpu() -> bool:
     return _device.startswith("cuda")
 
 
-def device_name() -> str:
-    """The GPU's name, or "cpu"."""
-    return torch.cuda.get_device_name() if on_gpu() else "cpu"
-
-
 @contextmanager
 def thread_count(threads: int) -> Iterator[None]:
     """torch runs on `threads` threads inside."""
@@ -53,30 +43,17 @@ def thread_count(threads: int) -> Iterator[None]:
 
 
 @cache
-def git_commit() -> str:
-    """The commit that is measured, "-dirty" with changes on top."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        described = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git here
-        described = ""
-    return described or "unknown"
-
-
-@cache
 def machine_line() -> str:
-    """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), model)
-    build = backends.info().build
-    compiler = build.get("compiler", "nothing compiled")
-    gpu = f"{device_name()}, CUDA {torch.version.cuda}; " if on_gpu() else ""
+    """What the numbers were measured on; "-dirty" with changes on top of the commit."""
+    import cpuinfo  # here: a machine with a GPU need not have what only this line wants
+    from pytest_benchmark.utils import get_commit_info
+
+    build, commit = backends.info().build, get_commit_info()
+    gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; " if on_gpu() else ""
     return (
-        f"{gpu}{model}, {os.cpu_count()} CPUs, {ALL_THREADS} threads; torch {torch.__version__}, "
-        f"{torch.backends.cpu.get_cpu_capability()}; {compiler} ({build.get('simd', '-')}); commit {git_commit()}"
+        f"{gpu}{cpuinfo.get_cpu_info()['brand_raw']}, {os.cpu_count()} CPUs, {ALL_THREADS} threads; torch {torch.__version__}, "
+        f"{torch.backends.cpu.get_cpu_capability()}; {build.get('compiler', 'nothing compiled')} ({build.get('simd', '-')}); "
+        f"commit {commit['id'][:10]}{'-dirty' * bool(commit['dirty'])}"
     )
 
 

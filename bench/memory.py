@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from machine import on_gpu
-from rich.console import Console
-from rich.table import Table
-
-if TYPE_CHECKING:
-    from common import Case
 
 
 @contextmanager
@@ -29,13 +23,11 @@ def silent_stderr() -> Iterator[None]:
         os.close(sink)
 
 
-def peak_megabytes(step: Callable[[], object], warm: bool = False) -> float:
+def peak_megabytes(step: Callable[[], object]) -> float:
     """Peak memory of one call beyond what is held before it: what torch's allocator hands out, not kernels' own scratch.
 
-    `warm`: the step has run before, so that what its first call keeps does not count already.
+    The step has run before, so that what its first call keeps does not count.
     """
-    if not warm:
-        step()
     if on_gpu():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -52,15 +44,3 @@ def peak_megabytes(step: Callable[[], object], warm: bool = False) -> float:
             held += event.nbytes()
             peak = max(peak, held)
     return peak / 1e6
-
-
-def show(console: Console, op: str, cases: Sequence[Case]) -> None:
-    """A row for each variant, a column for each case. Variants of another form than the first case's get rows of their own."""
-    table = Table(title=f"{op}: peak memory of a step, MB", title_justify="left", title_style="bold")
-    table.add_column("variant", no_wrap=True)
-    for case in cases:
-        table.add_column(case.label.split(",")[0], justify="right")
-    peaks = [{v.name: peak_megabytes(v.step) for v in case.variants} for case in cases]
-    for name in dict.fromkeys(name for column in peaks for name in column):
-        table.add_row(name, *(f"{column[name]:.2f}" if name in column else "" for column in peaks))
-    console.print(table)

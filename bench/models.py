@@ -1,9 +1,9 @@
 """Small definitions of well-known networks, for whole training steps. Plain torch, random weights, no pretraining.
 
-Each has `middle` and `head`, the layers that FAM is measured on. Sources: ResNet-18 (He et al. 2016) with the 3x3 stem for 32x32
-images; WideResNet-28 (Zagoruyko & Komodakis 2016); ViT-tiny (Touvron et al. 2021, DeiT-Ti: 12 blocks, width 192, 3 heads) with
-patches of 4 for 32x32 images; BERT-base's classification head (Devlin et al. 2019: pooler 768 -> 768, tanh, 768 -> classes) on
-two of its twelve blocks; a decoder with GPT-2's vocabulary (Radford et al. 2019), narrowed.
+Each has `middle` and `head`, the layers that FAM is measured on. Sources: a perceptron; ResNet-18 (He et al. 2016) with the 3x3
+stem for 32x32 images; WideResNet-28 (Zagoruyko & Komodakis 2016); ViT-tiny (Touvron et al. 2021, DeiT-Ti: 12 blocks, width 192,
+3 heads) with patches of 4 for 32x32 images; BERT-base's classification head (Devlin et al. 2019: pooler 768 -> 768, tanh,
+768 -> classes) on two of its twelve blocks; a decoder with GPT-2's vocabulary (Radford et al. 2019), narrowed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Rows of 784 numbers, two hidden layers."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+
+    @property
+    def middle(self) -> nn.Module:
+        return self[2]
+
+    @property
+    def head(self) -> nn.Module:
+        return self[4]
 
 
 class BasicBlock(nn.Module):

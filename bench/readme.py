@@ -1,7 +1,8 @@
-"""The README's table of costs and its plot, from the committed run: python bench/readme.py
+"""The tables of costs in docs/performance.md and its plots, from the committed run: python bench/readme.py
 
-bench/results holds the CSV files and the plot of one run of `make bench BENCH_ARGS="--out bench/results"` on a quiet machine.
-What stands between the two marks in README.md is written by this script; tests/bench/test_bench.py compares them.
+bench/results holds the CSV files of one run of `make bench BENCH_ARGS="--out bench/results"` on a quiet machine. What stands
+between the two marks in the page is written by this script, and the run's plots go to docs/plots; tests/bench/test_bench.py
+compares them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from report import ratio_text, read_csv, time_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("bench/results")
+PAGE = Path("docs/performance.md")
+PLOTS = Path("docs/plots")
 MARKS = ("<!-- bench: begin (make bench-readme) -->", "<!-- bench: end -->")
 HEAD_COLUMNS = (
     ("`head_cross_entropy`", "head_cross_entropy"),
@@ -31,6 +34,8 @@ TRAINING_COLUMNS = (
     ("the same, by parts", "FAM (head), by parts"),
     ("FAM, head, from features", "FAM (head, from features)"),
     ("FAM, a middle layer, 1 probe", "FAM (middle layer, 1 probe)"),
+    ("noise, all layers", "FAM noise (all layers)"),
+    ("Fisher, all layers", "FAM Fisher (all layers)"),
     ("SAM", "SAM"),
     ("paper's procedure", "paper's procedure (head)"),
 )
@@ -38,7 +43,8 @@ Row = dict[str, str]
 
 
 def table(rows: Sequence[Row], columns: Sequence[tuple[str, str]], baseline: str, first: str) -> list[str]:
-    """Markdown: a line for each case, the baseline's time, and each column's ratio to it."""
+    """Markdown: a line for each case, the baseline's time, and each column's ratio to it; columns of no row are left out."""
+    columns = [c for c in columns if any(_is(r, c[1]) for r in rows)]
     lines = [
         "| " + " | ".join([first, baseline, *(title for title, _ in columns)]) + " |",
         "|---" * (len(columns) + 2) + "|",
@@ -48,11 +54,15 @@ def table(rows: Sequence[Row], columns: Sequence[tuple[str, str]], baseline: str
         cells = [re.sub(r", forward \+ backward$", "", case)]
         cells.append(time_text(float(next(r for r in own if r["variant"] == baseline)["median_us"])))
         for _, variant in columns:
-            found = [r for r in own if r["variant"] == variant or r["variant"].startswith(variant + " (")]
-            exact = [r for r in found if r["variant"] == variant] or found
-            cells.append(ratio_text(float(exact[0]["ratio"])) if exact else "")
+            ratio = next((r["ratio"] for r in own if _is(r, variant)), "")
+            cells.append(ratio and ratio_text(float(ratio)))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _is(row: Row, variant: str) -> bool:
+    """Whether the row is this variant's; an estimate's name ends with its number of probes."""
+    return re.sub(r" \(\d+ probes\)$", "", row["variant"]) == variant
 
 
 def text(folder: Path) -> str:
@@ -61,16 +71,20 @@ def text(folder: Path) -> str:
     one = [r for r in heads if r["threads"] == min(heads, key=lambda r: int(r["threads"]))["threads"]]
     threads = training[0]["threads"]
     lines = [
+        "### Heads",
+        "",
         f"Measured on: {heads[0]['machine']}. Times of the step without FAM; ratios to it of",
         f"linear layer + cross-entropy + FAM, forward and backward, {one[0]['threads']} thread:",
         "",
         *table(one, HEAD_COLUMNS, "linear + CE (functions)", "N, I, O"),
         "",
-        f"Whole training steps, optimizer included, {threads} thread{'s' * (threads != '1')}:",
+        "### Whole training steps",
+        "",
+        f"Optimizer included, {threads} thread{'s' * (threads != '1')}:",
         "",
         *table(training, TRAINING_COLUMNS, "plain", "network"),
         "",
-        f"![Cost against size, with fitted exponents]({RESULTS.as_posix()}/scaling.png)",
+        f"![Cost against size, with fitted exponents]({PLOTS.name}/scaling.png)",
     ]
     return "\n".join(lines)
 
@@ -82,11 +96,13 @@ def split(document: str) -> tuple[str, str, str]:
 
 
 def main() -> None:
-    folder, readme = ROOT / RESULTS, ROOT / "README.md"
+    folder, page = ROOT / RESULTS, ROOT / PAGE
     if not list(folder.glob("*.csv")):
         sys.exit(f'no run in {RESULTS}: make bench BENCH_ARGS="--out {RESULTS}" writes one')
-    before, _, after = split(readme.read_text())
-    readme.write_text(f"{before}\n{text(folder)}\n{after}")
+    before, _, after = split(page.read_text())
+    page.write_text(f"{before}\n\n{text(folder)}\n\n{after}")
+    for plot in folder.glob("*.png"):  # the site shows only what lies in docs
+        plot.replace(ROOT / PLOTS / plot.name)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,66 +49,96 @@ def ratio_text(ratio: float) -> str:
     return f"{ratio:.3f}" if abs(ratio - 1) < 0.1 else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.3g}"
 
 
-def show(console: Console, rows: Sequence[Result]) -> None:
+def table(
+    title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str] | None]
+) -> Table:
+    """Columns of words (`left`), then columns of numbers (`right`); None among the rows is a line across."""
+    made = Table(title=title, title_justify="left", title_style="bold", min_width=len(title))
+    for k, name in enumerate((*left, *right)):
+        made.add_column(name, justify="left" if k < len(left) else "right", no_wrap=True)
+    for row in rows:
+        if row is None:
+            made.add_section()
+        else:
+            made.add_row(*row)
+    return made
+
+
+def show(console: Console, results: Sequence[Result]) -> None:
     """One table of an operation: a section for each case, a row for each variant, columns for each number of threads."""
-    threads = sorted({r.threads for r in rows})
+    threads = sorted({r.threads for r in results})
     wide = console.width >= 120 + 40 * (len(threads) - 1)  # else medians alone
-    table = Table(title=rows[0].op, title_justify="left", title_style="bold")
-    table.add_column("shape / variant", no_wrap=True)
+    spread = "\n(p20-p80)" if wide else ""
+    columns = []
     for count in threads:
-        spread = "\n(p20-p80)" if wide else ""
-        table.add_column(f"{count} thread{'s' * (count > 1)}: time{spread}", justify="right", no_wrap=True)
-        table.add_column(f"ratio{spread}", justify="right", no_wrap=True)
-        table.add_column("% of\nceiling", justify="right", no_wrap=True)
-    table.add_column("peak\nMB", justify="right", no_wrap=True)
-    table.add_column("relative\nerror", justify="right", no_wrap=True)
-    table.add_column("ratio to", no_wrap=True)
-    for case in dict.fromkeys(r.case for r in rows):
-        of_case = [r for r in rows if r.case == case]
-        table.add_section()
-        table.add_row(f"[bold]{case}[/bold]")
-        for name in dict.fromkeys(r.variant for r in of_case):
-            table.add_row(*_cells(name, [r for r in of_case if r.variant == name], threads, wide))
-    table.caption = "% of ceiling: counted FLOPs over time and the rate of a large matrix product (bytes and copy, without FLOPs)"
-    table.caption_justify = "left"
-    console.print(table)
+        columns += [
+            f"{count} thread{'s' * (count > 1)}: time{spread}",
+            f"ratio{spread}",
+            "% of\nceiling",
+        ]
+    rows: list[Sequence[str] | None] = []
+    for case in dict.fromkeys(r.case for r in results):
+        of_case = [r for r in results if r.case == case]
+        rows += [None, [f"[bold]{case}[/bold]"]]
+        rows += [
+            _cells([r for r in of_case if r.variant == name], threads, wide)
+            for name in dict.fromkeys(r.variant for r in of_case)
+        ]
+    made = table(
+        results[0].op, ["shape / variant"], [*columns, "peak\nMB", "relative\nerror", "ratio to"], rows
+    )
+    made.caption = "% of ceiling: counted FLOPs over time and the rate of a large matrix product (bytes and copy, without FLOPs)"
+    made.caption_justify = "left"
+    console.print(made)
 
 
-def _cells(name: str, rows: Sequence[Result], threads: Sequence[int], wide: bool) -> list[str]:
+def _cells(results: Sequence[Result], threads: Sequence[int], wide: bool) -> list[str]:
+    """A row: one variant with every number of threads."""
+    name, baseline = results[0].variant, results[0].baseline
     cells = [f"  {name}"]
-    by_threads = {r.threads: r for r in rows}
+    by_threads = {r.threads: r for r in results}
     for count in threads:
         r = by_threads.get(count)
         if r is None:
             cells += ["", "", ""]
             continue
-        low, high = (time_text(v).split()[0] for v in (r.p20_us, r.p80_us))
-        same_unit = len({time_text(v).split()[1] for v in (r.p20_us, r.median_us, r.p80_us)}) == 1
-        spread = f"{low}-{high}" if same_unit else f"{time_text(r.p20_us)}-{time_text(r.p80_us)}"
-        cells.append(f"{time_text(r.median_us)} ({spread})")
-        own = r.baseline == r.variant
-        cells.append(
-            ""
-            if own
-            else f"[bold]{ratio_text(r.ratio)}[/bold] ({ratio_text(r.ratio_p20)}-{ratio_text(r.ratio_p80)})"
+        low, high = (
+            f" ({time_text(r.p20_us)}-{time_text(r.p80_us)})",
+            f" ({ratio_text(r.ratio_p20)}-{ratio_text(r.ratio_p80)})",
         )
         percent = r.percent_of_matmul or r.percent_of_copy
-        cells.append(f"{percent:.0f}" if percent else "")
-    baseline = rows[0].baseline
-    peak, error = max(r.peak_mb for r in rows), max(r.error for r in rows)
+        cells += [
+            time_text(r.median_us) + low * wide,
+            "" if baseline == name else f"[bold]{ratio_text(r.ratio)}[/bold]" + high * wide,
+            f"{percent:.0f}" if percent else "",
+        ]
+    peak, error = max(r.peak_mb for r in results), max(r.error for r in results)
     cells += [f"{peak:.2f}" if peak < 10 else f"{peak:.0f}", f"{error:.0e}" if error == error else ""]
     return [*cells, "" if baseline == name else baseline]
 
 
-def write_csv(path: Path, results: Sequence[Result]) -> None:
-    """All results of one benchmark, one line each, with the machine line in the last column."""
-    names = [f.name for f in fields(Result)]
-    rows = [{name: getattr(r, name) for name in names} for r in results]
-    write_rows(path, rows)
+def faster_form(results: Sequence[Result]) -> str:
+    """Of an operation with two forms: which one `auto` takes, marked so in its name, and which was faster here."""
+    lines = []
+    for threads in sorted({r.threads for r in results}):
+        own = [r for r in results if r.threads == threads and r.variant.startswith("native")]
+        times = {r.variant: r.median_us for r in own}
+        if times:
+            taken, fastest = next(n for n in times if n.endswith("(auto)")), min(times, key=times.__getitem__)
+            lines.append(
+                f"{threads} thread(s): auto takes {taken.split()[1]}, {fastest.split()[1]} is faster; "
+                f"auto/fastest {times[taken] / times[fastest]:.2f}"
+            )
+    return "\n".join(lines)
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The same for any rows; the columns are all keys in order of appearance."""
+def write_results(path: Path, results: Sequence[Result]) -> None:
+    """All results of one benchmark, one line each."""
+    write_rows(path, [asdict(r) for r in results])
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file; the columns are all keys in order of appearance, then the machine line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.open("w", newline="") as file:
@@ -120,10 +150,6 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The lines of a CSV file, or of all CSV files of a folder."""
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    rows: list[dict[str, str]] = []
-    for file in files:
-        with file.open(newline="") as stream:
-            rows += csv.DictReader(stream)
-    return rows
+    """The lines of a CSV file."""
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))

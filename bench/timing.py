@@ -12,12 +12,12 @@ from __future__ import annotations
 import gc
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy
 import torch
 from machine import on_gpu
 
@@ -57,15 +57,11 @@ def _gpu_seconds(step: Step, calls: int) -> float:
 
 
 def warm_up(step: Step) -> tuple[int, float]:
-    """(calls that make a sample, seconds of one call), once caches, allocator and compiled code are warm."""
-    seconds = [seconds_per_call(step, 1)]
-    if seconds[0] < VERY_SLOW_SECONDS:
-        seconds.append(seconds_per_call(step, 1))
-    if seconds[-1] < SLOW_SECONDS:
-        seconds = [seconds_per_call(step, 1) for _ in range(4)]
-    if on_gpu():
-        return GPU_CALLS, min(seconds)
-    return max(1, round(SAMPLE_SECONDS / min(seconds))), min(seconds)
+    """(calls that make a sample, seconds of one call) of a step that has run before: its check compiled what it compiles."""
+    seconds = seconds_per_call(step, 1)
+    if seconds < SLOW_SECONDS:
+        seconds = min(seconds_per_call(step, 1) for _ in range(4))
+    return GPU_CALLS if on_gpu() else max(1, round(SAMPLE_SECONDS / seconds)), seconds
 
 
 def strides(costs: Mapping[str, float], seconds: float, rounds: int) -> dict[str, int]:
@@ -81,24 +77,17 @@ def strides(costs: Mapping[str, float], seconds: float, rounds: int) -> dict[str
 
 
 def interleaved(
-    variants: Sequence[Any],
-    rounds: int,
-    least: int = 1,
-    seconds: float = math.inf,
-    known: Mapping[str, float] | None = None,
+    variants: Sequence[Any], rounds: int, least: int = 1, seconds: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds per call of every variant (an object with `name`, `step` and perhaps `thin`) in every round.
+    """Seconds per call of every variant (an object with `name`, `step` and `thin`) in every round.
 
     `rounds` rounds, or `least` and as many as begin within `seconds`. A variant whose `thin` is True may be left out of rounds
     when it is slow (nan there), but for the first two, or the first one where a call takes more than VERY_SLOW_SECONDS.
-    `known`: seconds of one call of steps that are warm already.
     """
     steps = {v.name: v.step for v in variants}
-    known = known or {}
-    warm = {n: (1, known[n]) if n in known else warm_up(step) for n, step in steps.items()}
-    costs = {name: calls * cost for name, (calls, cost) in warm.items()}
-    every = strides(costs, seconds, rounds)
-    thinned = {v.name for v in variants if getattr(v, "thin", False)}
+    warm = {name: warm_up(step) for name, step in steps.items()}
+    every = strides({name: calls * cost for name, (calls, cost) in warm.items()}, seconds, rounds)
+    thinned = {v.name for v in variants if v.thin}
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0)
     end = time.perf_counter() + seconds
@@ -124,9 +113,8 @@ def interleaved(
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """(p20, median, p80); nan is left out."""
-    ordered = sorted(v for v in values if not math.isnan(v))
-    last = len(ordered) - 1
-    return ordered[round(0.2 * last)], statistics.median(ordered), ordered[round(0.8 * last)]
+    low, median, high = numpy.nanquantile(values, (0.2, 0.5, 0.8))
+    return float(low), float(median), float(high)
 
 
 def ratios(own: Sequence[float], baseline: Sequence[float], scale: float = 1.0) -> list[float]:

@@ -39,6 +39,7 @@ struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
     variable_list saved;
     for (int k = 0; k < 3; ++k) saved.push_back(needed[k] ? grads[k] : Tensor());
     ctx->save_for_backward(saved);
+    if (const int64_t float16 = float16_inputs({&logits, &features, &weight})) ctx->saved_data["float16"] = float16;
     ctx->mark_non_differentiable({flatness});
     ctx->set_materialize_grads(false);
     return {loss, flatness};
@@ -47,7 +48,9 @@ struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     variable_list grads(11);
     if (!upstream[0].defined()) return grads;
-    hand_out(ctx->get_saved_variables(), upstream[0], "head_cross_entropy", grads);
+    const auto float16 = ctx->saved_data.find("float16");
+    hand_out(ctx->get_saved_variables(), upstream[0], float16 == ctx->saved_data.end() ? 0 : float16->second.toInt(),
+             "head_cross_entropy", grads);
     return grads;
   }
 };

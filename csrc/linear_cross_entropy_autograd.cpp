@@ -79,7 +79,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     if (!upstream[0].defined()) return grads;
     const variable_list saved = ctx->get_saved_variables();
     if (!ctx->saved_data["later"].toBool()) {
-      hand_out(saved, upstream[0], "linear_cross_entropy", grads);
+      hand_out(saved, upstream[0], 0, "linear_cross_entropy", grads);
       return grads;
     }
     auto& data = ctx->saved_data;

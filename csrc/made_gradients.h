@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
+#include <initializer_list>
 #include <string>
 
 namespace fam_ext {
@@ -36,23 +37,43 @@ inline void refuse_second_derivative(const char* op, torch::autograd::variable_l
   }
 }
 
-// grads[k] = upstream * made[k] for all that was made.
-inline void hand_out(const torch::autograd::variable_list& made, const at::Tensor& upstream, const char* op,
-                     torch::autograd::variable_list& grads) {
+// Which of the inputs are float16, as bits: their gradients were made in float32.
+inline int64_t float16_inputs(std::initializer_list<const at::Tensor*> inputs) {
+  int64_t bits = 0, bit = 1;
+  for (const at::Tensor* input : inputs) {
+    if (input->scalar_type() == at::kHalf) bits |= bit;
+    bit <<= 1;
+  }
+  return bits;
+}
+
+// upstream * gradient, rounded once, from factors that keep their own dtypes (a tensor without dimensions would be rounded first).
+inline at::Tensor scaled_gradient(const at::Tensor& gradient, const at::Tensor& upstream, bool one,
+                                  at::ScalarType dtype) {
+  if (one) return gradient.to(dtype);
+  if (gradient.scalar_type() == upstream.scalar_type() && gradient.scalar_type() == dtype)
+    return gradient.mul(upstream);
+  return gradient.mul(upstream.reshape({1})).to(dtype);
+}
+
+// grads[k] = upstream * made[k] for all that was made; `float16` as float16_inputs gave it.
+inline void hand_out(const torch::autograd::variable_list& made, const at::Tensor& upstream, int64_t float16,
+                     const char* op, torch::autograd::variable_list& grads) {
   {
     const at::AutoGradMode no_graph(false);
-    torch::autograd::variable_list scaled;
+    torch::autograd::variable_list alike;  // of the upstream gradient's dtype: one launch on a GPU
     for (const at::Tensor& gradient : made) {
-      if (gradient.defined()) scaled.push_back(gradient);
+      if (gradient.defined() && float16 == 0 && gradient.scalar_type() == upstream.scalar_type())
+        alike.push_back(gradient);
     }
-    if (upstream.is_cuda() && scaled.size() > 1) {
-      scaled = at::_foreach_mul(scaled, upstream);  // one launch, where the dtypes are the same
-    } else if (!is_one(upstream)) {
-      for (at::Tensor& gradient : scaled) gradient = gradient.mul(upstream);
-    }
+    const bool together = upstream.is_cuda() && alike.size() > 1, one = is_one(upstream);
+    if (together) alike = at::_foreach_mul(alike, upstream);
     size_t next = 0;
     for (size_t k = 0; k < made.size(); ++k) {
-      if (made[k].defined()) grads[k] = scaled[next++];
+      if (!made[k].defined()) continue;
+      const at::ScalarType dtype = float16 >> k & 1 ? at::kHalf : made[k].scalar_type();
+      const bool done = together && made[k].scalar_type() == upstream.scalar_type();
+      grads[k] = done ? alike[next++] : scaled_gradient(made[k], upstream, one, dtype);
     }
   }
   refuse_second_derivative(op, grads);

@@ -1,4 +1,4 @@
-// Every operation's schema, on one screen, and the Python module with the facts of the build.
+// The schema of every compiled operation, on one screen, and the Python module with the facts of the build.
 // Kernels register themselves: csrc/cpu/<op>.cpp for CPU, csrc/cuda/binding_<op>.cpp for CUDA where that is compiled.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
@@ -23,13 +23,6 @@ TORCH_LIBRARY(fam_ext, m) {
       "head_cross_entropy_forward(Tensor logits, Tensor features, Tensor weight, Tensor target, Tensor? class_weight, "
       "int ignore_index, float label_smoothing, bool mean, float strength, bool curvature_grad, bool pairwise, "
       "bool grad_logits, bool grad_features, bool grad_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "gram_trace(Tensor input, Tensor factors, Tensor? gram, int[] kernel_size, int[] stride, int[] padding, "
-      "int[] dilation, str form, int max_bytes, bool keep) -> (Tensor, Tensor)");
-  m.def(
-      "gram_trace_backward(Tensor grad, Tensor input, Tensor factors, Tensor? gram, Tensor saved, int[] kernel_size, "
-      "int[] stride, int[] padding, int[] dilation, str form, int max_bytes, bool grad_input, bool grad_factors, "
-      "bool grad_gram) -> (Tensor, Tensor, Tensor)");
   m.def(
       "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
       "int ignore_index, float label_smoothing, int reduction, float strength, bool curvature_grad, int max_bytes, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fam_ext import functional, schedules
+from fam_ext import functional, integrations, schedules, typing
 from fam_ext._version import __version__
 from fam_ext.correlation import correlation
 from fam_ext.errors import UnsupportedError
@@ -21,8 +21,15 @@ __all__ = [
     "correlation",
     "functional",
     "info",
+    "integrations",
     "measure",
     "relative_flatness",
     "rescale",
     "schedules",
+    "typing",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names; the floors of the package are no part of its interface."""
+    return sorted(__all__)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fam_ext import _checks, loss_hessians
 from fam_ext._dtypes import accumulation_dtype
-from fam_ext.head.closed_form import element_traces, row_traces, weight_factor
+from fam_ext.head.closed_form import row_norms, summands
+from fam_ext.loss_hessians import CrossEntropy, LossHessian
 from fam_ext.ops.gram_trace import gram_trace
 from fam_ext.ops.head_cross_entropy import head_cross_entropy
 from fam_ext.ops.linear_cross_entropy import linear_cross_entropy
 from fam_ext.ops.patch_sqnorm import patch_sqnorm
-from fam_ext.ops.row_coefficients import clear_rows
 from fam_ext.ops.softmax_trace import softmax_trace
 from fam_ext.options import Options
 
@@ -91,47 +91,38 @@ def relative_flatness(
     rows = features.shape[:-1]
     if logits.shape != (*rows, outputs):
         _checks.bad_value(_NAME, "logits", f"of shape {(*rows, outputs)}", logits)
-    _checks.check_same_device(_NAME, features=features, weight=weight, logits=logits, target=target)
     _checks.check_choice(_NAME, "loss", loss, _LOSSES)
-    _checks.check_choice(_NAME, "reduction", reduction, ("mean", "sum", "none"))
     _check_options(loss, target, class_weight, label_smoothing, pos_weight, element_weight, variance)
+    loss_hessian: LossHessian
+    if loss == "cross_entropy":
+        loss_hessian = CrossEntropy(target, reduction, class_weight, ignore_index, label_smoothing)
+        loss_hessian.check_rows(_NAME, logits, rows, outputs)
+    else:
+        loss_hessian = _elementwise(loss, target, reduction, pos_weight, element_weight, variance, eps)
+        loss_hessian.check(_NAME, logits)
+    _checks.check_same_device(
+        _NAME, features=features, weight=weight, logits=logits, target=target, class_weight=class_weight,
+        pos_weight=pos_weight, element_weight=element_weight, variance=variance if isinstance(variance, Tensor) else None,
+    )  # fmt: skip
+    z, class_dim = logits, len(rows)
+    if isinstance(loss_hessian, CrossEntropy):  # rows first, then classes
+        z, class_dim = logits.reshape(rows.numel(), outputs), 1
+        if target is not None:
+            loss_hessian.target = target.reshape(z.shape if target.is_floating_point() else -1)
+    loss_hessian.check_values(_NAME, z)
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        if accumulation_dtype(features, weight, logits) == torch.float64:  # no part may be formed in float32
-            features, weight, logits = features.double(), weight.double(), logits.double()
-        held = not curvature_grad
-        z = logits.detach() if held else logits
-        phi, z2 = (features.detach() if held else features).reshape(-1, fan_in), z.reshape(-1, outputs)
-        if loss == "cross_entropy":
-            soft = target is not None and target.is_floating_point()
-            if target is not None and target.shape != (logits.shape if soft else rows):
-                _checks.bad_value(
-                    _NAME, "target", f"of shape {tuple(logits.shape if soft else rows)}", target
-                )
-            flat = None if target is None else target.reshape(-1, outputs) if soft else target.reshape(-1)
-            c = loss_hessians.CrossEntropy(
-                flat, reduction, class_weight, ignore_index, label_smoothing
-            ).coefficients(z2)
-            if flat is not None and not soft:
-                phi, z2 = clear_rows(phi, c, 1), clear_rows(z2, c, 1)
-            norms = patch_sqnorm(phi, (), backend=backend)
-            terms = (c * row_traces(z2, weight, norms, measure, options.backend)).reshape(rows)
-        else:
-            norms = patch_sqnorm(phi, (), backend=backend)
-            bound = _elementwise(loss, target, reduction, pos_weight, element_weight, variance, eps)
-            bound.check(_NAME, logits)
-            h = bound.diagonal(z)
-            terms = element_traces(h.detach() if held else h, weight, norms.reshape(*rows, 1), measure)
-        factor = weight_factor(weight, measure, norm_power)
-        if factor is not None:
-            terms = terms * factor
-        if normalize is not None:
-            terms = terms / fan_in
-        return terms if reduction == "none" else terms.sum()
+        phi = features.reshape(rows.numel(), fan_in).to(accumulation_dtype(features, weight, logits))
+        row_shape = rows if class_dim == len(rows) else z.shape[:1]
+        norms = row_norms(phi, loss_hessian, backend).reshape(*row_shape, 1)
+        terms = summands(options, loss_hessian, z, class_dim, norms, weight, fan_in)
+    if reduction != "none":
+        return terms.sum()
+    return terms.reshape(rows) if isinstance(loss_hessian, CrossEntropy) else terms
 
 
 def _elementwise(
     loss: str, target: Any, reduction: str, pos_weight: Any, element_weight: Any, variance: Any, eps: float
-) -> loss_hessians.Bound:
+) -> LossHessian:
     if loss == "mse":
         return loss_hessians.MeanSquaredError(target, reduction, element_weight)
     if loss == "bce_with_logits":
@@ -151,8 +142,7 @@ def _check_options(
     variance: Any,
 ) -> None:
     """Refuse an option that the loss would ignore, and a missing target that it needs."""
-    if not 0.0 <= label_smoothing <= 1.0:
-        _checks.bad_value(_NAME, "label_smoothing", "between 0 and 1", label_smoothing)
+    _checks.check_between(_NAME, "label_smoothing", label_smoothing, 0.0, 1.0)
     allowed = {
         "class_weight": loss == "cross_entropy",
         "label_smoothing": loss == "cross_entropy",

@@ -1,8 +1,9 @@
-"""Criteria with a closed form: what each one's second derivative with respect to its input is.
+"""The second derivative of each loss with a closed form, with respect to the loss's input.
 
 `read(criterion)` tells how to bind a criterion's arguments, module or function (also a functools.partial of it). Bound
-arguments give the row coefficient c_i of cross-entropy, or the Hessian's diagonal h of an elementwise loss, with the
-reduction included.
+arguments are a LossHessian: the row coefficient c_i of cross-entropy, or the diagonal h of an elementwise loss's Hessian, with
+the reduction included. They check themselves against the outputs: shapes and dtypes always, values (class indices, variances)
+where nothing else looks at them.
 """
 
 from __future__ import annotations
@@ -25,134 +26,313 @@ SUPPORTED = (
     "CrossEntropyLoss, MSELoss, BCEWithLogitsLoss, PoissonNLLLoss(log_input=True), GaussianNLLLoss, or their functional forms "
     "(keyword arguments by functools.partial)"
 )
+REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass
-class Bound:
-    """Arguments of one call of a criterion, after its input."""
+class LossHessian:
+    """Arguments of one call of a criterion, after its input; `target` may be None where the Hessian does not depend on it.
+
+    >>> import torch
+    >>> from fam_ext import loss_hessians
+    >>> bce = loss_hessians.read("example", torch.nn.BCEWithLogitsLoss(reduction="sum"))
+    >>> bce(torch.ones(3)).diagonal(torch.zeros(3))
+    tensor([0.2500, 0.2500, 0.2500])
+    """
 
     target: Tensor | None
     reduction: str = "mean"
     softmax = False
 
-    def check(self, caller: str, logits: Tensor) -> None:
-        _checks.check_choice(caller, "reduction", self.reduction, ("mean", "sum", "none"))
-        if self.target is not None and self.target.shape != logits.shape:
+    def check(self, caller: str, outputs: Tensor) -> None:
+        """Raise TypeError or ValueError unless types, dtypes and shapes are those of one call on `outputs`; reads no values."""
+        _checks.check_choice(caller, "reduction", self.reduction, REDUCTIONS)
+        target = self.target
+        if target is None:
+            return
+        _checks.check_real(caller, "target", target)
+        if target.shape != outputs.shape:
             _checks.bad_value(
                 caller,
                 "target",
-                f"of the shape of the outputs, {tuple(logits.shape)} (broadcasting would pair every target with every output)",
-                self.target,
+                f"of the shape of the outputs, {tuple(outputs.shape)} (broadcasting would pair every target with every output)",
+                target,
             )
+
+    def check_values(self, caller: str, outputs: Tensor) -> None:
+        """Refuse values that the loss is not defined for, after `check`. Reads them: on a GPU that waits for it.
+
+        Where nothing can be read (in a compiled graph, under vmap), such values make the Hessian NaN instead.
+        """
 
     def fisher(self) -> bool:
         """Whether the loss is a negative log-likelihood in its natural parameter, so that Fisher matrix and Hessian agree."""
         return False
 
-    def _reduced(self, h: Tensor, total: Tensor | float) -> Tensor:
-        return h / total if self.reduction == "mean" else h
+    def ignored(self) -> Tensor | None:
+        """Rows that the loss leaves out, of the shape of an index target; None where there are none."""
+        return None
 
-    def diagonal(self, logits: Tensor) -> Tensor:
-        """h in the shape of the logits, reduction included."""
+    def denominator(self, outputs: Tensor) -> Tensor | float:
+        """What reduction="mean" divides the sum by: how much this call counts in the mean over a data set."""
+        return float(outputs.numel())
+
+    def residual(self, outputs: Tensor) -> Tensor:
+        """dl/dz of every term l of the loss, without its coefficient, in the shape of the outputs; only where `fisher` is true."""
         raise NotImplementedError
+
+    def diagonal(self, outputs: Tensor) -> Tensor:
+        """h in the shape of the outputs, reduction included."""
+        raise NotImplementedError
+
+    def _reduced(self, h: Tensor, outputs: Tensor) -> Tensor:
+        if self.reduction != "mean":
+            return h
+        total = self.denominator(outputs)
+        if isinstance(total, Tensor):
+            return h / torch.where(total == 0, 1, total).to(h.dtype)
+        return h / max(total, 1.0)
 
 
 @dataclass
-class CrossEntropy(Bound):
+class CrossEntropy(LossHessian):
+    """Class indices (int64, or uint8 as in torch) of the rows' shape, or probabilities (floating) of the shape of the outputs.
+
+    The outputs are (O,), (N, O) or (B, O, *positions). `weight` has the dtype of the outputs unless autocast is on, as in torch.
+    """
+
     weight: Tensor | None = None
     ignore_index: int = -100
     label_smoothing: float = 0.0
     softmax = True
 
-    def check(self, caller: str, logits: Tensor) -> None:
-        _checks.check_choice(caller, "reduction", self.reduction, ("mean", "sum", "none"))
-        if logits.dim() == 0:
-            _checks.bad_value(caller, "outputs", "of shape (O,), (B, O) or (B, O, *positions)", logits)
-        rows = logits.shape[1:] if logits.dim() == 1 else (logits.shape[0], *logits.shape[2:])
-        if not isinstance(self.target, Tensor):
-            _checks.bad_type(caller, "target", "a tensor", self.target)
-        expected = logits.shape if self.target.is_floating_point() else rows
+    def check(self, caller: str, outputs: Tensor) -> None:
+        if outputs.dim() == 0:
+            _checks.bad_value(caller, "outputs", "of shape (O,), (B, O) or (B, O, *positions)", outputs)
+        if self.target is None:
+            _checks.bad_type(caller, "target", "a tensor", None)
+        self.check_rows(caller, outputs, _rows(outputs), _classes(outputs))
+        self._check_weight_dtype(caller, outputs)
+
+    def check_rows(self, caller: str, outputs: Tensor, rows: tuple[int, ...], classes: int) -> None:
+        """As `check`, for outputs whose classes may lie in any dimension; a missing target and any weight dtype are allowed."""
+        _checks.check_choice(caller, "reduction", self.reduction, REDUCTIONS)
+        _checks.check_integer(caller, "ignore_index", self.ignore_index)
+        _checks.check_between(caller, "label_smoothing", self.label_smoothing, 0.0, 1.0)
+        _checks.check_by_class(caller, "class_weight", self.weight, classes)
+        if self.target is None:
+            return
+        soft = _checks.check_class_target(caller, "target", self.target)
+        expected = tuple(outputs.shape) if soft else tuple(rows)
         if self.target.shape != expected:
-            _checks.bad_value(caller, "target", f"of shape {tuple(expected)}", self.target)
+            _checks.bad_value(caller, "target", f"of shape {expected}", self.target)
+        if soft and self.ignore_index >= 0:
+            _checks.bad_value(caller, "ignore_index", "left out with class probabilities", self.ignore_index)
+
+    def _check_weight_dtype(self, caller: str, outputs: Tensor) -> None:
+        """torch's rule: it multiplies class indices' losses with weights of their own dtype."""
+        weight = self.weight
+        if weight is None or weight.dtype == outputs.dtype or _soft(self.target):
+            return
+        if torch.is_autocast_enabled(outputs.device.type) and torch.float64 not in (
+            weight.dtype,
+            outputs.dtype,
+        ):
+            return
+        _checks.bad_type(
+            caller,
+            "class_weight",
+            f"of the dtype of the outputs, {outputs.dtype} (torch's cross_entropy takes no other; convert the criterion with "
+            ".to(dtype))",
+            weight,
+        )
+
+    def check_values(self, caller: str, outputs: Tensor) -> None:
+        target = self.target
+        if target is None or _soft(target) or not _checks.readable(target):
+            return
+        invalid = self._invalid(target, outputs)
+        if bool(invalid.any()):
+            raise IndexError(
+                f"{caller}: target must be a class index from 0 to {_classes(outputs) - 1} or ignore_index "
+                f"({self.ignore_index}), got {int(target[invalid][0])}"
+            )
+
+    def _invalid(self, target: Tensor, outputs: Tensor) -> Tensor:
+        return ((target < 0) | (target >= _classes(outputs))) & (target != self.ignore_index)
 
     def fisher(self) -> bool:
         return self.weight is None and self.label_smoothing == 0
 
-    def coefficients(self, logits: Tensor) -> Tensor:
+    def ignored(self) -> Tensor | None:
+        if self.target is None or _soft(self.target):
+            return None
+        return self.target == self.ignore_index
+
+    def denominator(self, outputs: Tensor) -> Tensor | float:
+        target = self.target
+        if target is None or _soft(target):
+            return float(outputs.numel() // max(_classes(outputs), 1))
+        valid = target != self.ignore_index
+        if self.weight is None:
+            return valid.sum()
+        return self.weight[torch.where(valid, target, 0).long()].mul(valid).sum()
+
+    def residual(self, outputs: Tensor) -> Tensor:
+        dim = 0 if outputs.dim() == 1 else 1
+        p = torch.softmax(outputs.to(accumulation_dtype(outputs)), dim)
+        assert self.target is not None
+        if self.target.is_floating_point():
+            return p - self.target
+        valid = self.target.long().clamp(min=0).unsqueeze(dim)  # an ignored row has coefficient 0
+        return p - torch.zeros_like(p).scatter_(dim, valid.clamp(max=p.shape[dim] - 1), 1.0)
+
+    def coefficients(self, outputs: Tensor) -> Tensor:
         """c_i, of the shape of an index target."""
-        if self.target is None:  # every row counts alike
-            rows = logits.shape[1:] if logits.dim() == 1 else (logits.shape[0], *logits.shape[2:])
-            alike = torch.zeros(rows, dtype=torch.int64, device=logits.device)
-            return cross_entropy_coefficients(logits, alike, reduction=self.reduction)
-        target = self.target if self.target.is_floating_point() else self.target.long()
-        return cross_entropy_coefficients(
-            logits, target, self.weight, self.ignore_index, self.label_smoothing, self.reduction
+        target = self.target
+        if target is None:  # every row counts alike
+            alike = torch.zeros(_rows(outputs), dtype=torch.int64, device=outputs.device)
+            return cross_entropy_coefficients(outputs, alike, reduction=self.reduction)
+        options = (self.weight, self.ignore_index, self.label_smoothing, self.reduction)
+        if _soft(target):
+            return cross_entropy_coefficients(outputs, target, *options)
+        target = target.long()
+        if _checks.readable(target):
+            return cross_entropy_coefficients(outputs, target, *options)
+        invalid = self._invalid(target, outputs)
+        return cross_entropy_coefficients(outputs, target.masked_fill(invalid, 0), *options).masked_fill(
+            invalid, torch.nan
         )
 
 
 @dataclass
-class MeanSquaredError(Bound):
+class MeanSquaredError(LossHessian):
     weight: Tensor | None = None
 
-    def diagonal(self, logits: Tensor) -> Tensor:
-        acc = accumulation_dtype(logits, self.target, self.weight)
+    def check(self, caller: str, outputs: Tensor) -> None:
+        super().check(caller, outputs)
         if self.weight is not None:
-            weight = self.weight.to(acc)
-            total = weight.sum()
-            return self._reduced(2 * weight, torch.where(total == 0, 1, total))
+            _checks.check_floating(caller, "element_weight", self.weight)
+            if self.weight.shape != outputs.shape:
+                _checks.bad_value(
+                    caller,
+                    "element_weight",
+                    f"of the shape of the outputs, {tuple(outputs.shape)}",
+                    self.weight,
+                )
+
+    def denominator(self, outputs: Tensor) -> Tensor | float:
+        return float(outputs.numel()) if self.weight is None else self.weight.sum()
+
+    def diagonal(self, outputs: Tensor) -> Tensor:
+        acc = accumulation_dtype(outputs, self.target, self.weight)
+        if self.weight is not None:
+            exact = MeanSquaredError(self.target, self.reduction, self.weight.to(acc))
+            return exact._reduced(2 * self.weight.to(acc), outputs)
         return self._reduced(
-            torch.full((), 2.0, dtype=acc, device=logits.device).expand(logits.shape), max(logits.numel(), 1)
+            torch.full((), 2.0, dtype=acc, device=outputs.device).expand(outputs.shape), outputs
         )
 
 
 @dataclass
-class BinaryCrossEntropy(Bound):
+class BinaryCrossEntropy(LossHessian):
     weight: Tensor | None = None
     pos_weight: Tensor | None = None
+
+    def check(self, caller: str, outputs: Tensor) -> None:
+        super().check(caller, outputs)
+        if self.target is not None:
+            _checks.check_floating(caller, "target", self.target)
+        for argument, value in (("element_weight", self.weight), ("pos_weight", self.pos_weight)):
+            if value is not None:
+                _checks.check_floating(caller, argument, value)
+                _checks.check_broadcasts(caller, argument, value, outputs.shape)
+        if self.pos_weight is not None and self.target is None:
+            _checks.bad_value(caller, "target", "given where pos_weight is", None)
 
     def fisher(self) -> bool:
         return self.weight is None and self.pos_weight is None
 
-    def diagonal(self, logits: Tensor) -> Tensor:
-        z = logits.to(accumulation_dtype(logits, self.target, self.weight, self.pos_weight))
+    def residual(self, outputs: Tensor) -> Tensor:
+        assert self.target is not None
+        return torch.sigmoid(outputs.to(accumulation_dtype(outputs))) - self.target
+
+    def diagonal(self, outputs: Tensor) -> Tensor:
+        acc = accumulation_dtype(outputs, self.target, self.weight, self.pos_weight)
+        z = outputs.to(acc)
         h = torch.sigmoid(z) * torch.sigmoid(-z)
-        if self.pos_weight is not None:
-            if self.target is None:
-                _checks.bad_value("relative_flatness", "target", "given where pos_weight is", None)
-            h = h * (1 + (self.pos_weight - 1) * self.target)
+        if self.pos_weight is not None and self.target is not None:
+            h = h * (1 + (self.pos_weight.to(acc) - 1) * self.target.to(acc))
         if self.weight is not None:
-            h = h * self.weight
-        return self._reduced(h, max(logits.numel(), 1))
+            h = h * self.weight.to(acc)
+        return self._reduced(h, outputs)
 
 
 @dataclass
-class PoissonNLL(Bound):
+class PoissonNLL(LossHessian):
     def fisher(self) -> bool:
         return True
 
-    def diagonal(self, logits: Tensor) -> Tensor:
-        return self._reduced(
-            torch.exp(logits.to(accumulation_dtype(logits, self.target))), max(logits.numel(), 1)
-        )
+    def residual(self, outputs: Tensor) -> Tensor:
+        assert self.target is not None
+        return torch.exp(outputs.to(accumulation_dtype(outputs))) - self.target
+
+    def diagonal(self, outputs: Tensor) -> Tensor:
+        return self._reduced(torch.exp(outputs.to(accumulation_dtype(outputs, self.target))), outputs)
 
 
 @dataclass
-class GaussianNLL(Bound):
+class GaussianNLL(LossHessian):
+    """`var` is a number, or of the outputs' shape, of that without its last dimension, or broadcasts to it."""
+
     var: Tensor | float | None = None
     eps: float = 1e-6
 
-    def diagonal(self, logits: Tensor) -> Tensor:
+    def check(self, caller: str, outputs: Tensor) -> None:
+        super().check(caller, outputs)
+        _checks.check_between(caller, "eps", self.eps, 0.0, float("inf"))
+        var, shape = self.var, outputs.shape
+        if isinstance(var, Tensor):
+            _checks.check_floating(caller, "variance", var)
+            if var.shape != shape[:-1]:
+                _checks.check_broadcasts(caller, "variance", var, shape)
+        else:
+            _checks.check_between(caller, "variance", var, 0.0, float("inf"))
+
+    def check_values(self, caller: str, outputs: Tensor) -> None:
+        var = self.var
+        if isinstance(var, Tensor) and _checks.readable(var) and bool((var < 0).any()):
+            _checks.bad_value(caller, "variance", "at least 0 everywhere", f"{float(var.min())}")
+
+    def diagonal(self, outputs: Tensor) -> Tensor:
         var = self.var
         if not isinstance(var, Tensor):
             if var is None:
                 _checks.bad_type("gaussian_nll_loss", "var", "a tensor or a number", var)
-            var = torch.full((), float(var), dtype=accumulation_dtype(logits), device=logits.device)
-        elif var.shape != logits.shape and var.shape == logits.shape[:-1]:
+            var = torch.full((), float(var), dtype=accumulation_dtype(outputs), device=outputs.device)
+        elif var.shape != outputs.shape and var.shape == outputs.shape[:-1]:
             var = var.unsqueeze(-1)
-        var = var.to(accumulation_dtype(logits, self.target, var)).clone()
+        given = var
+        var = var.to(accumulation_dtype(outputs, self.target, var)).clone()
         with torch.no_grad():
             var.clamp_(min=self.eps)  # like the criterion: its gradient ignores the clamp too
-        return self._reduced((1 / var).expand(logits.shape), max(logits.numel(), 1))
+        h = 1 / var
+        if not _checks.readable(given):  # check_values could not refuse a negative one
+            h = h.masked_fill(given < 0, torch.nan)
+        return self._reduced(h.expand(outputs.shape), outputs)
+
+
+def _classes(outputs: Tensor) -> int:
+    return outputs.shape[0 if outputs.dim() == 1 else 1]
+
+
+def _rows(outputs: Tensor) -> tuple[int, ...]:
+    """Shape of an index target."""
+    return tuple(outputs.shape[1:]) if outputs.dim() == 1 else (outputs.shape[0], *outputs.shape[2:])
+
+
+def _soft(target: Tensor | None) -> bool:
+    return target is not None and target.is_floating_point()
 
 
 def _legacy(size_average: object, reduce: object) -> None:
@@ -163,14 +343,14 @@ def _legacy(size_average: object, reduce: object) -> None:
 def _cross_entropy(
     target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
     reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Bound:  # fmt: skip
+) -> LossHessian:  # fmt: skip
     _legacy(size_average, reduce)
     return CrossEntropy(target, reduction, weight, ignore_index, label_smoothing)
 
 
 def _mse(
     target: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean", weight: Any = None
-) -> Bound:
+) -> LossHessian:
     _legacy(size_average, reduce)
     return MeanSquaredError(target, reduction, weight)
 
@@ -178,7 +358,7 @@ def _mse(
 def _bce(
     target: Any, weight: Any = None, size_average: Any = None, reduce: Any = None, reduction: str = "mean",
     pos_weight: Any = None,
-) -> Bound:  # fmt: skip
+) -> LossHessian:  # fmt: skip
     _legacy(size_average, reduce)
     return BinaryCrossEntropy(target, reduction, weight, pos_weight)
 
@@ -186,25 +366,29 @@ def _bce(
 def _poisson(
     target: Any, log_input: bool = True, full: bool = False, size_average: Any = None, eps: float = 1e-8,
     reduce: Any = None, reduction: str = "mean",
-) -> Bound:  # fmt: skip
+) -> LossHessian:  # fmt: skip
     _legacy(size_average, reduce)
     if not log_input:
         raise UnsupportedError("FAMLoss: poisson_nll_loss has a closed form with log_input=True only")
     return PoissonNLL(target, reduction)
 
 
-def _gaussian(target: Any, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean") -> Bound:
+def _gaussian(
+    target: Any, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> LossHessian:
     return GaussianNLL(target, reduction, var, eps)
 
 
-_FUNCTIONS: dict[Any, Callable[..., Bound]] = {
+_FUNCTIONS: dict[Any, Callable[..., LossHessian]] = {
     F.cross_entropy: _cross_entropy,
     F.mse_loss: _mse,
     F.binary_cross_entropy_with_logits: _bce,
     F.poisson_nll_loss: _poisson,
     F.gaussian_nll_loss: _gaussian,
 }
-_MODULES: dict[type[nn.Module], Callable[[Any], Callable[..., Bound]]] = {
+for _torchs, _ours in _FUNCTIONS.items():
+    _ours.__qualname__ = _torchs.__name__  # what an error of wrong arguments names
+_MODULES: dict[type[nn.Module], Callable[[Any], Callable[..., LossHessian]]] = {
     nn.CrossEntropyLoss: lambda m: (
         lambda target: CrossEntropy(target, m.reduction, m.weight, m.ignore_index, m.label_smoothing)
     ),
@@ -217,7 +401,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any], Callable[..., Bound]]] = {
 }
 
 
-def read(caller: str, criterion: object) -> Callable[..., Bound]:
+def read(caller: str, criterion: object) -> Callable[..., LossHessian]:
     """How to bind the arguments of `criterion` after its input. Raises UnsupportedError for one without a closed form."""
     inner = getattr(criterion, "_orig_mod", criterion)  # torch.compile(criterion)
     if isinstance(inner, nn.Module):
@@ -231,7 +415,9 @@ def read(caller: str, criterion: object) -> Callable[..., Bound]:
                     raise UnsupportedError(
                         f"{caller}: PoissonNLLLoss has a closed form with log_input=True only"
                     )
-                return bind(inner)
+                call = bind(inner)
+                call.__qualname__ = f"{kind.__name__}.forward"  # what an error of wrong arguments names
+                return call
         name = type(inner).__name__
     elif callable(inner):
         given: dict[str, Any] = {}

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from fam_ext import _checks
-from fam_ext.errors import NotAHead
-from fam_ext.loss_hessians import Bound
+from fam_ext.errors import NoClosedForm
+from fam_ext.loss_hessians import LossHessian
 from fam_ext.ops.backends import BACKENDS
 
 MEASURES = ("neuronwise", "layerwise", "trace")
 EIGENVALUE_MEASURES = ("layerwise_eigenvalue", "neuronwise_eigenvalue")
-_CURVATURES = ("hessian", "ggn", "fisher")
+_CURVATURES = ("hessian", "ggn", "fisher", "empirical_fisher")
 
 _METHODS = ("auto", "closed_form", "exact", "hutchinson", "finite_difference")
 
@@ -35,7 +35,7 @@ class Options:
     backend: str = "auto"
     per_sample_probes: bool | None = None
     max_bytes: int = 2**30
-    hold_statistics: bool = False
+    hold_statistics: bool | None = None
 
     def __post_init__(self) -> None:
         caller = self.caller
@@ -70,10 +70,10 @@ class Options:
             _checks.bad_type(caller, "per_sample_probes", "None, True or False", self.per_sample_probes)
         if isinstance(self.max_bytes, bool) or not isinstance(self.max_bytes, int) or self.max_bytes < 1:
             _checks.bad_value(caller, "max_bytes", "a positive integer", self.max_bytes)
-        if not isinstance(self.hold_statistics, bool):
-            _checks.bad_type(caller, "hold_statistics", "True or False", self.hold_statistics)
+        if self.hold_statistics not in (None, True, False):
+            _checks.bad_type(caller, "hold_statistics", "None, True or False", self.hold_statistics)
         if self.hold_statistics and self.curvature == "hessian":
-            _checks.bad_value(caller, "hold_statistics", "False with curvature='hessian'", True)
+            _checks.bad_value(caller, "hold_statistics", "None with curvature='hessian'", True)
         _checks.check_choice(caller, "backend", self.backend, BACKENDS)
 
     def _check_combinations(self) -> None:
@@ -106,9 +106,9 @@ class Options:
             "generator": None,
         }  # generators cannot be pickled: a copy draws from its own
 
-    def check_bound(self, bound: Bound) -> None:
-        if self.curvature == "fisher" and not bound.fisher():
-            raise NotAHead(
-                f"{self.caller}: curvature='fisher' is defined for cross-entropy without class weights and label smoothing, BCE "
-                "without weights, and Poisson NLL, where it equals the Hessian; use curvature='hessian'"
+    def check_fisher(self, loss_hessian: LossHessian) -> None:
+        if self.curvature in ("fisher", "empirical_fisher") and not loss_hessian.fisher():
+            raise NoClosedForm(
+                f"{self.caller}: curvature={self.curvature!r} is defined for cross-entropy without class weights and label "
+                "smoothing, BCE without weights, and Poisson NLL, where it equals the Hessian; use curvature='hessian'"
             )

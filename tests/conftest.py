@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from inputs import BACKENDS, ON_OTHER, TRITON_ON_GPU
 
+from fam_ext import UnsupportedError
 from fam_ext.ops import backends
 
 # Some of cuBLAS's sums repeat only with this; it is read when CUDA starts.
@@ -49,6 +51,12 @@ def pytest_sessionstart() -> None:
             "--no-build-isolation -e .`, or set FAM_EXT_TEST_BACKEND=reference to test the reference alone.",
             returncode=3,
         )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a slow test come first: where several processes share the files, none is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -114,10 +122,17 @@ def device(request: Any) -> Iterator[str]:
         vars(request.module).update(constants)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: Any) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: Any) -> Iterator[None]:
+    """With its arguments on the test's device; skipped where it asks for eigenvalues and SciPy is not installed."""
     if torch.get_default_device().type != "cpu":
         pyfuncitem.funcargs.update(moved(pyfuncitem.funcargs))
+    try:
+        return (yield)
+    except UnsupportedError as error:
+        if "need SciPy" in str(error) and importlib.util.find_spec("scipy") is None:
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(params=BACKENDS)

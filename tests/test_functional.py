@@ -235,6 +235,15 @@ PHI, W, Z = torch.zeros(6, 5), torch.zeros(4, 5), torch.zeros(6, 4)
     ("changed", "error", "match"),
     [
         ({"features": PHI.int()}, TypeError, "features must be a float32"),
+        (
+            {"weight": torch.nn.LazyLinear(4).weight},
+            TypeError,
+            "weight must be a dense tensor, got an uninitialized",
+        ),
+        ({"loss": "gaussian_nll", "variance": -1.0}, ValueError, "variance must be at least 0, got -1.0"),
+        ({"label_smoothing": "a"}, TypeError, "label_smoothing must be a number"),
+        ({"ignore_index": "a"}, TypeError, "ignore_index must be an integer"),
+        ({"curvature_grad": "no"}, TypeError, "curvature_grad must be True or False"),
         ({"weight": [1]}, TypeError, "weight must be a float32"),
         ({"weight": W[0]}, ValueError, r"weight must be of shape \(O, I\)"),
         ({"features": PHI[:, :4]}, ValueError, r"features must be of shape \(\*rows, 5\), got .*\(6, 4\)"),
@@ -266,3 +275,10 @@ def test_bad_arguments(changed: dict[str, Any], error: Any, match: str) -> None:
 def test_missing_backend_is_named() -> None:
     with pytest.raises(RuntimeError, match="backend 'triton' is not available"):
         fam_ext.relative_flatness(PHI, W, Z, backend="triton")
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_no_features_no_flatness(loss: str, backend: str) -> None:
+    phi, weight = torch.zeros(3, 0, requires_grad=True), torch.zeros(4, 0, requires_grad=True)
+    kappa = fam_ext.relative_flatness(phi, weight, torch.randn(3, 4), loss=loss, backend=backend)
+    assert kappa == 0 and torch.autograd.grad(kappa, phi)[0].shape == (3, 0)

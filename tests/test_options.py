@@ -17,7 +17,7 @@ def test_for_model() -> None:
     assert FAMLoss.for_model(ce, net, strength=0.1).layer is net["fc"]
     assert FAMLoss.for_model(ce, net, "body", strength=0.1).layer is net["body"]
     assert FAMLoss.for_model(ce, net, "f*", strength=0.1).layer is net["fc"]
-    assert [p.module for p in FAMLoss.for_model(ce, net, "*", strength=0.1).parts] == [net["body"], net["fc"]]
+    assert [p.module for p in FAMLoss.for_model(ce, net, "*", strength=0.1).terms] == [net["body"], net["fc"]]
     expect(r"got torch\.nn\..*ReLU", lambda: FAMLoss.for_model(ce, net, "act", strength=0.1))
     with pytest.raises(ValueError, match=r"near: .*fc"):
         FAMLoss.for_model(ce, net, "fcc", strength=0.1)

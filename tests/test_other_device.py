@@ -100,3 +100,17 @@ def test_the_host_waits_for_nothing_else(name: str) -> None:
     for _ in range(3):
         step().backward()
     assert other_device.register().reads() - before == 3 * expected
+
+
+@here
+def test_finite_differences_under_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the device are drawn again, too."""
+    device = getattr(torch, other_device.NAME)
+    states = []
+    monkeypatch.setattr(device, "set_rng_state", lambda state, device=None: states.append(device))
+    net, x, y = network(), torch.randn(6, 3, 8, 8), torch.randint(4, (6,))
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[3], 0.1, method="finite_difference", probes=2)
+    loss = criterion(net(x), y, closure=lambda: criterion.criterion(net(x), y))
+    loss.backward()
+    assert loss.isfinite() and net[3].weight.grad is not None
+    assert states == [net[3].weight.device] * 5

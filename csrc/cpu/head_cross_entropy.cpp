@@ -1,14 +1,13 @@
 #include <ATen/Dispatch.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_native.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "cpu/cross_entropy_rows.h"
 #include "cpu/trace_shifted.h"
+#include "gradient_dtype.h"
 
 namespace fam_ext {
 namespace {
@@ -21,10 +20,6 @@ at::Tensor number(double value) {
   at::Tensor result = at::native::empty_cpu({}, c10::CppTypeToScalarType<T>::value);
   *result.mutable_data_ptr<T>() = static_cast<T>(value);
   return result;
-}
-
-at::Tensor like_if(const at::Tensor& tensor, bool wanted) {
-  return wanted ? at::empty_like(tensor) : at::empty({0}, tensor.options().memory_format(std::nullopt));
 }
 
 // (loss, flatness, d loss/d logits, d loss/d features, d loss/d weight): everything in one pass over the rows.
@@ -46,10 +41,10 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
                                     strength,
                                     curvature_grad,
                                     at::Tensor()};
-  const at::Tensor dz = like_if(logits, grad_logits);
+  const at::Tensor dz = gradient_of(logits, grad_logits);
   // held constant, the Hessian sends nothing to the features
-  const at::Tensor dphi =
-      grad_features && !curvature_grad ? at::zeros_like(features) : like_if(features, grad_features);
+  at::Tensor dphi = gradient_of(features, grad_features);
+  if (!curvature_grad) dphi.zero_();
   at::Tensor loss, flatness, dw;
   AT_DISPATCH_FLOATING_TYPES(acc, "head_cross_entropy", [&] {
     const Rows<scalar_t> rows(logits, 1), phi(features, features.dim() - 1);
@@ -65,7 +60,7 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
     } else {
       result = shifted_blocks(rows, w, at::Tensor(), false, policy, dz_target, grad_weight);
     }
-    dw = !grad_weight ? like_if(weight, false) : weight.scalar_type() == acc ? result : result.to(weight.scalar_type());
+    dw = grad_weight ? result.to(gradient_dtype(weight)) : gradient_of(weight, false);
     const double kappa = policy.flatness();
     loss = number<scalar_t>(policy.loss() + strength * kappa);
     flatness = number<scalar_t>(kappa);

@@ -18,26 +18,6 @@ using namespace patches;
 constexpr int64_t kBlock = 4096;   // elements of channel sums worked on at once: they stay in the first-level cache
 constexpr int64_t kGrain = 32768;  // elements of the input that are worth a thread
 
-at::DimVector output_sizes(const at::Tensor& input, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
-                           IntArrayRef dilation, int64_t groups) {
-  const int64_t rank = input.dim() - 2;
-  TORCH_CHECK_VALUE(rank >= 0 && rank <= 3, "patch_sqnorm: input must have 0 to 3 spatial axes, got ", input.sizes());
-  const auto fits = [rank](IntArrayRef a) { return static_cast<int64_t>(a.size()) == rank; };
-  TORCH_CHECK_VALUE(fits(kernel) && fits(stride) && fits(padding) && fits(dilation),
-                    "patch_sqnorm: kernel_size, stride, padding and dilation must have ", rank, " entries each");
-  TORCH_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0, "patch_sqnorm: groups must divide ", input.size(1),
-                    " channels, got ", groups);
-  at::DimVector sizes{input.size(0), groups};
-  for (int64_t a = 0; a < rank; ++a) {
-    TORCH_CHECK_VALUE(kernel[a] > 0 && stride[a] > 0 && padding[a] >= 0 && dilation[a] > 0,
-                      "patch_sqnorm: kernel_size, stride and dilation must be positive, padding not negative");
-    const int64_t room = input.size(a + 2) + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1;
-    TORCH_CHECK_VALUE(room >= 0, "patch_sqnorm: kernel_size must fit in the padded input, got ", kernel);
-    sizes.push_back(room / stride[a] + 1);
-  }
-  return sizes;
-}
-
 // ---- Tiles: boxes of the output (forward) or of the input (backward), one task each. Every output's terms are added
 // in the same order whatever the tiles are, so results do not depend on the number of threads. ----
 
@@ -231,17 +211,13 @@ void dispatch(const at::Tensor& input, const F& f) {
   }
 }
 
-at::ScalarType accumulation_type(const at::Tensor& input) {
-  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 at::Tensor patch_sqnorm(const at::Tensor& input, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
                         IntArrayRef dilation, int64_t groups) {
-  at::DimVector sizes = output_sizes(input, kernel, stride, padding, dilation, groups);
+  at::DimVector sizes = patch_sqnorm_sizes(input, kernel, stride, padding, dilation, groups);
   const Geometry g = make_geometry(input, input, sizes, kernel, stride, padding, dilation, groups);
-  const bool inside = groups_inside(input, groups);
+  const bool inside = patch_groups_inside(input, groups);
   if (inside) std::rotate(sizes.begin() + 1, sizes.begin() + 2, sizes.end());
-  const at::Tensor out = at::empty(sizes, input.options().dtype(accumulation_type(input)));
+  const at::Tensor out = at::empty(sizes, input.options().dtype(patch_sqnorm_type(input)));
   if (out.numel() > 0) {
     dispatch(input, [&](auto s, auto t) {
       using S = decltype(s);
@@ -257,14 +233,12 @@ at::Tensor patch_sqnorm(const at::Tensor& input, IntArrayRef kernel, IntArrayRef
 
 at::Tensor patch_sqnorm_backward(const at::Tensor& grad, const at::Tensor& input, IntArrayRef kernel,
                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  const at::DimVector sizes = output_sizes(input, kernel, stride, padding, dilation, groups);
-  TORCH_CHECK_VALUE(grad.sizes() == IntArrayRef(sizes) && grad.scalar_type() == accumulation_type(input),
-                    "patch_sqnorm_backward: grad must have shape ", IntArrayRef(sizes), " and dtype ",
-                    accumulation_type(input), ", got ", grad.sizes(), " ", grad.scalar_type());
+  const at::DimVector sizes = patch_sqnorm_sizes(input, kernel, stride, padding, dilation, groups);
+  check_patch_sqnorm_gradient(grad, input, sizes);
   const at::Tensor dx = at::empty_like(input);
   if (dx.numel() == 0) return dx;
   const Geometry g = make_geometry(input, dx, sizes, kernel, stride, padding, dilation, groups);
-  const at::Tensor dense = groups_inside(input, groups) ? grad.movedim(1, -1).contiguous() : grad.contiguous();
+  const at::Tensor dense = patch_groups_inside(input, groups) ? grad.movedim(1, -1).contiguous() : grad.contiguous();
   dispatch(input, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);

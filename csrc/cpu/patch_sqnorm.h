@@ -11,6 +11,8 @@
 #include <tuple>
 #include <type_traits>
 
+#include "patch_windows.h"
+
 namespace fam_ext::patches {
 
 using at::IntArrayRef;
@@ -117,15 +119,10 @@ struct Geometry {
   int64_t volume_size() const { return axes[1].out * plane_size(); }
 };
 
-// (B, C, *spatial) with the channels as the fastest dense dimension: then so is the output's group dimension.
-inline bool groups_inside(const at::Tensor& input, int64_t groups) {
-  return input.dim() == 2 || (groups > 1 && input.movedim(1, -1).is_contiguous() && !input.is_contiguous());
-}
-
 inline Geometry make_geometry(const at::Tensor& x, const at::Tensor& dx, IntArrayRef out, IntArrayRef kernel,
                               IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   Geometry g;
-  const bool inside = groups_inside(x, groups);
+  const bool inside = patch_groups_inside(x, groups);
   g.outer = inside ? 1 : groups;
   g.inner = inside ? groups : 1;
   g.channels = x.size(1) / groups;

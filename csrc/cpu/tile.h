@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 namespace fam_ext {
 
@@ -118,7 +119,7 @@ struct Rows {
   T row_squared_norm(int64_t row) const {
     return squared_norm(data, layout.offset(row), layout.width_stride, layout.width);
   }
-  // out's row = factor * this row; out has this tensor's dtype
+  // out's row = factor * this row; out has this tensor's dtype, or float32 where that is float16
   void scale_row(int64_t row, T factor, const Rows& out) const {
     scale(data, layout.offset(row), layout.width_stride, factor, const_cast<void*>(out.data), out.layout.offset(row),
           out.layout.width_stride, layout.width);
@@ -201,20 +202,25 @@ T squared_norm(const void* data, int64_t offset, int64_t stride, int64_t width) 
   return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// A gradient's dtype in memory, as gradient_dtype.h has it.
+template <typename S>
+using GradientOf = std::conditional_t<std::is_same_v<S, c10::Half>, float, S>;
+
 template <typename S, typename T>
 void scale_row(const void* data, int64_t offset, int64_t stride, T factor, void* out, int64_t out_offset,
                int64_t out_stride, int64_t width) {
   const S* row = static_cast<const S*>(data) + offset;
-  S* target = static_cast<S*>(out) + out_offset;
-  if (factor == T(0)) {  // a row that takes no part, whatever it holds
-    for (int64_t k = 0; k < width; ++k) target[k * out_stride] = static_cast<S>(0);
+  using G = GradientOf<S>;
+  G* target = static_cast<G*>(out) + out_offset;
+  if (factor == T(0)) {  // an ignored row, whatever it holds
+    for (int64_t k = 0; k < width; ++k) target[k * out_stride] = static_cast<G>(0);
     return;
   }
   if (stride == 1 && out_stride == 1) {
-    for (int64_t k = 0; k < width; ++k) target[k] = static_cast<S>(factor * static_cast<T>(row[k]));
+    for (int64_t k = 0; k < width; ++k) target[k] = static_cast<G>(factor * static_cast<T>(row[k]));
   } else {
     for (int64_t k = 0; k < width; ++k)
-      target[k * out_stride] = static_cast<S>(factor * static_cast<T>(row[k * stride]));
+      target[k * out_stride] = static_cast<G>(factor * static_cast<T>(row[k * stride]));
   }
 }
 

@@ -1,10 +1,10 @@
 #include <ATen/Dispatch.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "cuda/binding_rows.h"
+#include "gradient_dtype.h"
 
 namespace fam_ext::gpu {
 namespace {
@@ -28,15 +28,15 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
   const at::Tensor omega = class_weight ? class_weight->to(acc).contiguous() : at::Tensor();
   const bool soft = target.is_floating_point();
   const at::Tensor indices = soft ? at::Tensor() : target.contiguous();
-  const at::Tensor dz = empty_if(logits, grad_logits);
+  const at::Tensor dz = gradient_of(logits, grad_logits);
   // held constant, the Hessian sends nothing to the features
   const bool feature_rows = grad_features && curvature_grad;
-  const at::Tensor dphi =
-      grad_features && !curvature_grad ? at::zeros_like(features) : empty_if(features, grad_features);
+  const at::Tensor dphi = gradient_of(features, grad_features);
+  if (!curvature_grad) dphi.zero_();
   const auto scalar_options = logits.options().dtype(acc).memory_format(std::nullopt);
   const at::Tensor loss = at::empty({}, scalar_options), flatness = at::empty({}, scalar_options);
   const at::Tensor denominators = at::empty({kPartials + 1}, w.options().dtype(at::kDouble));
-  at::Tensor dw = at::empty({0}, weight.options());
+  at::Tensor dw = gradient_of(weight, false);
   AT_DISPATCH_FLOATING_TYPES(acc, "head_cross_entropy", [&] {
     at::Tensor keep_logits, keep_features, keep_target, distances;
     OutputView dz_view(dz, 1, grad_logits), dphi_view(dphi, dphi.dim() - 1, feature_rows);
@@ -61,7 +61,7 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
     const at::Tensor result = run_rows(rows, w, distances, pairwise, false, scope.stream());
     dz_view.finish();
     dphi_view.finish();
-    if (grad_weight) dw = result.to(weight.scalar_type());
+    if (grad_weight) dw = result.to(gradient_dtype(weight));
   });
   return {loss, flatness, dz, dphi, dw};
 }

@@ -6,42 +6,22 @@
 
 #include "cuda/binding.h"
 #include "cuda/patch_sqnorm.h"
+#include "patch_windows.h"
 
 namespace fam_ext::gpu {
 namespace {
 
 using at::IntArrayRef;
 
-at::ScalarType accumulation_type(const at::Tensor& input) {
-  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// The window along each of D, H, W; checks the arguments as the CPU does.
-std::array<WindowAxis, 3> window_axes(const at::Tensor& input, IntArrayRef kernel, IntArrayRef stride,
-                                      IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  const int64_t rank = input.dim() - 2;
-  TORCH_CHECK_VALUE(rank >= 0 && rank <= 3, "patch_sqnorm: input must have 0 to 3 spatial axes, got ", input.sizes());
-  for (const IntArrayRef& argument : {kernel, stride, padding, dilation}) {
-    TORCH_CHECK_VALUE(static_cast<int64_t>(argument.size()) == rank,
-                      "patch_sqnorm: kernel_size, stride, padding and dilation must have ", rank, " entries each");
-  }
-  TORCH_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0, "patch_sqnorm: groups must divide ", input.size(1),
-                    " channels, got ", groups);
+// The window along each of D, H, W, for an output of these sizes.
+std::array<WindowAxis, 3> window_axes(const at::Tensor& input, IntArrayRef sizes, IntArrayRef kernel,
+                                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
   std::array<WindowAxis, 3> axes;
+  const int64_t rank = input.dim() - 2;
   for (int64_t a = 0; a < rank; ++a) {
-    TORCH_CHECK_VALUE(kernel[a] > 0 && stride[a] > 0 && padding[a] >= 0 && dilation[a] > 0,
-                      "patch_sqnorm: kernel_size, stride and dilation must be positive, padding not negative");
-    const int64_t room = input.size(a + 2) + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1;
-    TORCH_CHECK_VALUE(room >= 0, "patch_sqnorm: kernel_size must fit in the padded input, got ", kernel);
-    axes[3 - rank + a] = {input.size(a + 2), room / stride[a] + 1, kernel[a], stride[a],
-                          padding[a],        dilation[a],          false};
+    axes[3 - rank + a] = {input.size(a + 2), sizes[a + 2], kernel[a], stride[a], padding[a], dilation[a], false};
   }
   return axes;
-}
-
-// As on the CPU: channels as the fastest dense dimension make the groups the output's fastest.
-bool groups_inside(const at::Tensor& input, int64_t groups) {
-  return input.dim() == 2 || (groups > 1 && input.movedim(1, -1).is_contiguous() && !input.is_contiguous());
 }
 
 PatchView make_patch_view(const at::Tensor& x, const at::Tensor& dx, int64_t groups) {
@@ -52,7 +32,7 @@ PatchView make_patch_view(const at::Tensor& x, const at::Tensor& dx, int64_t gro
   view.batch = x.size(0), view.groups = groups, view.channels = x.size(1) / groups;
   view.batch_step = x.stride(0), view.channel_step = x.stride(1);
   view.dx_batch_step = dx.stride(0), view.dx_channel_step = dx.stride(1);
-  view.groups_inside = groups_inside(x, groups);
+  view.groups_inside = patch_groups_inside(x, groups);
   const int64_t rank = x.dim() - 2;
   bool dense = true;
   int64_t expected = 1;
@@ -109,13 +89,11 @@ void sum_windows(const at::Tensor& source, const at::Tensor& out, const std::arr
 at::Tensor patch_sqnorm(const at::Tensor& input, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
                         IntArrayRef dilation, int64_t groups) {
   const Scope scope(input);
-  const std::array<WindowAxis, 3> axes = window_axes(input, kernel, stride, padding, dilation, groups);
+  at::DimVector sizes = patch_sqnorm_sizes(input, kernel, stride, padding, dilation, groups);
+  const std::array<WindowAxis, 3> axes = window_axes(input, sizes, kernel, stride, padding, dilation);
   const PatchView view = make_patch_view(input, input, groups);
-  at::DimVector sizes{input.size(0)};
-  if (!view.groups_inside) sizes.push_back(groups);
-  for (int64_t a = 5 - input.dim(); a < 3; ++a) sizes.push_back(axes[a].outputs);
-  if (view.groups_inside) sizes.push_back(groups);
-  const at::Tensor out = at::empty(sizes, input.options().dtype(accumulation_type(input)).memory_format(std::nullopt));
+  if (view.groups_inside) std::rotate(sizes.begin() + 1, sizes.begin() + 2, sizes.end());
+  const at::Tensor out = at::empty(sizes, input.options().dtype(patch_sqnorm_type(input)).memory_format(std::nullopt));
   const bool pointwise = std::all_of(axes.begin(), axes.end(), [](const WindowAxis& a) { return a.trivial(); });
   if (out.numel() > 0) {
     AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "patch_sqnorm", [&] {
@@ -135,12 +113,9 @@ at::Tensor patch_sqnorm(const at::Tensor& input, IntArrayRef kernel, IntArrayRef
 at::Tensor patch_sqnorm_backward(const at::Tensor& grad, const at::Tensor& input, IntArrayRef kernel,
                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const Scope scope(input);
-  std::array<WindowAxis, 3> axes = window_axes(input, kernel, stride, padding, dilation, groups);
-  at::DimVector sizes{input.size(0), groups};
-  for (int64_t a = 5 - input.dim(); a < 3; ++a) sizes.push_back(axes[a].outputs);
-  TORCH_CHECK_VALUE(grad.sizes() == IntArrayRef(sizes) && grad.scalar_type() == accumulation_type(input),
-                    "patch_sqnorm_backward: grad must have shape ", IntArrayRef(sizes), " and dtype ",
-                    accumulation_type(input), ", got ", grad.sizes(), " ", grad.scalar_type());
+  const at::DimVector sizes = patch_sqnorm_sizes(input, kernel, stride, padding, dilation, groups);
+  check_patch_sqnorm_gradient(grad, input, sizes);
+  std::array<WindowAxis, 3> axes = window_axes(input, sizes, kernel, stride, padding, dilation);
   const at::Tensor dx = at::empty_like(input);
   if (dx.numel() == 0) return dx;
   const PatchView view = make_patch_view(input, dx, groups);

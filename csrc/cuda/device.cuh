@@ -249,7 +249,18 @@ __device__ __forceinline__ T squares_share(const RowView& view, int64_t row, int
   return result;
 }
 
-// out's row = factor * view's row, by the same threads; zeros where the factor is 0, whatever the row holds
+// The dtype of a gradient made before the loss scale is known, as csrc/gradient_dtype.h has it.
+template <typename S>
+struct GradientOf {
+  using type = S;
+};
+template <>
+struct GradientOf<Half> {
+  using type = float;
+};
+
+// out's row = factor * view's row, by the same threads; zeros where the factor is 0, whatever the row holds. `out` has the dtype of a
+// gradient of `view`.
 template <typename T>
 __device__ __forceinline__ void scale_row(const RowView& view, const RowView& out, int64_t row, T factor, int lane,
                                           int lanes) {
@@ -258,17 +269,22 @@ __device__ __forceinline__ void scale_row(const RowView& view, const RowView& ou
     using S = decltype(s);
     constexpr int V = kPack<S>;
     const S* x = static_cast<const S*>(view.data) + from;
-    S* y = static_cast<S*>(out.data) + to;
-    const auto scaled = [factor](S value, S* target) {
+    using G = typename GradientOf<S>::type;
+    constexpr int P = kPack<G>;
+    G* y = static_cast<G*>(out.data) + to;
+    const auto scaled = [factor](S value, G* target) {
       to_storage(factor == T(0) ? T(0) : factor * from_storage<T>(value), target);
     };
     if (view.packed && out.packed) {
       for (int64_t k = lane; k < view.width / V; k += lanes) {
         const Pack<S, V> pack = reinterpret_cast<const Pack<S, V>*>(x)[k];
-        Pack<S, V> result;
 #pragma unroll
-        for (int j = 0; j < V; ++j) scaled(pack.values[j], &result.values[j]);
-        store_pack(y + k * V, result);
+        for (int part = 0; part < V; part += P) {
+          Pack<G, P> result;
+#pragma unroll
+          for (int j = 0; j < P; ++j) scaled(pack.values[part + j], &result.values[j]);
+          store_pack(y + k * V + part, result);
+        }
       }
     } else {
       for (int64_t k = lane; k < view.width; k += lanes) scaled(x[k * view.width_stride], y + k * out.width_stride);

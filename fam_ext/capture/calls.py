@@ -1,4 +1,4 @@
-"""The forward hook that keeps a layer's input for the loss, and nothing longer than the graph it belongs to.
+"""Captured forward calls of a layer: its input is kept for the loss, and no longer than the graph it belongs to.
 
 The layer's input (features phi) is stored on the autograd node that made the layer's output z (`Node.metadata`): it lives
 as long as z's graph, through views and casts of z, and is gone with it when a batch is skipped. Only weak references are
@@ -16,13 +16,13 @@ from torch.utils.weak import TensorWeakRef
 
 from fam_ext import _checks
 from fam_ext.capture import row_map
-from fam_ext.errors import NotAHead, UnsupportedError
+from fam_ext.errors import LayerNotCalled, NoClosedForm, UnsupportedError
 from fam_ext.layers import adapters
 
 _ATTRIBUTE = "_fam_ext_capture"  # on z itself where z has no autograd node
 
 
-class Capture:
+class CapturedCall:
     """One forward call of the layer: its input, its weight at that moment, the shape and version of its output."""
 
     __slots__ = (
@@ -74,7 +74,7 @@ class Capture:
         return features
 
     def __reduce__(self) -> Any:
-        return Capture, (None, None, None)  # a copied or saved tensor carries no features
+        return CapturedCall, (None, None, None)  # a copied or saved tensor carries no features
 
 
 def layer_weight(layer: nn.Module) -> Tensor:
@@ -96,15 +96,16 @@ def layer_weight(layer: nn.Module) -> Tensor:
             m.training = True
 
 
-class Captures:
+class CapturedCalls:
     """The forward calls of one criterion's layer that no loss has used yet."""
 
     def __init__(self, layer: str, class_dim: int, check: bool) -> None:
         self.layer = layer  # for messages
         self.class_dim = class_dim  # dimension of the output's neurons
         self.check = check  # whether the output's first row is always to be kept for a check
-        self.pending: list[weakref.ref[Capture]] = []
+        self.pending: list[weakref.ref[CapturedCall]] = []
         self.called_without_grad = False
+        self.seen = False  # a call with gradients has been captured before
 
     def record(
         self, layer: nn.Module, features: Any, output: Any, without_grad: bool, check: bool = False
@@ -114,7 +115,8 @@ class Captures:
             return
         if not isinstance(features, Tensor) or not isinstance(output, Tensor):
             return
-        capture = Capture(features, layer_weight(layer), output)
+        weight = layer._parameters.get("weight")
+        capture = CapturedCall(features, layer_weight(layer) if weight is None else weight, output)
         if (check or self.check) and output.numel() and output.dim() == features.dim():
             neurons_last = output.detach().movedim(self.class_dim, -1)
             capture.first = neurons_last.reshape(-1, neurons_last.shape[-1])[0].clone()
@@ -136,6 +138,7 @@ class Captures:
         if torch.is_grad_enabled():
             self.pending.append(weakref.ref(capture))
             self.called_without_grad = False
+            self.seen = True
 
     def done(self) -> None:
         """The loss of the calls at hand has been taken; second losses still find them through the graph."""
@@ -155,11 +158,11 @@ class Captures:
 
     def take(
         self, caller: str, outputs: Tensor, class_dim: int
-    ) -> tuple[Capture, Tensor, row_map.Layout | None]:
+    ) -> tuple[CapturedCall, Tensor, row_map.RowMap | None]:
         """The capture that `outputs` belongs to, its features, and the layout of `outputs` (None: z itself)."""
         node = outputs.grad_fn
-        capture: Capture | None = None if node is None else node.metadata.get((self, outputs.output_nr))  # type: ignore[attr-defined]
-        found: row_map.Layout | None = None
+        capture: CapturedCall | None = None if node is None else node.metadata.get((self, outputs.output_nr))  # type: ignore[attr-defined]
+        found: row_map.RowMap | None = None
         steps: list[Any] = []
         blocked = None
         if capture is None and node is None:
@@ -169,7 +172,7 @@ class Captures:
                 hit = row_map.find(outputs, self)
                 if hit is not None:
                     capture, steps = hit
-            except row_map.NotLayout as error:
+            except row_map.NoRowMap as error:
                 blocked = str(error)
         pending = self.pending
         if capture is not None and len(pending) == 1 and pending[0]() is capture and capture.waits():
@@ -181,7 +184,7 @@ class Captures:
             if capture is None or (not apart and (len(alive) > 1 or (alive and alive[0] is not capture))):
                 raise self._explain(caller, outputs, capture, alive, blocked)
         if not outputs.is_inference() and outputs._version not in (0, capture.output_version):
-            raise NotAHead(
+            raise NoClosedForm(
                 f"{caller}: outputs were modified in place after the layer returned them; the layer is no head of this criterion "
                 "then. Use an out-of-place operation and regularize the layer whose own output the criterion receives"
             )
@@ -189,7 +192,7 @@ class Captures:
             try:
                 dim = class_dim % len(capture.shape)
                 found = row_map.replay(steps, capture.shape, dim, outputs.device)
-            except row_map.NotLayout as error:
+            except row_map.NoRowMap as error:
                 raise self._refusal(caller, str(error)) from None
         features = capture.take(caller)
         capture.used[0] = True
@@ -197,7 +200,7 @@ class Captures:
             self.done()
         return capture, features, found
 
-    def only(self, outputs: Tensor) -> Capture | None:
+    def only(self, outputs: Tensor) -> CapturedCall | None:
         """The call that returned `outputs`, this very tensor, where no other waits for a loss and nothing was changed since."""
         node: Any = outputs.grad_fn
         pending = self.pending
@@ -210,7 +213,7 @@ class Captures:
         same = features._version == capture.version and outputs._version == capture.output_version
         return capture if same else None
 
-    def _without_node(self, outputs: Tensor) -> tuple[Capture | None, list[Any]]:
+    def _without_node(self, outputs: Tensor) -> tuple[CapturedCall | None, list[Any]]:
         """z that requires no gradient carries its capture itself; a contiguous view of it has its rows in order."""
         for z in (outputs, outputs._base):
             captures = None if z is None else z.__dict__.get(_ATTRIBUTE)
@@ -229,16 +232,21 @@ class Captures:
         return None, []
 
     def _explain(
-        self, caller: str, outputs: Tensor, capture: Capture | None, alive: list[Capture], blocked: str | None
+        self,
+        caller: str,
+        outputs: Tensor,
+        capture: CapturedCall | None,
+        alive: list[CapturedCall],
+        blocked: str | None,
     ) -> UnsupportedError:
         if len(alive) > 1:
-            return NotAHead(
+            return NoClosedForm(
                 f"{caller}: the layer was called {len(alive)} times since the last loss and all of its outputs are alive; one "
                 "weight used several times is no head. Call the criterion after each forward call, or reset() it to drop "
                 "calls that no loss follows"
             )
         if capture is not None:
-            return NotAHead(
+            return NoClosedForm(
                 f"{caller}: outputs are those of an earlier forward call of the layer, and a later one is still without a loss; "
                 "call the criterion after each forward call, or reset() it to drop the later one"
             )
@@ -254,17 +262,27 @@ class Captures:
                     "it returned, or under torch.no_grad a contiguous view of it: no graph tells of casts, slices and "
                     "permutations; enable gradients"
                 )
-            return UnsupportedError(
-                f"{caller}: {self.layer} was not called since the last loss; call the model in training mode before each use of "
-                "the criterion, and check that `layer` is the very module the model uses. Where neither it nor anything before "
-                "it requires grad, only its own output keeps a call"
-            )
+            return self.not_called(caller)
         if not outputs.requires_grad:
             return UnsupportedError(
                 f"{caller}: outputs do not require grad although the layer's output does; do not detach them, or call "
                 "criterion.eval() for the plain loss"
             )
         return self._refusal(caller, blocked)
+
+    def idle(self) -> bool:
+        """Whether no forward call waits for a loss, with or without gradients."""
+        return not self.called_without_grad and all(
+            c is None or c.features is None for c in (ref() for ref in self.pending)
+        )
+
+    def not_called(self, caller: str) -> LayerNotCalled:
+        return LayerNotCalled(
+            f"{caller}: {self.layer} was not called since the last loss; call the model in training mode before each use of "
+            "the criterion, and check that `layer` is the very module the model uses: torch bypasses the modules inside some "
+            "layers, nn.MultiheadAttention's out_proj for one. Where neither it nor anything before it requires grad, only "
+            "its own output keeps a call"
+        )
 
     @staticmethod
     def _refusal(caller: str, blocked: str | None) -> UnsupportedError:
@@ -281,7 +299,7 @@ class Captures:
         hint = hints.get(
             blocked or "", "pass the last layer, whose output the criterion receives, as `layer`"
         )
-        return NotAHead(
+        return NoClosedForm(
             f"{caller}: the criterion's input is not the output of `layer`{between}, so the layer is not a head of this "
             f"criterion and method='closed_form' has no answer: {hint}, or use method='auto'"
         )

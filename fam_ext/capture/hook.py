@@ -8,27 +8,44 @@ from typing import Any
 import torch
 from torch import nn
 
+from fam_ext.errors import UnsupportedError
+
+
+class _NotScriptable(UnsupportedError, AttributeError):
+    """hasattr() answers False."""
+
 
 class LayerHook:
-    """Forward hook of one criterion on its n-th layer. A copy of the layer carries an inert hook, tied to no criterion."""
+    """Forward hook of one criterion on one of its layers. A copy of the layer carries an inert hook, tied to no criterion.
 
-    def __init__(self, owner: Any = None, index: int = 0) -> None:
-        self.owner = None if owner is None else weakref.ref(owner)
-        self.index = index
-        self.any_mode = owner is not None and owner.any_mode
+    `active` follows the criterion's training mode: an inactive hook does nothing at all, under tracing and export too.
+    """
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    __name__ = "fam_ext_layer_hook"  # TorchScript asks for one
+
+    def __init__(self, captures: Any = None, any_mode: bool = False) -> None:
+        # CapturedCalls (fam_ext.capture.calls); weakly, a layer must not keep the criterion's data alive
+        self.captures = None if captures is None else weakref.ref(captures)
+        self.any_mode = any_mode  # capture although the layer is in evaluation mode
+        self.active = captures is not None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        """`rest` is (kwargs, output); (output,) where a tool has copied the hook without its mark, as quantization does."""
+        if not self.active or not (module.training or self.any_mode):
+            return
         if torch.compiler.is_compiling():
-            if module.training or self.any_mode:  # no graph break in evaluation
-                _outside_graph(self, module, args, kwargs, output)
+            if not torch.compiler.is_exporting():  # an exported program has no loss
+                _outside_graph(self, module, args, rest)
             return
-        owner = None if self.owner is None else self.owner()
-        if owner is None or not owner.training or not (module.training or owner.any_mode):
+        self.record(module, args, rest)
+
+    def record(self, module: nn.Module, args: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
+        captures = None if self.captures is None else self.captures()
+        if captures is None:
             return
-        captures = owner.parts[self.index].captures
-        features = args[0] if args else kwargs.get("input")
+        features = args[0] if args else rest[0].get("input")
         check = len(module._forward_hooks) > 1 and self._follows_others(module)
-        captures.record(module, features, output, owner.any_mode, check)
+        captures.record(module, features, rest[-1], self.any_mode, check)
 
     def _follows_others(self, module: nn.Module) -> bool:
         """Whether a forward hook of somebody else ran before this one: it may have changed the output."""
@@ -39,12 +56,17 @@ class LayerHook:
                 return True
         return False
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "__globals__":  # TorchScript is about to compile the hook
+            raise _NotScriptable(
+                "torch.jit.script compiles a module's forward hooks, and fam_ext's cannot be: call criterion.detach() first"
+            )
+        raise AttributeError(name)
+
     def __reduce__(self) -> Any:
         return LayerHook, ()
 
 
 @torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
-def _outside_graph(
-    hook: LayerHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    hook(module, args, kwargs, output)
+def _outside_graph(hook: LayerHook, module: nn.Module, args: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
+    hook.record(module, args, rest)

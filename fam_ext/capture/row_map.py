@@ -19,7 +19,7 @@ from fam_ext.derivatives.nodes import signed
 Shape = tuple[int, ...]
 
 
-class Layout(NamedTuple):
+class RowMap(NamedTuple):
     """The criterion's input as rows of the layer's output z.
 
     class_dim: dimension of the input that holds the layer's outputs; None where a single output was squeezed away.
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
     rows: Tensor | None
 
 
-class NotLayout(Exception):
+class NoRowMap(Exception):
     """An operation between the layer and the criterion does more than move numbers; carries its autograd name."""
 
 
@@ -57,7 +57,7 @@ def find(tensor: Tensor, key: object) -> tuple[Any, list[tuple[Any, Shape]]] | N
     """Walk back from `tensor` to the node whose metadata holds (key, output number).
 
     Returns what is stored there and the steps from it to `tensor`, first to last: each an autograd node and the shape of its
-    output. None when nothing on the way holds the key. Raises NotLayout at an operation that is not a layout one.
+    output. None when nothing on the way holds the key. Raises NoRowMap at an operation that is not a layout one.
     """
     node, number, shape = tensor.grad_fn, tensor.output_nr, tuple(tensor.shape)
     steps: list[tuple[Any, Shape]] = []
@@ -67,7 +67,7 @@ def find(tensor: Tensor, key: object) -> tuple[Any, list[tuple[Any, Shape]]] | N
             return found, steps[::-1]
         name = node.name()
         if len(steps) == _MAX_STEPS or (name not in _SAME and name not in _RESHAPE and name not in _HANDLERS):
-            raise NotLayout(name)
+            raise NoRowMap(name)
         steps.append((node, shape))
         shape = _input_shape(node, name, shape)
         following = node.next_functions
@@ -90,9 +90,9 @@ def _input_shape(node: Any, name: str, shape: Shape) -> Shape:
     return tuple(node._saved_self_sym_sizes)
 
 
-def replay(steps: list[tuple[Any, Shape]], shape: Shape, class_dim: int, device: torch.device) -> Layout:
-    """Apply the steps to z's row numbers. Raises NotLayout where classes would be mixed with rows or dropped."""
-    state = Layout(class_dim, None)
+def replay(steps: list[tuple[Any, Shape]], shape: Shape, class_dim: int, device: torch.device) -> RowMap:
+    """Apply the steps to z's row numbers. Raises NoRowMap where classes would be mixed with rows or dropped."""
+    state = RowMap(class_dim, None)
     for node, out in steps:
         name = node.name()
         if name in _RESHAPE or name == "UnsqueezeBackward0":
@@ -107,7 +107,7 @@ def _row_shape(shape: Shape, class_dim: int | None) -> Shape:
     return shape if class_dim is None else shape[:class_dim] + shape[class_dim + 1 :]
 
 
-def _numbered(state: Layout, shape: Shape, device: torch.device) -> Tensor:
+def _numbered(state: RowMap, shape: Shape, device: torch.device) -> Tensor:
     """The row numbers, counted out if they were in order so far."""
     if state.rows is not None:
         return state.rows
@@ -115,7 +115,7 @@ def _numbered(state: Layout, shape: Shape, device: torch.device) -> Tensor:
     return torch.arange(prod(rows), device=device).view(rows)
 
 
-def _reshape(state: Layout, name: str, shape: Shape, out: Shape) -> Layout:
+def _reshape(state: RowMap, name: str, shape: Shape, out: Shape) -> RowMap:
     """Row-major order stays; the class dimension is the one with as many numbers before it and of the same size."""
     k = state.class_dim
     classes = 1 if k is None else shape[k]
@@ -126,13 +126,13 @@ def _reshape(state: Layout, name: str, shape: Shape, out: Shape) -> Layout:
         dim = min(candidates, key=lambda d: abs(d - (len(out) if k is None else k)))
         after = prod(shape[k + 1 :]) if k is not None else None
         if after is not None and prod(out[dim + 1 :]) != after:
-            raise NotLayout(name)
+            raise NoRowMap(name)
     elif classes == 1:
         dim = None
     else:
-        raise NotLayout(name)
+        raise NoRowMap(name)
     rows = None if state.rows is None else state.rows.reshape(_row_shape(out, dim))
-    return Layout(dim, rows)
+    return RowMap(dim, rows)
 
 
 def _dims(saved: tuple[int, ...], rank: int) -> list[int]:
@@ -150,7 +150,7 @@ def _transposed(items: Any, node: Any) -> list[Any]:
     return swapped
 
 
-def _permute(state: Layout, dims: list[int], shape: Shape, device: torch.device) -> Layout:
+def _permute(state: RowMap, dims: list[int], shape: Shape, device: torch.device) -> RowMap:
     k = state.class_dim
     row_dims = [d for d in dims if d != k]
     moved = None if k is None else dims.index(k)
@@ -159,24 +159,24 @@ def _permute(state: Layout, dims: list[int], shape: Shape, device: torch.device)
         rows = state.rows
         if rows is not None:
             rows = rows.reshape([shape[d] for d in row_dims])
-        return Layout(moved, rows)
+        return RowMap(moved, rows)
     order = [d if k is None or d < k else d - 1 for d in row_dims]
-    return Layout(moved, _numbered(state, shape, device).permute(order))
+    return RowMap(moved, _numbered(state, shape, device).permute(order))
 
 
-def _on_transpose(state: Layout, node: Any, shape: Shape, device: torch.device) -> Layout:
+def _on_transpose(state: RowMap, node: Any, shape: Shape, device: torch.device) -> RowMap:
     return _permute(state, _transposed(range(len(shape)), node), shape, device)
 
 
-def _on_permute(state: Layout, node: Any, shape: Shape, device: torch.device) -> Layout:
+def _on_permute(state: RowMap, node: Any, shape: Shape, device: torch.device) -> RowMap:
     return _permute(state, _dims(node._saved_dims, len(shape)), shape, device)
 
 
-def _on_t(state: Layout, node: Any, shape: Shape, device: torch.device) -> Layout:
+def _on_t(state: RowMap, node: Any, shape: Shape, device: torch.device) -> RowMap:
     return _permute(state, list(range(len(shape)))[::-1], shape, device)
 
 
-def _row_dim(state: Layout, node: Any, shape: Shape) -> int | None:
+def _row_dim(state: RowMap, node: Any, shape: Shape) -> int | None:
     """The saved dimension counted among the rows' dimensions; None if it is the class dimension."""
     dim = signed(node._saved_dim) % len(shape)
     if state.class_dim is None:
@@ -184,37 +184,37 @@ def _row_dim(state: Layout, node: Any, shape: Shape) -> int | None:
     return None if dim == state.class_dim else dim - (dim > state.class_dim)
 
 
-def _on_slice(state: Layout, node: Any, shape: Shape, device: torch.device) -> Layout:
+def _on_slice(state: RowMap, node: Any, shape: Shape, device: torch.device) -> RowMap:
     dim = _row_dim(state, node, shape)
     size = shape[signed(node._saved_dim) % len(shape)]
     selected = range(size)[signed(node._saved_start) : signed(node._saved_end) : node._saved_step]
     if len(selected) == size:
         return state
     if dim is None:
-        raise NotLayout(node.name())
+        raise NoRowMap(node.name())
     index = torch.tensor(selected, dtype=torch.int64, device=device)
-    return Layout(state.class_dim, _numbered(state, shape, device).index_select(dim, index))
+    return RowMap(state.class_dim, _numbered(state, shape, device).index_select(dim, index))
 
 
-def _on_select(state: Layout, node: Any, shape: Shape, device: torch.device) -> Layout:
+def _on_select(state: RowMap, node: Any, shape: Shape, device: torch.device) -> RowMap:
     dim = _row_dim(state, node, shape)
     if dim is None:
         if shape[state.class_dim or 0] != 1:
-            raise NotLayout(node.name())
-        return Layout(None, state.rows)
+            raise NoRowMap(node.name())
+        return RowMap(None, state.rows)
     full = signed(node._saved_dim) % len(shape)
     rows = _numbered(state, shape, device).select(dim, signed(node._saved_index))
-    return Layout(None if state.class_dim is None else state.class_dim - (full < state.class_dim), rows)
+    return RowMap(None if state.class_dim is None else state.class_dim - (full < state.class_dim), rows)
 
 
-def _on_index_select(state: Layout, node: Any, shape: Shape, device: torch.device) -> Layout:
+def _on_index_select(state: RowMap, node: Any, shape: Shape, device: torch.device) -> RowMap:
     dim = _row_dim(state, node, shape)
     if dim is None:
-        raise NotLayout(node.name())
-    return Layout(state.class_dim, _numbered(state, shape, device).index_select(dim, node._saved_index))
+        raise NoRowMap(node.name())
+    return RowMap(state.class_dim, _numbered(state, shape, device).index_select(dim, node._saved_index))
 
 
-def _on_index(state: Layout, node: Any, shape: Shape, device: torch.device) -> Layout:
+def _on_index(state: RowMap, node: Any, shape: Shape, device: torch.device) -> RowMap:
     """z[mask], z[:, indices], ...: only ahead of a trailing class dimension, where its place afterwards is certain."""
     indices = list(node._saved_indices)
     while indices and indices[-1] is None:
@@ -222,13 +222,13 @@ def _on_index(state: Layout, node: Any, shape: Shape, device: torch.device) -> L
     taken = sum(1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.dim() for i in indices)
     rank = len(shape)
     if state.class_dim is not None and (state.class_dim != rank - 1 or taken > rank - 1):
-        raise NotLayout(node.name())
+        raise NoRowMap(node.name())
     key = tuple(slice(None) if i is None else i for i in indices)
     rows = _numbered(state, shape, device)[key]
-    return Layout(None if state.class_dim is None else rows.dim(), rows)
+    return RowMap(None if state.class_dim is None else rows.dim(), rows)
 
 
-_HANDLERS: dict[str, Callable[[Layout, Any, Shape, torch.device], Layout]] = {
+_HANDLERS: dict[str, Callable[[RowMap, Any, Shape, torch.device], RowMap]] = {
     "TransposeBackward0": _on_transpose,
     "PermuteBackward0": _on_permute,
     "TBackward0": _on_t,

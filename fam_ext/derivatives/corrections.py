@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from fam_ext.derivatives import log_softmax
 
@@ -59,20 +60,36 @@ def batch_norm(saved: Any, grad: Tensor) -> Gradients:
     )
 
 
+class _InverseStd(Function):
+    """1 / sqrt(var + eps) of x over `dims`, whose value is at hand: only its derivative takes a pass over x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rstd: Tensor, dims: list[int]) -> Tensor:
+        ctx.save_for_backward(x, rstd)
+        ctx.dims = dims
+        return rstd.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, rstd = ctx.saved_tensors
+        again = _InverseStd.apply(x, rstd, ctx.dims)  # type: ignore[no-untyped-call]
+        count = x.numel() // max(rstd.numel(), 1)
+        return -(grad * again**3 / count) * (x - x.mean(ctx.dims, keepdim=True)), None, None
+
+
 def batch_norm_held(saved: Any, grad: Tensor) -> Gradients:
-    """batch_norm whose statistics do not answer to its input, which keeps samples apart."""
+    """batch_norm whose statistics do not answer to its input, which keeps samples apart: the gradient of its input alone."""
     x, weight = saved.input, saved.weight
     if x.shape[0] == 1:  # instance_norm is batch_norm of one sample
-        return batch_norm(saved, grad)
+        return batch_norm(saved, grad)[:1]
     acc = torch.promote_types(x.dtype, torch.float32)
     rows = [d for d in range(x.dim()) if d != 1]
     by_channel = [-1 if d == 1 else 1 for d in range(x.dim())]
-    centered = x.to(acc) - x.to(acc).mean(rows, keepdim=True)
-    variance = centered.square().mean(rows, keepdim=True)
     rstd = saved.result2.detach().to(acc).view(by_channel)
-    inverse_std = (variance + (rstd**-2 - variance.detach())).rsqrt()
-    upstream = grad.to(acc) if weight is None else grad.to(acc) * weight.to(acc).view(by_channel)
-    return inverse_std * upstream, (grad * centered * inverse_std).sum(rows), grad.to(acc).sum(rows)
+    scale: Tensor = _InverseStd.apply(x.to(acc), rstd, rows)  # type: ignore[no-untyped-call]
+    if weight is not None:
+        scale = scale * weight.to(acc).view(by_channel)
+    return (scale * grad.to(acc),)
 
 
 def layer_norm(saved: Any, grad: Tensor) -> Gradients:
@@ -170,7 +187,7 @@ def needs_correction(node: Any) -> bool:
 def corrected(nodes: Iterable[Any], hold_statistics: bool = False) -> Iterator[None]:
     """Within the block, gradients through these autograd nodes can be differentiated to any order and are right.
 
-    `hold_statistics` makes them those of batch_norm with constant statistics.
+    `hold_statistics` makes them those of batch_norm with constant statistics, with respect to its input alone.
     """
     handles = []
     for node in nodes:

@@ -1,8 +1,8 @@
 """The autograd graph between a loss and the layer's output: which operations it holds, and whether they can be trusted.
 
 The gradient of kappa differentiates this part of the graph three times. Operations whose third derivative has been compared with
-finite differences are listed in VERIFIED (docs/verified-ops.md, written by the tests); those known to be wrong or missing are
-refused or corrected (fam_ext.corrections); for any other a warning is given once.
+finite differences are listed in VERIFIED (docs/verified-ops.md, written by the tests); those known to be wrong or missing, in
+this torch, are refused or corrected (fam_ext.derivatives.corrections); for any other a warning is given once.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from fam_ext.derivatives import corrections
-from fam_ext.derivatives.nodes import bare
+from fam_ext.derivatives.nodes import bare, readable
 from fam_ext.derivatives.verified import VERIFIED
 from fam_ext.errors import UnsupportedError
 
@@ -60,21 +62,43 @@ REFUSED: dict[str, tuple[str, str]] = {
         "write the margins as relu(margin + z - z.gather(1, target)), or " + _DIFFERENCES,
     ),
     "MultilabelMarginLossBackward": (_NO_SECOND, _DIFFERENCES),
-    "CdistBackward": (
-        _NO_SECOND,
-        "write the distances as (x.unsqueeze(-2) - y.unsqueeze(-3)).norm(dim=-1), or for p=2 call torch.cdist with "
-        "compute_mode='use_mm_for_euclid_dist', or " + _DIFFERENCES,
-    ),
     "PdistBackward": (_NO_SECOND, "write the distances as (x[i] - x[j]).norm(dim=-1), or " + _DIFFERENCES),
     "EmbeddingBagBackward": (_NO_SECOND, "use F.embedding and a sum or mean, or " + _DIFFERENCES),
     "SegmentReduceBackward": (_NO_SECOND, "use index_reduce or scatter_reduce, or " + _DIFFERENCES),
     "CrossMapLRN2dBackward": (_NO_SECOND, "use nn.LocalResponseNorm, or " + _DIFFERENCES),
+    "torch::autograd::NotImplemented": (
+        "torch has no derivative of an operation in it, which an ordinary backward pass of the loss names",
+        "write it with operations that have one, or " + _DIFFERENCES,
+    ),
     "LogcumsumexpBackward": (
         "its third derivative is NaN",
         "write it as (x - m).exp().cumsum(dim).log() + m with m = x.detach().amax(dim, keepdim=True), or use curvature='ggn' "
         "or method='finite_difference'",
     ),
 }
+
+_NEWER = "use torch {} or newer, or " + _DIFFERENCES
+
+SINCE: dict[str, tuple[str, str, str]] = {
+    # node name: (the first torch that differentiates it right, why it is refused before, ways out)
+    "GridSampler2DBackward": ("2.12", _NO_SECOND, _NEWER.format("2.12")),
+    "GridSampler3DBackward": ("2.12", _NO_SECOND, _NEWER.format("2.12")),
+    "CdistBackward": (
+        "2.14",
+        _NO_SECOND,
+        "write the distances as (x.unsqueeze(-2) - y.unsqueeze(-3)).norm(dim=-1), or for p=2 call torch.cdist with "
+        "compute_mode='use_mm_for_euclid_dist', or " + _NEWER.format("2.14"),
+    ),
+}
+REFUSED |= {
+    name: (why, way_out) for name, (first, why, way_out) in SINCE.items() if torch.__version__ < first
+}
+TRUSTED = (VERIFIED | SINCE.keys()) - REFUSED.keys()
+
+_OWN = (
+    "can be differentiated once only. Where the criterion is a FAMLoss itself, give one FAMLoss all layers, or add strength "
+    "times a RelativeFlatness to the loss"
+)
 
 _warned: set[str] = set()
 
@@ -87,7 +111,7 @@ def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
     correct, doubtful = [], set()
     for node in nodes:
         name = bare(full := node.name())
-        if name in VERIFIED and full not in corrections.REPLACED:
+        if name in TRUSTED and full not in corrections.REPLACED:
             continue
         if corrections.needs_correction(node):
             correct.append(node)
@@ -96,7 +120,13 @@ def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
             raise UnsupportedError(
                 f"{caller}: the graph between the layer and the loss holds {name.removesuffix('Backward')}: {why}; {way_out}"
             )
-        elif name not in VERIFIED:
+        elif "fam_ext" in name:
+            operation = readable(name)
+            raise UnsupportedError(
+                f"{caller}: the graph between the layer and the loss holds {operation}, which {_OWN}"
+            )
+        elif name not in TRUSTED:
+            name = readable(name)
             doubtful.add(name)
             if name not in _warned:
                 _warned.add(name)

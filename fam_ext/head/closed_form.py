@@ -1,8 +1,8 @@
 """Closed form of relative flatness where the layer's output is what the criterion receives.
 
 z is linear in the weight there, so for a loss that is a sum over rows of l_i(z_i), with Lambda_i the Hessian of l_i,
-kappa = sum_i |phi_i|^2 Tr(W^T Lambda_i W). Layers are read here (features -> |phi|^2, fan-in, groups) and each measure is
-formed from a criterion's row coefficients or Hessian diagonal, which fam_ext.criteria provides.
+kappa = sum_i |phi_i|^2 Tr(W^T Lambda_i W). `summands` forms the terms of this sum from the squared norms of the features, the
+weight and the loss's Hessian (fam_ext.loss_hessians); `flatness` applies it to a layer's call and sums as the criterion does.
 
 Shapes: rows (*rows), channel-first logits (B, O, *positions), norms |phi|^2 (*rows, groups), weight (O, I) with a
 convolution's kernel flattened into I.
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext._dtypes import accumulation_dtype
-from fam_ext.errors import NotAHead
-from fam_ext.layers.linear_map import LinearMap
-from fam_ext.loss_hessians import Bound, CrossEntropy
+from fam_ext.errors import NoClosedForm
+from fam_ext.layers.linear_map import LinearMap, squared_norms
+from fam_ext.loss_hessians import CrossEntropy, LossHessian
 from fam_ext.ops.row_coefficients import clear_rows
 from fam_ext.ops.softmax_trace import softmax_trace
 from fam_ext.options import Options
@@ -80,20 +80,68 @@ def weight_factor(weight: Tensor, measure: str, norm_power: int) -> Tensor | Non
     return square if norm_power == 2 else square.sqrt()
 
 
-def check_class_dim(caller: str, bound: Bound, class_dim: int | None, outputs: Tensor) -> None:
+def check_class_dim(caller: str, loss_hessian: LossHessian, class_dim: int | None, outputs: Tensor) -> None:
     """Check that cross-entropy's class dimension is the one that holds the layer's neurons."""
     expected = 0 if outputs.dim() == 1 else 1
-    if bound.softmax and class_dim != expected:
-        raise NotAHead(
+    if loss_hessian.softmax and class_dim != expected:
+        raise NoClosedForm(
             f"{caller}: cross-entropy takes dimension {expected} of its input, of shape {tuple(outputs.shape)}, for the classes, "
             f"but the layer's outputs lie in dimension {class_dim}; flatten the rows to (N, O) or move the classes to dimension 1"
         )
 
 
+def row_norms(features: Tensor, loss_hessian: LossHessian, backend: str) -> Tensor:
+    """|phi|^2 of the rows (N, I) of a linear layer, (N, 1). Ignored rows give 0, and a zero gradient whatever they hold."""
+    ignored = loss_hessian.ignored()
+    if ignored is not None:
+        features = torch.where(ignored.reshape(-1, 1), 0.0, features)
+    return squared_norms(features, backend)
+
+
+def summands(
+    options: Options,
+    loss_hessian: LossHessian,
+    outputs: Tensor,
+    class_dim: int | None,
+    norms: Tensor,
+    weight: Tensor,
+    fan_in: int,
+) -> Tensor:
+    """The terms that kappa sums: (*rows) of cross-entropy, (*rows, O) of the other losses; scaled to the measure.
+
+    `outputs` is what the criterion received and `class_dim` its dimension of neurons (None: squeezed). `norms` are |phi|^2,
+    (*rows, groups), rows the other dimensions of `outputs`.
+    """
+    held = not options.curvature_grad
+    if held:
+        outputs, norms = outputs.detach(), norms.detach()
+    if accumulation_dtype(outputs, norms, weight) == torch.float64:  # no part may be formed in float32
+        outputs, norms, weight = outputs.double(), norms.double(), weight.double()
+    if isinstance(loss_hessian, CrossEntropy):
+        c = loss_hessian.coefficients(outputs)
+        c = c.detach() if held else c
+        target = loss_hessian.target
+        if target is not None and not target.is_floating_point():
+            outputs, norms = clear_rows(outputs, c, class_dim or 0), clear_rows(norms, c, -1)
+        if outputs.dim() == 1:
+            outputs, norms = outputs.unsqueeze(0), norms.unsqueeze(0)
+        traces = row_traces(outputs, weight, norms, options.measure, options.backend)
+        terms = c * traces.reshape(c.shape)
+    else:
+        h = loss_hessian.diagonal(outputs)
+        h = h.detach() if held else h
+        h = h.unsqueeze(-1) if class_dim is None else h.movedim(class_dim, -1)
+        terms = element_traces(h, weight, norms, options.measure)
+    factor = weight_factor(weight, options.measure, options.norm_power)
+    if factor is not None:
+        terms = terms * factor
+    return terms if options.normalize is None else terms / fan_in
+
+
 def flatness(
     options: Options,
     layer: LinearMap,
-    bound: Bound,
+    loss_hessian: LossHessian,
     outputs: Tensor,
     class_dim: int | None,
     rows: Tensor | None,
@@ -107,61 +155,28 @@ def flatness(
     `outputs` is what the criterion received, `class_dim` its dimension of neurons (None: squeezed), `rows` the layer rows it
     consists of (None: all, in order).
     """
-    if torch.is_autocast_enabled(outputs.device.type):
-        with torch.autocast(device_type=outputs.device.type, enabled=False):
-            return flatness(
-                options, layer, bound, outputs, class_dim, rows, features, weight, samples, per_sample
-            )  # fmt: skip
-    if not options.curvature_grad:
-        outputs, features = outputs.detach(), features.detach()
-    norms = layer.row_norms(features, options.backend)
-    factor = weight_factor(weight, options.measure, options.norm_power)
-    if layer.transposed:
-        weight = layer.canonical(weight).flatten(0, 1)  # (O, I), as the other layers have it
-    row_shape = tuple(s for d, s in enumerate(outputs.shape) if d != class_dim)
-    layer_rows = norms.shape[0]
-    if rows is not None:
-        norms = norms[rows.flatten()]
-    terms = _terms(
-        options, bound, outputs, class_dim, norms.reshape(*row_shape, layer.groups), weight
-    )  # (*row_shape[, O])
-    if factor is not None:
-        terms = terms * factor
-    if options.normalize is not None:
-        terms = terms / layer.fan_in
-    if per_sample:
-        by_row = terms.reshape(prod(row_shape), -1).sum(1)
-        if rows is None:
-            return by_row.reshape(samples, -1).sum(1) if by_row.numel() else by_row.new_zeros(samples)
-        sample = rows.flatten() // max(layer_rows // max(samples, 1), 1)
-        return by_row.new_zeros(samples).index_add(0, sample, by_row)
-    if bound.reduction != "none":
-        return terms.sum()
-    if isinstance(bound, CrossEntropy):
-        return terms.reshape(row_shape)
-    return terms.squeeze(-1) if class_dim is None else terms.movedim(-1, class_dim)
-
-
-def _terms(
-    options: Options, bound: Bound, outputs: Tensor, class_dim: int | None, norms: Tensor, weight: Tensor
-) -> Tensor:
-    if isinstance(bound, CrossEntropy):
-        c = bound.coefficients(outputs)
-        if not options.curvature_grad:
-            c = c.detach()
-        if bound.target is not None and not bound.target.is_floating_point():
-            outputs, norms = clear_rows(outputs, c, class_dim or 0), clear_rows(norms, c, -1)
-        logits = outputs if outputs.dim() > 1 else outputs.unsqueeze(0)
-        by_row = row_traces(
-            logits,
-            weight,
-            norms if outputs.dim() > 1 else norms.unsqueeze(0),
-            options.measure,
-            options.backend,
-        )
-        return c * by_row.reshape(c.shape)
-    h = bound.diagonal(outputs)
-    if not options.curvature_grad:
-        h = h.detach()
-    h = h.unsqueeze(-1) if class_dim is None else h.movedim(class_dim, -1)
-    return element_traces(h, weight, norms, options.measure)
+    with torch.autocast(device_type=outputs.device.type, enabled=False):
+        if layer.linear:
+            phi = features.reshape(-1, features.shape[-1])
+            layer_rows = phi.shape[0]
+            norms = row_norms(phi if rows is None else phi[rows.flatten()], loss_hessian, options.backend)
+        else:
+            norms = layer.row_norms(features, options.backend)
+            layer_rows = norms.shape[0]
+            norms = norms if rows is None else norms[rows.flatten()]
+        if layer.transposed:
+            weight = layer.canonical(weight).flatten(0, 1)  # (O, I), as the other layers have it
+        row_shape = tuple(s for d, s in enumerate(outputs.shape) if d != class_dim)
+        norms = norms.reshape(*row_shape, layer.groups)
+        terms = summands(options, loss_hessian, outputs, class_dim, norms, weight, layer.fan_in)
+        if per_sample:
+            by_row = terms.reshape(prod(row_shape), -1).sum(1)
+            if rows is None:
+                return by_row.reshape(samples, -1).sum(1) if by_row.numel() else by_row.new_zeros(samples)
+            sample = rows.flatten() // max(layer_rows // max(samples, 1), 1)
+            return by_row.new_zeros(samples).index_add(0, sample, by_row)
+        if loss_hessian.reduction != "none":
+            return terms.sum()
+        if isinstance(loss_hessian, CrossEntropy):
+            return terms.reshape(row_shape)
+        return terms.squeeze(-1) if class_dim is None else terms.movedim(-1, class_dim)

@@ -1,89 +1,178 @@
-"""FAMLoss's steps that head_cross_entropy computes in one pass: cross-entropy on a linear head.
+"""Loss and kappa of a linear head under cross-entropy in one operation: from the logits, or from the features alone.
 
 `ordinary_step` is the short way. Most training steps hand the criterion the very tensor that the layer returned, of shape (N, O),
 with one call since the last loss. A few comparisons recognize that, and the operation's entry in C++ checks shapes, dtypes and
-devices anyway; the long way (LayerCriterion._take, then `fused_step`) asks the same in Python, which takes as long as a small
-head itself, and has a name for everything unusual.
+devices anyway. Everything else takes the long way (fam_ext.loss.one_call, then `from_logits`), which asks the same in Python,
+takes as long as a small head itself, and has an error message for every case that is not supported.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from fam_ext.loss.hidden import CLOSED_FORM
+from fam_ext import _checks
+from fam_ext.capture.calls import CapturedCalls
+from fam_ext.errors import UnsupportedError
+from fam_ext.layers.linear_map import LinearMap
 from fam_ext.loss_hessians import CrossEntropy
 from fam_ext.ops.head_cross_entropy import head_cross_entropy, ordinary_call
+from fam_ext.ops.linear_cross_entropy import linear_cross_entropy
+from fam_ext.options import Options
 
-if TYPE_CHECKING:
-    from fam_ext.loss.layer_criterion import LayerCriterion, Taken
-    from fam_ext.loss_hessians import Bound
+NAME = "FAMLoss.linear_cross_entropy"
 
 
-def fusible(
-    owner: LayerCriterion, outputs: object, bound: Bound | None, strength: object
-) -> CrossEntropy | None:
-    """`bound` where the operation stands for criterion and term; a hook on the criterion would miss its call."""
-    if not isinstance(bound, CrossEntropy) or not isinstance(strength, float):
-        return None
-    target, weight = bound.target, bound.weight
-    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or not isinstance(target, Tensor):
-        return None
-    if target.requires_grad or (weight is not None and weight.requires_grad):
-        return None
-    if target.dtype != torch.int64 and target.dtype != outputs.dtype:
-        return None
-    return None if owner.hooked() else bound
+def applies(loss_hessian: object, outputs: object) -> TypeGuard[CrossEntropy]:
+    """Whether the operation stands for criterion and term."""
+    if not isinstance(loss_hessian, CrossEntropy) or not isinstance(outputs, Tensor) or outputs.dim() < 2:
+        return False
+    target, weight = loss_hessian.target, loss_hessian.weight
+    if not isinstance(target, Tensor) or target.requires_grad:
+        return False
+    if target.dtype != torch.int64 and (target.dtype != outputs.dtype or loss_hessian.ignore_index >= 0):
+        return False
+    if weight is None:
+        return True
+    # another dtype is what the criterion alone does not take either
+    return not weight.requires_grad and (
+        weight.dtype == outputs.dtype or torch.is_autocast_enabled(outputs.device.type)
+    )
 
 
 def ordinary_step(
-    owner: LayerCriterion, outputs: Tensor, bound: CrossEntropy, strength: float
+    options: Options,
+    layer: LinearMap,
+    captures: CapturedCalls,
+    outputs: Tensor,
+    ce: CrossEntropy,
+    strength: float,
+    factor: float,
 ) -> tuple[Tensor, Tensor] | None:
-    """(total, kappa) of an ordinary step; None, and nothing has happened, where the long way must look."""
-    part, options = owner.parts[0], owner.options
-    # of more dimensions, the second one need not be the neurons'
-    capture = part.captures.only(outputs) if outputs.dim() == 2 else None
-    if capture is None or options.curvature == "fisher" or options.backend not in ("auto", "native"):
+    """(total, kappa) of an ordinary step; None, and nothing has happened, where the long way must look.
+
+    `factor` scales kappa, and is part of the term.
+    """
+    if outputs.dim() != 2:
+        return None  # of more dimensions, the second one need not be the neurons'
+    call = captures.only(outputs)
+    if call is None or call.weight.shape != layer.shape:  # type: ignore[union-attr]
         return None
-    features, weight = capture.features, capture.weight
-    if weight.shape != part.layer.shape:  # type: ignore[union-attr]
-        return None
-    found = ordinary_call(
-        outputs, features, weight, bound.target, bound.weight, bound.ignore_index, bound.label_smoothing, bound.reduction,
-        strength * part.factor, options.curvature_grad,
+    result = ordinary_call(
+        outputs, call.features, call.weight, ce.target, ce.weight, ce.ignore_index, ce.label_smoothing,
+        ce.reduction, strength * factor, options.curvature_grad,
     )  # fmt: skip
-    if found is None:
+    if result is None:
         return None
-    part.general.note(CLOSED_FORM)
-    capture.used[0] = True
-    part.captures.done()
-    return found if part.factor == 1.0 else (found[0], found[1] * part.factor)
+    call.used[0] = True
+    captures.done()
+    return result if factor == 1.0 else (result[0], result[1] * factor)
 
 
-def fused_step(
-    owner: LayerCriterion, outputs: Tensor, taken: Taken, bound: CrossEntropy, strength: float
+def from_logits(
+    options: Options,
+    outputs: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    loss_hessian: CrossEntropy,
+    strength: float,
+    factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """(total, kappa) of what `taken` found."""
-    _, features, weight, _, rows, _ = taken
-    options, fan_in = owner.options, features.shape[-1]
+    """(total, kappa) of a head; `rows` tells which rows of the layer's output the criterion sees (None: all, in order)."""
+    fan_in = features.shape[-1]
     if rows is not None:
         features = features.reshape(-1, fan_in)[rows]
     elif outputs.dim() > 2 or features.dim() != 2:
         features = features.reshape(outputs.shape[0], *outputs.shape[2:], fan_in)
-    factor = owner.parts[0].factor
     total, kappa = head_cross_entropy(
         outputs,
         features,
         weight,
-        bound.target,  # type: ignore[arg-type]
-        class_weight=bound.weight,
-        ignore_index=bound.ignore_index,
-        label_smoothing=bound.label_smoothing,
-        reduction=bound.reduction,
+        loss_hessian.target,  # type: ignore[arg-type]
+        class_weight=loss_hessian.weight,
+        ignore_index=loss_hessian.ignore_index,
+        label_smoothing=loss_hessian.label_smoothing,
+        reduction=loss_hessian.reduction,
         strength=strength * factor,
         curvature_grad=options.curvature_grad,
         backend=options.backend,
     )
     return total, kappa if factor == 1.0 else kappa * factor
+
+
+class FeatureLoss:
+    """One loss from the head's input: (CE + strength * kappa, kappa) for a strength, everything else loss_hessian and checked.
+
+    `loss_hessian` is `criterion` with its arguments, None where it has no closed form.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        layers: Sequence[LinearMap],
+        criterion: Any,
+        loss_hessian: Any,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        num_items: int | Tensor | None,
+    ) -> None:
+        layer, loss_hessian = _checked(options, layers, criterion, loss_hessian)
+        _checks.check_floating(NAME, "weight", weight)
+        if weight.shape != (layer.outputs, layer.inputs):
+            _checks.bad_value(NAME, "weight", f"of the layer's shape {(layer.outputs, layer.inputs)}", weight)
+        if num_items is not None and loss_hessian.reduction != "mean":
+            _checks.bad_value(
+                NAME, "num_items", "None unless the criterion's reduction is 'mean'", loss_hessian.reduction
+            )
+        if num_items is not None and loss_hessian.weight is not None:
+            raise UnsupportedError(
+                f"{NAME}: num_items counts rows, class weights do not; use reduction='sum'"
+            )
+        self.tensors = (features, weight, target)
+        self.num_items = num_items
+        self.factor = 1.0 if options.normalize is None else 1.0 / layer.fan_in
+        self.arguments: dict[str, Any] = {
+            "bias": bias,
+            "class_weight": loss_hessian.weight,
+            "ignore_index": loss_hessian.ignore_index,
+            "label_smoothing": loss_hessian.label_smoothing,
+            "reduction": loss_hessian.reduction if num_items is None else "sum",
+            "curvature_grad": options.curvature_grad,
+            "backend": options.backend,
+        }
+
+    def __call__(self, strength: float) -> tuple[Tensor, Tensor]:
+        total, kappa = linear_cross_entropy(*self.tensors, strength=strength * self.factor, **self.arguments)
+        if self.factor != 1.0:
+            kappa = kappa * self.factor
+        return (total, kappa) if self.num_items is None else (total / self.num_items, kappa / self.num_items)
+
+    @torch.no_grad()
+    def values(self) -> tuple[Tensor, Tensor]:
+        """(CE, kappa) without gradients."""
+        return self(0.0)
+
+
+def _checked(
+    options: Options, layers: Sequence[LinearMap], criterion: Any, loss_hessian: Any
+) -> tuple[LinearMap, CrossEntropy]:
+    """Refuse what is not cross-entropy on one linear layer with the measure kappa in closed form."""
+    if len(layers) != 1 or not layers[0].linear:
+        described = ", ".join(str(layer.module) for layer in layers)
+        raise UnsupportedError(f"{NAME}: the layer must be one nn.Linear, got {described}")
+    if not isinstance(loss_hessian, CrossEntropy):
+        raise UnsupportedError(f"{NAME}: the criterion must be CrossEntropyLoss, got {criterion}")
+    if getattr(criterion, "_forward_hooks", None) or getattr(criterion, "_forward_pre_hooks", None):
+        raise UnsupportedError(f"{NAME}: the criterion has forward hooks, which would not run; remove them")
+    if options.measure != "neuronwise":
+        raise UnsupportedError(f"{NAME}: measure must be 'neuronwise', got {options.measure!r}")
+    if options.method not in ("auto", "closed_form"):
+        raise UnsupportedError(f"{NAME}: method must be 'auto' or 'closed_form', got {options.method!r}")
+    options.check_fisher(loss_hessian)
+    return layers[0], loss_hessian

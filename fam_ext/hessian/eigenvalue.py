@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian.products import Curvature
+from fam_ext.hessian.products import LayerHessian
 
 _DENSE = 32  # up to this size the matrix is formed
 _TOLERANCE = 1e-6  # relative, of the eigenvalue
 
 
-def largest(curvature: Curvature, neuron: int | None = None) -> Tensor:
+def largest(hessian: LayerHessian, neuron: int | None = None) -> Tensor:
     """lambda_max of H, or of the block H_ss of one neuron (counted over all groups), 0-d.
 
     Its derivative is v^T (dH) v with v the unit eigenvector, right where the eigenvalue is simple.
 
     Raises UnsupportedError where SciPy is missing, and where Lanczos does not converge.
     """
-    weight = curvature.layer.canonical(curvature.weight).to(curvature.dtype)
-    eigenvector = largest_direction(lambda d: curvature.weight_product(d).detach(), weight, neuron)
-    direction = curvature.direction(eigenvector).unsqueeze(0)
-    return (direction * curvature.apply(direction)).sum()
+    weight = hessian.layer.canonical(hessian.weight).to(hessian.dtype)
+    eigenvector = largest_direction(lambda d: hessian.weight_product(d).detach(), weight, neuron)
+    direction = hessian.direction(eigenvector).unsqueeze(0)
+    return (direction * hessian.matvec(direction)).sum()
 
 
 def largest_direction(
@@ -36,7 +36,7 @@ def largest_direction(
 ) -> Tensor:
     """Unit eigenvector of the largest eigenvalue of H, or of one neuron's block H_ss, as a weight direction.
 
-    `product` gives H D; D, the products, the result and `weight` are in canonical layout (fam_ext.layers).
+    `product` gives H D; D, the products, the result and `weight` are in canonical layout (fam_ext.layers.linear_map).
     """
     _, _, fan_in = shape = weight.shape
     size = weight.numel() if neuron is None else fan_in
@@ -96,3 +96,8 @@ def _lanczos(
             f"the largest eigenvalue of the layer's Hessian did not converge: {error}"
         ) from None
     return torch.as_tensor(vectors[:, 0], dtype=dtype, device=device)
+
+
+def neuronwise(squares: Tensor, largest: Tensor) -> Tensor:
+    """sum_s |w_s|^2 lambda_max(H_ss) from the neurons' squared norms and eigenvalues, (O,) each."""
+    return (squares * largest).sum()

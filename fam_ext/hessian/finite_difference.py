@@ -52,8 +52,10 @@ def _weight(module: nn.Module, weight: Tensor) -> Iterator[None]:
         object.__delattr__(module, "weight")
 
 
-def _evaluate(caller: str, closure: Closure, devices: list[torch.device]) -> Tensor:
-    with torch.random.fork_rng(devices=devices), _buffers_set_aside():
+def _evaluate(caller: str, closure: Closure, device: torch.device) -> Tensor:
+    """The loss under the random numbers that come next on the CPU and on the layer's device, which both forget the evaluation."""
+    forked = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+    with forked, _buffers_set_aside():
         loss = closure()
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         _checks.bad_value(
@@ -79,8 +81,7 @@ def hutchinson(
     canonical = layer.canonical(weight)
     groups, _, fan_in = canonical.shape
     root = probe_root(canonical, probes * fan_in, weighted)
-    devices = [weight.device] if weight.device.type != "cpu" else []
-    middle = _evaluate(caller, closure, devices)
+    middle = _evaluate(caller, closure, weight.device)
     eps = torch.finfo(torch.promote_types(middle.dtype, torch.float32)).eps
     values, steps = [], []
     for _ in range(probes):
@@ -90,7 +91,7 @@ def hutchinson(
         sides = []
         for sign in (1, -1):
             with _weight(module, weight + sign * h * direction):
-                sides.append(_evaluate(caller, closure, devices))
+                sides.append(_evaluate(caller, closure, weight.device))
         values.append((sides[0] - middle + (sides[1] - middle)) / h**2)
         steps.append(h)
     stacked = torch.stack(values)

@@ -1,4 +1,4 @@
-"""Positive forms of relative flatness: generalized Gauss-Newton and Fisher matrices in place of the Hessian.
+"""Positive forms of relative flatness: generalized Gauss-Newton and Fisher matrices in factored of the Hessian.
 
 With f the criterion's input and Lambda_i = sum_k u_ik u_ik^T the Hessian of sample i's loss with respect to f_i, the Gauss-Newton
 matrix of the layer is sum_ik Gamma_ik Gamma_ik^T with Gamma_ik = sum_q s_ikq phi_iq^T, s_ik = (df/dz)^T u_ik, and
@@ -11,148 +11,188 @@ Samples must not interact after the layer: that is checked, and refused otherwis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fam_ext.errors import UnsupportedError
 from fam_ext.hessian.estimate import rademacher
 from fam_ext.hessian.products import LayerCall
 from fam_ext.layers.linear_map import LinearMap
-from fam_ext.loss_hessians import Bound, CrossEntropy
 from fam_ext.ops.gram_trace import gram_trace
 
 _TOGETHER = 2**27  # bytes of factors that are stacked for one call
 
 
-def output_factors(bound: Bound, outputs: Tensor, samples: int) -> Iterator[Tensor]:
-    """u_k, each of the shape of `outputs`, with sum_k u_k u_k^T the criterion's Hessian within every sample.
+class FactoredLayer(NamedTuple):
+    """A layer called once: what its share of the matrix is made from.
 
-    Cross-entropy: sqrt(c p_k) (e_k - p); elementwise losses: sqrt(h_k) e_k. A sample's rows (positions) take turns: one factor
-    for every row and class.
+    own_input: nothing else takes the call's input, so that W^T s is the gradient by the input, which the backward pass forms on
+    its way to earlier layers.
     """
-    if isinstance(bound, CrossEntropy):
-        dim = 0 if outputs.dim() == 1 else 1
-        log_p = torch.log_softmax(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), dim)
-        c = bound.coefficients(outputs).unsqueeze(dim)
-        p = log_p.exp()
-        for k in range(outputs.shape[dim]):
-            unit = torch.zeros_like(p)
-            unit.select(dim, k).fill_(1)
-            half = _root(c) * (0.5 * log_p.narrow(dim, k, 1)).exp()
-            # an ignored row takes no part even where its numbers are not finite
-            yield from _by_turns(torch.where(c == 0, 0.0, half * (unit - p)), samples, dim)
-        return
-    yield from _by_turns(_root(bound.diagonal(outputs)), samples, None)
-
-
-def _by_turns(factor: Tensor, samples: int, keep: int | None) -> Iterator[Tensor]:
-    """`factor` restricted to one of every sample's rows at a time; dimension `keep` is whole in a row."""
-    shape = list(factor.shape)
-    if keep is not None:
-        shape[keep] = 1
-    turns = prod(shape) // max(samples, 1)
-    numbers = torch.arange(prod(shape), device=factor.device).reshape(shape) % max(turns, 1)
-    for row in range(turns):
-        mask = numbers == row
-        yield torch.where(mask, factor, 0.0)
-
-
-def sampled_factors(
-    bound: Bound, outputs: Tensor, probes: int, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """Random u with E[u u^T] the criterion's Hessian over all rows, elements and positions together.
-
-    Cross-entropy: sqrt(c) (e_y - p) with y drawn from p; elementwise: sqrt(h) times a random sign. Rows are independent and have
-    mean zero, so cross terms vanish in the mean.
-    """
-    if not isinstance(bound, CrossEntropy):
-        h = _root(bound.diagonal(outputs))
-        for _ in range(probes):
-            yield h * rademacher(h.shape, h, generator)
-        return
-    dim = 0 if outputs.dim() == 1 else 1
-    p = torch.softmax(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), dim)
-    root = _root(bound.coefficients(outputs)).unsqueeze(dim)
-    rows = p.detach().movedim(dim, -1).reshape(-1, p.shape[dim])
-    for _ in range(probes):
-        drawn = torch.multinomial(rows, 1, generator=generator)
-        one_hot = (
-            torch.zeros_like(rows).scatter_(1, drawn, 1).reshape(p.movedim(dim, -1).shape).movedim(-1, dim)
-        )
-        yield torch.where(root == 0, 0.0, root * (one_hot - p))
-
-
-def _root(x: Tensor) -> Tensor:
-    """sqrt with a derivative of zero, not infinity, at zero."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
-
-
-class Place(NamedTuple):
-    """A layer called once: what its share of the matrix is made from."""
 
     layer: LinearMap
     weight: Tensor
     call: LayerCall
+    own_input: bool = False
+
+    @property
+    def input_edge(self) -> GradientEdge:
+        node: Any = self.call.features.grad_fn
+        return GradientEdge(node, self.call.features.output_nr)
+
+    @property
+    def one_row(self) -> bool:
+        """Whether a sample has one row: |W^T s phi^T|^2 = |phi|^2 |W^T s|^2 then."""
+        shape = self.call.shape
+        return self.layer.linear and (len(shape) <= 2 or self.layer.positions(shape) == 1)
 
 
-def squares(
-    places: Sequence[Place],
+def factor_traces(
+    layers: Sequence[FactoredLayer],
     outputs: Tensor,
     factors: Iterable[Tensor],
+    *,
     weighted: bool,
-    hold: bool,
+    detached: bool,
     backend: str,
+    generator: torch.Generator | None,
 ) -> list[Tensor]:
-    """|W^T Gamma_i|_F^2 (or |Gamma_i|_F^2) of every factor u and sample, (K, B) for each place.
+    """|W^T Gamma_i|_F^2 (or |Gamma_i|_F^2) of every factor u and sample, (K, B) for each layer.
 
-    One backward pass pulls a factor back to all of them.
+    One backward pass pulls a factor back to all of them. With a generator the traces of samples with several rows are estimated:
+    |W^T Gamma_i b_i|^2 for a random sign vector b_i, at the price of a layer with one output.
     """
-    values: list[list[Tensor]] = [[] for _ in places]
-    waiting: list[list[Tensor]] = [[] for _ in places]
-
-    def flush(k: int) -> None:
-        if waiting[k]:
-            values[k].append(_of_several(places[k], torch.stack(waiting[k]), weighted, hold, backend))
-            waiting[k].clear()
-
-    together = [max(1, _TOGETHER // max(1, 4 * prod(place.call.shape))) for place in places]
-    edges = [place.call.edge for place in places]
+    ways = [_way(layer, weighted, detached, generator) for layer in layers]
+    edges = [
+        layer.input_edge if way is _by_input else layer.call.edge
+        for layer, way in zip(layers, ways, strict=True)
+    ]
+    pulled: list[list[Tensor]] = [[] for _ in layers]  # factors that wait for gram_trace
+    values: list[list[Tensor]] = [[] for _ in layers]
+    together = [max(1, _TOGETHER // max(1, 4 * prod(layer.call.shape))) for layer in layers]
     for u in factors:
-        pulled = torch.autograd.grad(
-            outputs, edges, u.to(outputs.dtype), create_graph=not hold, retain_graph=True, allow_unused=True
+        gradients = torch.autograd.grad(
+            outputs,
+            edges,
+            u.to(outputs.dtype),
+            create_graph=not detached,
+            retain_graph=True,
+            allow_unused=True,
         )
-        for k, s in enumerate(pulled):
+        for k, s in enumerate(gradients):
+            layer, way = layers[k], ways[k]
             if s is None:
-                flush(k)
-                values[k].append(_zeros(places[k]))
-                continue
-            waiting[k].append(s.detach() if hold else s)
-            if len(waiting[k]) == together[k]:
-                flush(k)
-    for k in range(len(places)):
-        flush(k)
+                _flush(layer, pulled[k], values[k], weighted, detached, backend)
+                values[k].append(_zeros(layer))
+            elif way is not None:
+                values[k].append(way(layer, s, weighted, detached, generator).unsqueeze(0))
+            else:
+                pulled[k].append(s.detach() if detached else s)
+                if len(pulled[k]) == together[k]:
+                    _flush(layer, pulled[k], values[k], weighted, detached, backend)
+    for k, layer in enumerate(layers):
+        _flush(layer, pulled[k], values[k], weighted, detached, backend)
     if not any(values):  # no rows, no factors
-        return [_zeros(place) for place in places]
-    return [torch.cat(of_place) for of_place in values]
+        return [_zeros(layer) for layer in layers]
+    return [torch.cat(of_layer) for of_layer in values]
 
 
-def _zeros(place: Place) -> Tensor:
+def _way(layer: FactoredLayer, weighted: bool, detached: bool, generator: torch.Generator | None) -> Any:
+    """How a factor's trace is formed; None: by gram_trace, several factors at once."""
+    if generator is None:
+        return None
+    if not layer.one_row:
+        return _along_a_direction
+    # with the Hessian held, the gradient flows through W alone, which the gradient by the input does not show
+    return _by_input if layer.own_input and weighted and not detached else _by_output
+
+
+def _features(layer: FactoredLayer, detached: bool) -> Tensor:
+    features = layer.call.features.to(torch.promote_types(layer.weight.dtype, torch.float32))
+    return features.detach() if detached else features
+
+
+def _by_input(
+    layer: FactoredLayer, t: Tensor, weighted: bool, detached: bool, generator: torch.Generator | None
+) -> Tensor:
+    """|phi|^2 |t|^2, (B,), with t = W^T s the gradient by the layer's input."""
+    phi = _features(layer, detached)
+    return phi.square().sum(-1).reshape(-1) * t.to(phi.dtype).square().sum(-1).reshape(-1)
+
+
+def _by_output(
+    layer: FactoredLayer, s: Tensor, weighted: bool, detached: bool, generator: torch.Generator | None
+) -> Tensor:
+    """|phi|^2 |W^T s|^2 (or |phi|^2 |s|^2), (B,)."""
+    phi = _features(layer, detached)
+    s = (s.detach() if detached else s).to(phi.dtype)
+    if weighted:
+        s = s @ layer.weight.to(phi.dtype)
+    return phi.square().sum(-1).reshape(-1) * s.square().sum(-1).reshape(-1)
+
+
+def _along_a_direction(
+    layer: FactoredLayer, s: Tensor, weighted: bool, detached: bool, generator: torch.Generator | None
+) -> Tensor:
+    """|W^T Gamma_i b_i|^2 (or |Gamma_i b_i|^2), (B,): Gamma_i b = sum_q s_iq <phi_iq, b>, <phi_iq, b> a layer of one output.
+
+    b_i has independent random signs: those of one vector for all samples, times signs of the input's channels for every sample.
+    """
+    linear_map, phi = layer.layer, _features(layer, detached)
+    s = (s.detach() if detached else s).to(phi.dtype)
+    weight = linear_map.canonical(layer.weight).to(phi.dtype)
+    groups, neurons, fan_in = weight.shape
+    assert generator is not None
+    if phi.dim() == 1 + linear_map.spatial and not (linear_map.linear and phi.dim() > 1):
+        phi, s = phi.unsqueeze(0), s.unsqueeze(0)
+    kernel = rademacher((groups, 1, fan_in), phi, generator)
+    signs = [len(phi), *(1,) * (phi.dim() - 1)]
+    signs[linear_map.class_dim] = phi.shape[linear_map.class_dim]
+    one_output = linear_map.to_module(kernel, linear_map.shape_with_outputs(groups))
+    along = linear_map.apply(
+        phi * rademacher(signs, phi, generator), one_output
+    )  # z's shape with groups outputs
+    class_dim = linear_map.class_dim
+    s = s.movedim(class_dim, -1).flatten(1, -2).unflatten(-1, (groups, neurons))
+    along = along.movedim(class_dim, -1).flatten(1, -2).unsqueeze(-1)
+    gamma = (s * along).sum(1)  # (B, groups, O/groups)
+    if weighted:
+        gamma = torch.einsum("bgs,gsi->bgi", gamma, weight)
+    return gamma.square().sum((1, 2))
+
+
+def _flush(
+    layer: FactoredLayer,
+    pulled: list[Tensor],
+    values: list[Tensor],
+    weighted: bool,
+    detached: bool,
+    backend: str,
+) -> None:
+    if pulled:
+        values.append(_of_several(layer, torch.stack(pulled), weighted, detached, backend))
+        pulled.clear()
+
+
+def _zeros(factored: FactoredLayer) -> Tensor:
     """(1, B), what a factor that does not reach the layer gives."""
-    dtype = torch.promote_types(place.weight.dtype, torch.float32)
-    return torch.zeros(1, place.layer.samples(place.call.shape), dtype=dtype, device=place.weight.device)
+    dtype = torch.promote_types(factored.weight.dtype, torch.float32)
+    return torch.zeros(
+        1, factored.layer.samples(factored.call.shape), dtype=dtype, device=factored.weight.device
+    )
 
 
-def _of_several(place: Place, s: Tensor, weighted: bool, hold: bool, backend: str) -> Tensor:
+def _of_several(factored: FactoredLayer, s: Tensor, weighted: bool, detached: bool, backend: str) -> Tensor:
     """(K, B) for factors s, (K, *shape of z)."""
-    layer, weight, call = place
-    features = call.features.detach() if hold else call.features
+    layer, weight, call, _ = factored
+    features = call.features.detach() if detached else call.features
     if layer.transposed:
-        return torch.stack([_transposed(layer, weight, call, features, t, weighted, hold) for t in s])
+        return torch.stack([_transposed(layer, weight, call, features, t, weighted, detached) for t in s])
     if len(call.shape) == 1 + layer.spatial:
         features, s = features.unsqueeze(0), s.unsqueeze(1)
     m = layer.module
@@ -167,13 +207,13 @@ def _transposed(
     features: Tensor,
     s: Tensor,
     weighted: bool,
-    hold: bool,
+    detached: bool,
 ) -> Tensor:
     """(B,) for one factor of a transposed convolution: Gamma of every sample by autograd."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     w = layer.canonical(weight).to(dtype)
     gamma = _by_sample(layer, features.to(dtype), s.to(dtype), layer.samples(call.shape), weight.shape)
-    if hold:
+    if detached:
         gamma = gamma.detach()
     by_group = torch.stack([layer.canonical(g) for g in gamma.unbind(0)])  # (B, groups, O/groups, I)
     if not weighted:
@@ -203,7 +243,7 @@ def check_samples_apart(caller: str, layer: LinearMap, call: LayerCall, outputs:
         return True
     if outputs.shape[0] % samples:
         raise UnsupportedError(
-            f"{caller}: curvature='ggn' needs the criterion's input to hold whole samples along its first dimension; "
+            f"{caller}: curvature='ggn' needs the criterion's input to detached whole samples along its first dimension; "
             f"it has {outputs.shape[0]} rows for {samples} samples"
         )
     half = samples // 2

@@ -1,4 +1,7 @@
-"""Hutchinson's estimator of Tr(A Lambda): random directions d with E[d d^T] = A, and their products."""
+"""Hutchinson's estimator of Tr(A Lambda): random directions d with E[d d^T] = A, and their products.
+
+No root of a matrix is differentiated: with G = W W^T = R R^T, R is W itself, or Cholesky's factor where that is cheaper.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fam_ext.hessian.estimate import rademacher
-from fam_ext.hessian.products import Curvature, apply
+from fam_ext.hessian.products import LayerHessian, matvec
 
 
 def probe_root(weight: Tensor, columns: int, weighted: bool) -> Tensor:
@@ -41,35 +44,35 @@ def gram_root(weight: Tensor, columns: int) -> Tensor:
 class Probe(NamedTuple):
     """A layer's share of an estimate: random directions (K, *shape), and what their products are to be multiplied with."""
 
-    curvature: Curvature
+    hessian: LayerHessian
     directions: Tensor
     scale: Tensor | None
 
 
 def draw(
-    curvature: Curvature, level: str, weighted: bool, probes: int, generator: torch.Generator, backend: str
+    hessian: LayerHessian, level: str, weighted: bool, probes: int, generator: torch.Generator, backend: str
 ) -> Probe:
     """`probes` random directions d with E[scale d d^T] = A where rows or samples that `level` holds independent do not meet."""
-    layer = curvature.layer
-    weight = layer.canonical(curvature.weight).to(curvature.dtype)
+    layer = hessian.layer
+    weight = layer.canonical(hessian.weight).to(hessian.dtype)
     groups, neurons, fan_in = weight.shape
-    rows = prod(curvature.calls[0].shape) // (groups * neurons) if level == "rows" else fan_in
+    rows = prod(hessian.calls[0].shape) // (groups * neurons) if level == "rows" else fan_in
     root = probe_root(weight, probes * rows, weighted)
     rank = root.shape[2]
     if level == "rows":
-        shape = list(curvature.calls[0].shape)
+        shape = list(hessian.calls[0].shape)
         shape[layer.class_dim] = groups * rank
         noise = rademacher((probes, *shape), weight, generator)
         directions = torch.stack([layer.mix(root, e) for e in noise])
         return Probe(
-            curvature, directions, layer.spread(layer.norms(curvature.features, backend), groups * neurons)
+            hessian, directions, layer.spread(layer.norms(hessian.features, backend), groups * neurons)
         )
     if level == "samples":
-        samples = layer.samples(curvature.calls[0].shape)
+        samples = layer.samples(hessian.calls[0].shape)
         noise = rademacher((probes, samples, groups, rank, fan_in), weight, generator)
-        return Probe(curvature, torch.stack([_apply_each(curvature, root, e) for e in noise]), None)
+        return Probe(hessian, torch.stack([_apply_each(hessian, root, e) for e in noise]), None)
     noise = rademacher((probes, groups, rank, fan_in), weight, generator)
-    return Probe(curvature, torch.stack([curvature.direction(root @ e) for e in noise]), None)
+    return Probe(hessian, torch.stack([hessian.direction(root @ e) for e in noise]), None)
 
 
 def hutchinson(probes: Sequence[Probe]) -> list[Tensor]:
@@ -77,18 +80,18 @@ def hutchinson(probes: Sequence[Probe]) -> list[Tensor]:
 
     One product serves all layers: directions of different layers are independent with mean zero, and so their mixed terms are.
     """
-    products = apply([probe.curvature for probe in probes], [probe.directions for probe in probes])
+    products = matvec([probe.hessian for probe in probes], [probe.directions for probe in probes])
     result = []
     for probe, product in zip(probes, products, strict=True):
         summands = probe.directions * product
-        if probe.curvature.hold:  # both factors d still move: the gradient is twice that of the first
+        if probe.hessian.detached:  # both factors d still move: the gradient is twice that of the first
             summands = 2 * summands - summands.detach()
         result.append(summands if probe.scale is None else probe.scale * summands)
     return result
 
 
-def _apply_each(curvature: Curvature, root: Tensor, noise: Tensor) -> Tensor:
-    shape = curvature.weight.shape
-    weights = torch.stack([curvature.layer.to_module(root @ e, shape) for e in noise])
-    features = curvature.features
-    return curvature.layer.apply_each(features, weights.to(features.dtype))
+def _apply_each(hessian: LayerHessian, root: Tensor, noise: Tensor) -> Tensor:
+    shape = hessian.weight.shape
+    weights = torch.stack([hessian.layer.to_module(root @ e, shape) for e in noise])
+    features = hessian.features
+    return hessian.layer.apply_each(features, weights.to(features.dtype))

@@ -3,7 +3,8 @@
 For a layer called once, z = layer(phi; W) is linear in W, so for weight directions A and B: A^T H B = <da, Lambda db> with
 da = layer(phi; A), db = layer(phi; B) and Lambda = d^2 L / dz^2, of which only products are formed: Lambda db = grad(g, z, db)
 with g = grad(L, z, create_graph=True). Only the part of the network after the layer is differentiated twice. Where the layer is
-called several times, a later input depends on an earlier output, and products are taken on the weight itself.
+called several times, a later input depends on an earlier output; and a loss that holds a derivative of the network, or a penalty
+on the weight, depends on the weight past the layer's calls. Products are taken on the weight itself then.
 
 Several layers share the first gradient: one backward pass gives it for all of them.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -32,31 +34,29 @@ class LayerCall(NamedTuple):
     dtype: torch.dtype
 
 
-class Curvature:
+class LayerHessian:
     """Products with the Hessian of a loss with respect to `weight`, by way of the layer's calls; inside `with products(...)`.
 
-    `hold` takes the Hessian as a constant: its products carry no graph.
+    `detached` takes the Hessian as a constant: its products carry no graph. `past_calls` says that the loss depends on the weight
+    past the calls as well. `on_weight` tells whether directions are weights, as they are then and for several calls; else they
+    are outputs z of the only call.
     """
 
     def __init__(
-        self, layer: LinearMap, weight: Tensor, calls: Sequence[LayerCall], hold: bool = False
+        self,
+        layer: LinearMap,
+        weight: Tensor,
+        calls: Sequence[LayerCall],
+        detached: bool = False,
+        past_calls: bool = False,
     ) -> None:
-        self.layer, self.weight, self.calls = layer, weight, calls
-        self.hold = hold or not torch.is_grad_enabled()
+        self.layer, self.weight, self.calls, self.past_calls = layer, weight, calls, past_calls
+        self.detached = detached or not torch.is_grad_enabled()
+        self.on_weight = past_calls or len(calls) != 1
+        self.device = weight.device
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.bytes_of_output = 4 * sum(prod(call.shape) for call in calls)
         self.gradient: Tensor | None = None
-
-    @property
-    def on_weight(self) -> bool:
-        """Whether directions are weights, as they are for several calls; else they are outputs z of the only call."""
-        return len(self.calls) != 1
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.weight.dtype, torch.float32)
 
     @property
     def origin(self) -> Any:
@@ -76,84 +76,85 @@ class Curvature:
         """The input of the only call, in a dtype that sums can be formed in."""
         features = self.calls[0].features
         features = features.to(torch.promote_types(features.dtype, self.dtype))
-        return features.detach() if self.hold else features
+        return features.detach() if self.detached else features
 
-    def apply(self, directions: Tensor) -> Tensor:
+    def matvec(self, directions: Tensor) -> Tensor:
         """Lambda d for a stack of directions (K, *shape); zero where the loss does not depend on z, or linearly."""
-        return apply([self], [directions])[0]
+        return matvec([self], [directions])[0]
 
     def weight_product(self, weight: Tensor) -> Tensor:
         """H A for a weight direction A, both in canonical layout."""
-        product = self.apply(self.direction(weight).unsqueeze(0))[0]
+        product = self.matvec(self.direction(weight).unsqueeze(0))[0]
         if self.on_weight:
             return self.layer.canonical(product)
         origin = torch.zeros_like(self.weight, dtype=product.dtype, requires_grad=True)
         with torch.enable_grad():
             z = self.layer.apply(self.features.to(product.dtype), origin)
-        (pulled,) = torch.autograd.grad(z, origin, product, create_graph=not self.hold)
+        (pulled,) = torch.autograd.grad(z, origin, product, create_graph=not self.detached)
         return self.layer.canonical(pulled)
 
 
 @contextmanager
 def products(
-    loss: Tensor, curvatures: Sequence[Curvature], correct: Sequence[Any], doubtful: Sequence[str] = ()
+    loss: Tensor, hessians: Sequence[LayerHessian], correct: Sequence[Any], doubtful: Sequence[str] = ()
 ) -> Iterator[None]:
     """Form the first gradients of `loss` for several layers in one backward pass; their products can be taken inside.
 
-    The derivatives of the autograd nodes in `correct` are put right meanwhile (fam_ext.corrections). `doubtful` names nodes after
-    the layers that have never been verified: only then the gradients are searched for operations that forbid a second derivative.
+    The derivatives of the autograd nodes in `correct` are replaced meanwhile (fam_ext.derivatives.corrections). `doubtful` names
+    nodes after the layers that have never been verified: only then the gradients are searched for operations that forbid a second
+    derivative.
     """
     with corrections.corrected(correct):
         with torch.enable_grad():
             gradients = torch.autograd.grad(
-                loss, [c.origin for c in curvatures], create_graph=True, allow_unused=True
+                loss, [h.origin for h in hessians], create_graph=True, allow_unused=True
             )
-        for curvature, gradient in zip(curvatures, gradients, strict=True):
+        for hessian, gradient in zip(hessians, gradients, strict=True):
             if gradient is not None and gradient.requires_grad:
-                curvature.gradient = gradient
+                hessian.gradient = gradient
         if doubtful:
-            _refuse_dead_ends([c.gradient for c in curvatures if c.gradient is not None], doubtful)
+            _refuse_dead_ends([h.gradient for h in hessians if h.gradient is not None], doubtful)
         try:
             yield
         finally:
-            for curvature in curvatures:
-                curvature.gradient = None
+            for hessian in hessians:
+                hessian.gradient = None
 
 
-def apply(curvatures: Sequence[Curvature], directions: Sequence[Tensor]) -> list[Tensor]:
+def matvec(hessians: Sequence[LayerHessian], directions: Sequence[Tensor]) -> list[Tensor]:
     """sum_k Lambda_jk d_k for every layer j, with one product of all layers at once; directions are stacks (K, *shape).
 
     Lambda_jk is the mixed second derivative of the loss by the outputs of layers j and k.
     """
     results = [torch.zeros_like(d) for d in directions]
-    live = [k for k, c in enumerate(curvatures) if c.gradient is not None]
+    live = [k for k, h in enumerate(hessians) if h.gradient is not None]
     if not live:
         return results
-    gradients: list[Any] = [curvatures[k].gradient for k in live]
-    origins = [curvatures[k].origin for k in live]
+    gradients: list[Any] = [hessians[k].gradient for k in live]
+    origins = [hessians[k].origin for k in live]
     given = [directions[k].to(g.dtype) for k, g in zip(live, gradients, strict=True)]
-    create_graph = not curvatures[0].hold
+    create_graph = not hessians[0].detached
 
     def product(vectors: Sequence[Tensor], batched: bool) -> list[Tensor]:
-        found = torch.autograd.grad(
+        taken = torch.autograd.grad(
             gradients, origins, vectors, create_graph=create_graph, retain_graph=True, allow_unused=True,
             is_grads_batched=batched,
         )  # fmt: skip
-        return [torch.zeros_like(v) if r is None else r for v, r in zip(vectors, found, strict=True)]
+        return [torch.zeros_like(v) if r is None else r for v, r in zip(vectors, taken, strict=True)]
 
-    products: list[Tensor] | None = None
-    if len(given[0]) > 1:
+    stacked: list[Tensor] | None = None
+    if len(given[0]) > 1 and not torch.is_anomaly_enabled():  # which would report a try that fails
         try:
-            products = product(given, batched=True)
+            stacked = product(given, batched=True)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
             pass  # vmap lacks a rule for something after the layer; an error of another kind comes again below
-    if products is None:
+    if stacked is None:
         each = [product(vectors, batched=False) for vectors in zip(*given, strict=True)]
-        products = [torch.stack(parts) for parts in zip(*each, strict=True)]
-    for k, found in zip(live, products, strict=True):
-        results[k] = found.to(results[k].dtype)
+        stacked = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    for k, of_layer in zip(live, stacked, strict=True):
+        results[k] = of_layer.to(results[k].dtype)
     return results
 
 

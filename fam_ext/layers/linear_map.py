@@ -19,6 +19,7 @@ from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import adapters
+from fam_ext.ops import backends
 from fam_ext.ops.patch_sqnorm import patch_sqnorm
 
 LINEAR = (nn.Linear,)
@@ -28,6 +29,16 @@ LAYERS = LINEAR + CONVOLUTIONS + TRANSPOSED
 
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 _CONVOLVE_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def squared_norms(features: Tensor, backend: str = "auto") -> Tensor:
+    """|phi|^2 of each row, (*rows, 1) for (*rows, I), in the accumulation dtype.
+
+    It needs no operation of its own; a backend asked for by name must be there all the same.
+    """
+    if backend != "auto":
+        backends.choose("patch_sqnorm", backend, features)
+    return features.to(accumulation_dtype(features)).square().sum(-1, keepdim=True)
 
 
 class LinearMap:
@@ -101,6 +112,12 @@ class LinearMap:
             return direction.reshape(self.groups, neurons, inputs, -1).transpose(1, 2).reshape(shape)
         return direction.reshape(shape)
 
+    def shape_with_outputs(self, outputs: int) -> torch.Size:
+        """The shape of a weight in the module's layout that gives `outputs` neurons (of all groups) in place of the layer's."""
+        if self.transposed:
+            return torch.Size((self.inputs, outputs // self.groups, *self.shape[2:]))
+        return torch.Size((outputs, *self.shape[1:]))
+
     def divide_features(self, features: Tensor, scale: Tensor) -> Tensor:
         """Features over `scale`, one number for each input channel; a channel of scale 0 is left out: it becomes 0."""
         divisor = scale.masked_fill(scale == 0, torch.inf)
@@ -152,8 +169,7 @@ class LinearMap:
     def norms(self, features: Tensor, backend: str) -> Tensor:
         """|phi|^2 of every row and group, laid out like z with `groups` in place of its neurons."""
         if self.linear:
-            square = patch_sqnorm(features.reshape(-1, features.shape[-1]), (), backend=backend)
-            return square.reshape(*features.shape[:-1], 1)
+            return squared_norms(features, backend)
         m = self.module
         if self.transposed:
             # a transposed convolution of the squares with ones

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext import _checks
-from fam_ext.head.from_features import FeatureLoss
-from fam_ext.head.one_pass import fused_step, fusible, ordinary_step
+from fam_ext.head import one_pass
 from fam_ext.layers.find import find_layers
-from fam_ext.loss.layer_criterion import LayerCriterion
-from fam_ext.loss.relative_flatness import _outside_graph
-from fam_ext.loss.step_record import Last
+from fam_ext.loss.layer_criterion import LayerCriterion, outside_graph
+from fam_ext.loss.plan import CLOSED_FORM
+from fam_ext.loss.step_record import StepRecord
 from fam_ext.options import Options
 from fam_ext.schedules import Schedule, TargetRatio, check_strength
 
@@ -80,7 +79,7 @@ class FAMLoss(LayerCriterion):
         backend: str = "auto",
         per_sample_probes: bool | None = None,
         max_bytes: int = 2**30,
-        hold_statistics: bool = False,
+        hold_statistics: bool | None = None,
     ) -> None:
         options = Options(
             "FAMLoss",
@@ -106,13 +105,14 @@ class FAMLoss(LayerCriterion):
         self._strength = checked
         self.every = every
         self.step = 0
-        self.last = Last()
-        self._may_fuse = (
+        self.last = StepRecord()
+        self._one_pass = (  # what of it does not change from step to step
             options.closed_form
             and measure == "neuronwise"
-            and self.parts[0].layer.linear
-            and len(self.parts) == 1
+            and self.terms[0].layer.linear
+            and len(self.terms) == 1
         )
+        self._ordinary = self._one_pass and curvature != "fisher" and backend in ("auto", "native")
 
     @staticmethod
     def _check_strength(value: object) -> Any:
@@ -158,22 +158,25 @@ class FAMLoss(LayerCriterion):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.last = Last()
+        self.last = StepRecord()
 
     def forward(self, outputs: Any, *targets: Any, closure: Any = None, **kwargs: Any) -> Tensor:
         """The total loss; arguments as the criterion takes them.
 
         `closure`, for method="finite_difference": a function that computes the criterion's loss anew, model included.
         """
-        if not self.training or not self._layers_train():
+        training = self.training
+        for term in self.terms:
+            training = training and term.module.training
+        if not training:
             plain: Tensor = self.criterion(outputs, *targets, **kwargs)
             return plain
         if torch.compiler.is_compiling():
-            compiled: Tensor = _outside_graph(self._train, outputs, targets, kwargs, closure)
+            compiled: Tensor = outside_graph(self._train, outputs, targets, kwargs, closure)
             return compiled
         return self._train(outputs, targets, kwargs, closure)
 
-    def _finish(self, last: Last) -> None:
+    def _finish(self, last: StepRecord) -> None:
         """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
         state = self.__dict__
         state["last"] = last
@@ -217,23 +220,38 @@ class FAMLoss(LayerCriterion):
         """
         arguments = (features, weight, target, bias, num_items)
         if torch.compiler.is_compiling():
-            compiled: Tensor = _outside_graph(self._from_features, *arguments)
+            compiled: Tensor = outside_graph(self._from_features, *arguments)
             return compiled
         return self._from_features(*arguments)
 
-    def _from_features(self, *arguments: Any) -> Tensor:
-        loss = FeatureLoss(self, *arguments)
-        if not self.training or not self.parts[0].module.training:
+    def _from_features(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        num_items: int | Tensor | None,
+    ) -> Tensor:
+        loss = one_pass.FeatureLoss(
+            self.options,
+            [term.layer for term in self.terms],
+            self.criterion,
+            self._bind_arguments((target,), {}),
+            features,
+            weight,
+            target,
+            bias,
+            num_items,
+        )
+        if not self.training or not self.terms[0].module.training:
             return loss(0.0)[0]
         self.reset()
         strength = self._strength_now()
+        taken = not (isinstance(strength, float) and strength == 0)
         if isinstance(strength, TargetRatio):
             strength = float(strength.update(*loss.values()))
         total, kappa = loss(strength)
-        if strength == 0:
-            self._finish(Last(total.detach(), None, None, 0.0))
-        else:
-            self._finish(Last(None, total.detach(), kappa, strength))
+        self._finish(StepRecord(total.detach(), kappa if taken else None, strength))
         return total
 
     def _train(self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> Tensor:
@@ -241,25 +259,60 @@ class FAMLoss(LayerCriterion):
         if isinstance(strength, float) and strength == 0:
             self.reset()
             loss: Tensor = self.criterion(outputs, *targets, **kwargs)
-            self._finish(Last(loss.detach(), None, None, 0.0))
+            self._finish(StepRecord(loss.detach(), None, 0.0))
             return loss
-        self._check_ready()
-        bound = self._bound(targets, kwargs)
-        fused = fusible(self, outputs, bound, strength) if self._may_fuse else None
-        found = None if fused is None else ordinary_step(self, outputs, fused, strength)
-        if found is None:
-            taken = [self._take(part, outputs, bound) for part in self.parts]
-            if fused is None or taken[0] is None:
-                loss = self.criterion(outputs, *targets, **kwargs)
-                if any(head is not None for head in taken):
-                    self._check_hooks(loss, outputs, targets, kwargs)
-                term, error = self._terms(taken, loss, outputs, bound, closure)
-                if isinstance(strength, TargetRatio):
-                    strength = strength.update(loss, term)
-                total: Tensor = loss + strength * term
-                self._finish(Last(loss.detach(), None, term.detach(), strength, error))
-                return total
-            found = fused_step(self, outputs, taken[0], fused, strength)
-        total, kappa = found
-        self._finish(Last(None, total.detach(), kappa, strength))
+        self._check_attached()
+        loss_hessian: Any = self._bind_arguments(targets, kwargs)
+        term = self.terms[0]
+        one_operation = (  # the one gate: whether head_cross_entropy stands for criterion and term
+            self._one_pass
+            and isinstance(strength, float)
+            and not self.hooked()
+            and one_pass.applies(loss_hessian, outputs)
+        )
+        taken = None
+        if one_operation and self._ordinary:
+            taken = one_pass.ordinary_step(
+                self.options, term.layer, term.captures, outputs, loss_hessian, strength, term.factor
+            )
+        if taken is None:
+            heads = self._heads(outputs, loss_hessian)
+            head = heads[0]
+            if head is None or not one_operation:
+                return self._general(outputs, targets, kwargs, loss_hessian, closure, heads, strength)
+            taken = one_pass.from_logits(
+                self.options,
+                outputs,
+                head.features,
+                head.weight,
+                head.rows,
+                loss_hessian,
+                strength,
+                term.factor,
+            )
+        elif term.plan is not CLOSED_FORM:
+            term.record_plan(CLOSED_FORM)
+        total, kappa = taken
+        self._finish(StepRecord(total.detach(), kappa, strength))
+        return total
+
+    def _general(
+        self,
+        outputs: Any,
+        targets: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        loss_hessian: Any,
+        closure: Any,
+        heads: Any,
+        strength: Any,
+    ) -> Tensor:
+        """The criterion's loss plus the sum of the layers' terms."""
+        value, (kappa, error) = self._loss_and_terms(
+            outputs, targets, kwargs, loss_hessian, closure, heads, need_loss=True
+        )
+        loss: Any = value
+        if isinstance(strength, TargetRatio):
+            strength = strength.update(loss, kappa)
+        total: Tensor = loss + strength * kappa
+        self._finish(StepRecord(total.detach(), kappa.detach(), strength, loss.detach(), error))
         return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers.find import find_layers
-from fam_ext.loss.layer_criterion import LayerCriterion
+from fam_ext.loss.layer_criterion import LayerCriterion, outside_graph
 from fam_ext.options import Options
 
 
@@ -44,7 +44,7 @@ class RelativeFlatness(LayerCriterion):
         backend: str = "auto",
         per_sample_probes: bool | None = None,
         max_bytes: int = 2**30,
-        hold_statistics: bool = False,
+        hold_statistics: bool | None = None,
     ) -> None:
         caller = "RelativeFlatness"
         options = Options(
@@ -83,23 +83,17 @@ class RelativeFlatness(LayerCriterion):
                 "RelativeFlatness: in evaluation mode nothing is captured; call train() on it first"
             )
         if torch.compiler.is_compiling():
-            compiled: Tensor = _outside_graph(self._measure, outputs, targets, kwargs, per_sample, closure)
+            compiled: Tensor = outside_graph(self._measure, outputs, targets, kwargs, per_sample, closure)
             return compiled
         return self._measure(outputs, targets, kwargs, per_sample, closure)
 
     def _measure(
         self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool, closure: Any
     ) -> Tensor:
-        self._check_ready()
-        bound = self._bound(targets, kwargs)
-        taken = [self._take(part, outputs, bound) for part in self.parts]
-        needs_loss = None in taken and self.options.method != "finite_difference"
-        with torch.enable_grad():  # a value without graph still needs the loss's
-            loss = self.criterion(outputs, *targets, **kwargs) if needs_loss else None
-        term, self.standard_error = self._terms(taken, loss, outputs, bound, closure, per_sample)
-        return term
-
-
-@torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
-def _outside_graph(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return function(*arguments)
+        self._check_attached()
+        loss_hessian = self._bind_arguments(targets, kwargs)
+        heads = self._heads(outputs, loss_hessian)
+        _, (kappa, self.standard_error) = self._loss_and_terms(
+            outputs, targets, kwargs, loss_hessian, closure, heads, need_loss=False, per_sample=per_sample
+        )
+        return kappa

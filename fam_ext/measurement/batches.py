@@ -81,24 +81,13 @@ class Mean:
 def batch_weight(criterion: Any, outputs: Any, targets: Any) -> tuple[float, float | None]:
     """(weight of a batch's loss in the data set's, its share of the total); the total is None for sums, where it is 1."""
     try:
-        bound: loss_hessians.Bound | None = loss_hessians.read(NAME, criterion)(targets)
+        loss_hessian: loss_hessians.LossHessian | None = loss_hessians.read(NAME, criterion)(targets)
     except UnsupportedError:
-        bound = None
-    reduction = bound.reduction if bound is not None else getattr(criterion, "reduction", "mean")
+        loss_hessian = None
+    reduction = loss_hessian.reduction if loss_hessian else getattr(criterion, "reduction", "mean")
     if reduction == "sum":
         return 1.0, None
-    if isinstance(bound, loss_hessians.CrossEntropy) and not targets.is_floating_point():
-        valid = targets != bound.ignore_index
-        count = (
-            valid.sum()
-            if bound.weight is None
-            else bound.weight[torch.where(valid, targets, 0)].mul(valid).sum()
-        )
-        return float(count), float(count)
-    if isinstance(bound, loss_hessians.MeanSquaredError) and bound.weight is not None:
-        return float(bound.weight.sum()), float(bound.weight.sum())
-    elements = bound is not None and not isinstance(bound, loss_hessians.CrossEntropy)
-    size = float(outputs.numel() if elements else len(targets))
+    size = float(loss_hessian.denominator(outputs) if loss_hessian else len(targets))
     return size, size
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext.hessian.eigenvalue import largest_direction
+from fam_ext.hessian.eigenvalue import largest_direction, neuronwise
 from fam_ext.loss.relative_flatness import RelativeFlatness
 from fam_ext.measurement.batches import DataSet, Mean
 from fam_ext.measurement.features import feature_scale
@@ -105,10 +105,10 @@ class LayerTerms:
 
     def normalize_features(self, go_through: Callable[[], None]) -> None:
         """Measure for features divided by their scale over the data set."""
-        part: Any = self._all()[0].parts[0]
+        part: Any = self._all()[0].terms[0]
         scale = feature_scale(part.module, part.layer, go_through, part.weight().dtype)
         for flatness in self._all():
-            flatness.parts[0].scale = scale
+            flatness.terms[0].scale = scale
 
     def unfinished(self, rtol: float | None, max_probes: int, probes: int) -> list[Term]:
         """Terms whose standard error is to become smaller; the hooks of the others are taken off."""
@@ -147,7 +147,7 @@ class LayerTerms:
 
 
 def _eigenvalue(name: str, flatness: RelativeFlatness, data: DataSet) -> float:
-    part: Any = flatness.parts[0]
+    part: Any = flatness.terms[0]
     weight = part.weight()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -167,7 +167,7 @@ def _eigenvalue(name: str, flatness: RelativeFlatness, data: DataSet) -> float:
     if name == LARGEST:
         return float(largest())
     if name == "layerwise_eigenvalue":
-        return float(part.general.finish(largest(), weight))
+        return float(part.scale_to_measure(largest(), weight))
     squares = weight.square().sum(2).flatten()
     blocks = torch.stack([largest(neuron) for neuron in range(len(squares))])
-    return float(part.general.finish((squares * blocks).sum(), weight))
+    return float(part.scale_to_measure(neuronwise(squares, blocks), weight))

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from fam_ext import _checks
+from fam_ext._dtypes import accumulation_dtype
 
 Ints = tuple[int, ...]
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+# The largest kernel size, stride, padding and dilation: far above any layer's, and the product of two fits in 64 bits.
+# csrc/patch_windows.h has the same number.
+LIMIT = 2**24
 
 
 def per_axis(function: str, argument: str, value: int | Sequence[int], rank: int, minimum: int) -> Ints:
-    """`value` as one integer per spatial axis, each at least `minimum`."""
+    """`value` as one integer per spatial axis, each from `minimum` to LIMIT."""
     if isinstance(value, int) and not isinstance(value, bool):
         values: Ints = (value,) * max(rank, 1)
     elif isinstance(value, (tuple, list)):
@@ -28,7 +33,17 @@ def per_axis(function: str, argument: str, value: int | Sequence[int], rank: int
         _checks.bad_type(function, argument, "made of integers", value)
     if any(v < minimum for v in values):
         _checks.bad_value(function, argument, f"at least {minimum}", value)
+    if any(v > LIMIT for v in values):
+        _checks.bad_value(function, argument, f"at most {LIMIT}", value)
     return values[:rank]
+
+
+def check_groups(function: str, groups: int, total: int, of: str) -> None:
+    """Raise TypeError or ValueError unless `groups` is a positive integer that divides `total`."""
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        _checks.bad_type(function, "groups", "an integer", groups)
+    if groups < 1 or total % groups:
+        _checks.bad_value(function, "groups", f"a positive divisor of the {int(total)} {of}", groups)
 
 
 def padding_of(
@@ -70,3 +85,12 @@ def check_extent(
             _checks.bad_value(
                 function, "padding", f"at most {limit} along spatial axis {axis} with {mode!r}", after
             )
+
+
+def pad(input: Tensor, before: Ints, after: Ints, mode: str) -> Tensor:
+    """`input` padded in a mode other than zeros, in the accumulation dtype.
+
+    An input position may stand in several places of the result: in bfloat16 the sum of its gradients would lose digits.
+    """
+    pairs = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
+    return F.pad(input.to(accumulation_dtype(input)), pairs, mode=mode)

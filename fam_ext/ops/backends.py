@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from fam_ext import _checks
 BACKENDS = ("auto", "reference", "native", "triton")
 OPERATIONS = ("softmax_trace", "patch_sqnorm", "head_cross_entropy", "linear_cross_entropy", "gram_trace")
 TRITON_OPERATIONS = ("linear_cross_entropy", "gram_trace")
+# "native" for these is Python over torch's batched products: there is nothing to compile
+PYTHON_OPERATIONS = ("gram_trace",)
 TRITON_EVIDENCE = "checked in Triton's interpreter and compiled ahead of time, never run on a GPU"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -92,7 +95,7 @@ def _find_kernels() -> frozenset[tuple[str, str]]:
     """(operation, device type) pairs for which every schema of the operation, its backward included, has a kernel."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fam_ext::")]
     found = set()
-    for op in OPERATIONS:
+    for op in set(OPERATIONS).difference(PYTHON_OPERATIONS):
         family = [name for name in names if name == f"fam_ext::{op}" or name.startswith(f"fam_ext::{op}_")]
         for device, key in _DISPATCH_KEYS.items():
             if family and all(
@@ -119,6 +122,7 @@ def _look_for_triton() -> str | None:
 
 _record, _reason = _load()
 _kernels = _find_kernels() if _reason is None else frozenset()
+_in_python = frozenset((op, device) for op in PYTHON_OPERATIONS for device in _DISPATCH_KEYS)
 _no_triton = _look_for_triton()
 
 
@@ -141,24 +145,28 @@ def choose(op: str, backend: str, *tensors: Tensor) -> str:
     """The backend that serves `op` on these tensors: "native", "triton" or "reference".
 
     "auto" takes "native" where the compiled library has a kernel for the device and the dtype of the first tensor, outside of
-    torch.func transforms (the compiled operations have no rule for vmap, grad and the like), else "triton" on a GPU where there
-    is a Triton kernel for all tensors' dtypes, else "reference".
+    torch.func transforms (the operations have no rule for vmap, grad and the like), else "triton" on a GPU where there
+    is a Triton kernel for all tensors' dtypes, else "native" for one of PYTHON_OPERATIONS, else "reference".
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, when a backend asked for by name is not available.
     """
     if backend == "reference":
         return backend
     first = tensors[0]
-    if (
+    place = (op, first.device.type)
+    native = (
         backend in ("auto", "native")
-        and (op, first.device.type) in _kernels
+        and (place in _kernels or place in _in_python)
         and first.dtype in _checks.FLOATING
         and torch._C._functorch.maybe_current_level() is None
-    ):
+    )
+    if native and place in _kernels:
         return "native"
     wanted = backend == "triton" or (backend == "auto" and first.device.type == "cuda")
     if wanted and _why_no_triton(op, tensors) is None:
         return "triton"
+    if native:
+        return "native"
     if backend == "auto":
         return "reference"
     _checks.check_choice(op, "backend", backend, BACKENDS)
@@ -191,26 +199,31 @@ def _why_not(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
     tensor = tensors[0]
     if backend == "triton":
         return str(_why_no_triton(op, tensors))
-    if _reason is not None:
+    if _reason is not None and op not in PYTHON_OPERATIONS:
         return _reason
-    if (op, tensor.device.type) not in _kernels:
-        return _no_kernel(tensor.device.type)
+    if (op, tensor.device.type) not in _kernels | _in_python:
+        return _no_kernel(op, tensor.device.type)
     if tensor.dtype not in _checks.FLOATING:
         return f"it has no kernel for {str(tensor.dtype).removeprefix('torch.')}"
     return _TRANSFORMS
 
 
-def _no_kernel(device: str) -> str:
+def _no_kernel(op: str, device: str) -> str:
+    if op in PYTHON_OPERATIONS:
+        return f"it runs on {' and '.join(_DISPATCH_KEYS)}, not on {device}"
     why = _record.get("no_cuda") if device == "cuda" else None
     return f"the compiled library has no {device} kernel for it" + (f": {why}" if why else "")
 
 
 def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether a library compiled for `architectures` ("8.0", "9.0+PTX") has code for a GPU of this capability: machine code
-    of the same major version and no later minor one, or PTX of any earlier version.
+    of the same major version and no later minor one, or PTX of any earlier version. Other entries (names) count as none.
     """
     for architecture in architectures:
-        major, minor = (int(n) for n in architecture.removesuffix("+PTX").rstrip("af").split("."))
+        number = architecture.removesuffix("+PTX").rstrip("af")
+        if not re.fullmatch(r"\d+\.\d+", number):
+            continue
+        major, minor = (int(n) for n in number.split("."))
         same = major == capability[0] and minor <= capability[1]
         if same or (architecture.endswith("+PTX") and (major, minor) <= capability):
             return True
@@ -282,7 +295,9 @@ def _answer(op: str, device: str) -> tuple[str, str]:
     if (op, device) not in _kernels:
         if device == "cuda" and op in TRITON_OPERATIONS and _no_triton is None:
             return "triton", f"Triton kernel, {TRITON_EVIDENCE}"
-        return "reference", _reason or _no_kernel(device)
+        if (op, device) in _in_python:
+            return "native", "Python over torch's batched products, nothing to compile"
+        return "reference", _reason or _no_kernel(op, device)
     if device == "cpu":
         return "native", "compiled kernel, C++"
     compiled, here = _record.get("arch_list", []), torch.cuda.get_device_capability()

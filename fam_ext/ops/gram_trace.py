@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import fam_ext.ops._gram_trace_triton  # noqa: F401  with _gram_trace: registers autograd
+import fam_ext.ops._gram_trace  # noqa: F401  registers the operations
 from fam_ext import _checks
+from fam_ext._dtypes import accumulation_dtype
 from fam_ext.ops import backends
-from fam_ext.ops._conv_args import PADDING_MODES, Ints, check_extent, padding_of, per_axis
+from fam_ext.ops._conv_args import PADDING_MODES, Ints, check_extent, check_groups, pad, padding_of, per_axis
 from fam_ext.ops.reference import gram_trace as reference
 
 _NAME = "gram_trace"
@@ -81,7 +81,7 @@ def gram_trace(
             input, factors, s, weight, stride, padding, dilation, groups, padding_mode
         )
     chosen = backends.choose(_NAME, backend, input, factors, weight)
-    acc = torch.float64 if torch.float64 in (input.dtype, factors.dtype, weight.dtype) else torch.float32
+    acc = accumulation_dtype(input, factors, weight)
     gram = None
     with torch.autocast(input.device.type, enabled=False):
         if weighted and w.shape[2] < w.shape[1]:  # W^T s has fewer numbers than s
@@ -93,7 +93,11 @@ def gram_trace(
             values = reference.gram_trace(x, s, gram, *window, form)
         else:
             keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, s, gram) if t is not None)
-            values = _operator(chosen)(x, s, gram, *window, form, max_bytes, keep)[0]
+            if (
+                chosen == "triton" and form != "direct"
+            ):  # the direct form is products only, and the same for both
+                form = "gram_tiles"
+            values = torch.ops.fam_ext.gram_trace(x, s, gram, *window, form, max_bytes, keep)[0]
     return values if stacked else values[0]
 
 
@@ -177,12 +181,11 @@ def _convolution(
     if not 1 <= rank <= 3:
         _checks.bad_value(_NAME, "weight", "(O, I), or (O, C, *kernel) with 1 to 3 spatial axes", weight)
     kernel: Ints = tuple(weight.shape[2:])
+    if 0 in kernel:
+        _checks.bad_value(_NAME, "weight", "of a kernel with at least one position along each axis", weight)
     strides = per_axis(_NAME, "stride", stride, rank, 1)
     dilations = per_axis(_NAME, "dilation", dilation, rank, 1)
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        _checks.bad_type(_NAME, "groups", "an integer", groups)
-    if groups < 1 or weight.shape[0] % groups:
-        _checks.bad_value(_NAME, "groups", f"a positive divisor of the {weight.shape[0]} neurons", groups)
+    check_groups(_NAME, groups, weight.shape[0], "neurons")
     channels = weight.shape[1] * groups
     if input.dim() != rank + 2 or input.shape[1] != channels:
         expected = f"(B, {channels}, *spatial) with {rank} spatial axes, a sample unsqueezed"
@@ -190,8 +193,7 @@ def _convolution(
     before, after = padding_of(_NAME, padding, kernel, strides, dilations)
     check_extent(_NAME, "weight's kernel", input, kernel, dilations, before, after, padding_mode)
     if padding_mode != "zeros" and any(after):
-        pairs = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
-        input = F.pad(input, pairs, mode=padding_mode)
+        input = pad(input, before, after, padding_mode)
         before = after = (0,) * rank
     axes = zip(input.shape[2:], kernel, strides, before, after, dilations, strict=True)
     out = tuple((size + p + q - d * (k - 1) - 1) // t + 1 for size, k, t, p, q, d in axes)
@@ -202,7 +204,3 @@ def _convolution(
     x = input.reshape(input.shape[0], groups, weight.shape[1], *input.shape[2:])
     s = s.reshape(*s.shape[:2], groups, neurons, *out)
     return x, s, weight.reshape(groups, neurons, -1), (kernel, strides, before, dilations)
-
-
-def _operator(backend: str) -> Any:
-    return torch.ops.fam_ext.gram_trace if backend == "native" else torch.ops.fam_ext.triton_gram_trace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.ops import backends
-from fam_ext.ops._registration import register_fake
+from fam_ext.ops._registration import made_gradient, register_fake
 from fam_ext.ops.reference import head_cross_entropy as reference
 from fam_ext.ops.softmax_trace import choose_form, softmax_trace
 
@@ -50,7 +49,7 @@ def head_cross_entropy(
         logits: z, (N, O) or channel-first (B, O, *positions); any strides.
         features: phi, (N, I) or (B, *positions, I): rows in the order of the logits' rows.
         weight: W, (O, I).
-        target: class indices, (N,) or (B, *positions), int64, or class probabilities of the shape of `logits`; not
+        target: class indices, (N,) or (B, *positions), int64 (or uint8), or class probabilities of the shape of `logits`; not
             differentiated.
         class_weight, ignore_index, label_smoothing, reduction: as in torch.nn.functional.cross_entropy.
         strength: factor of kappa; any finite number.
@@ -67,7 +66,8 @@ def head_cross_entropy(
         IndexError: a class index is outside 0..O-1 and is not ignore_index.
         RuntimeError: a backend asked for by name is not available.
     """
-    if backend in ("auto", "native"):
+    # C++ would take a tensor for a number, and anything for True or False
+    if backend in ("auto", "native") and type(strength) in (float, int) and type(curvature_grad) is bool:
         found = ordinary_call(
             logits, features, weight, target, class_weight, ignore_index, label_smoothing, reduction, strength, curvature_grad
         )  # fmt: skip
@@ -76,11 +76,12 @@ def head_cross_entropy(
     name = "head_cross_entropy"
     _check(name, logits, features, weight, target, class_weight)
     _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
-    if not 0.0 <= label_smoothing <= 1.0:
-        _checks.bad_value(name, "label_smoothing", "between 0 and 1", label_smoothing)
-    if not -math.inf < strength < math.inf:  # unlike math.isfinite, this can be traced
-        _checks.bad_value(name, "strength", "a finite number", strength)
+    _checks.check_cross_entropy_options(name, ignore_index, label_smoothing, strength, curvature_grad)
     classes, fan_in = weight.shape
+    if target.is_floating_point() and ignore_index >= 0:
+        _checks.bad_value(name, "ignore_index", "left out with class probabilities", ignore_index)
+    if target.dtype == torch.uint8:
+        target = target.long()
     form = choose_form(logits.numel() // classes, fan_in, classes)
     chosen = backends.choose(name, backend, logits, features, weight)
     # per-row losses: their upstream gradients are not known in the forward pass, so the parts are composed
@@ -104,6 +105,8 @@ def ordinary_call(
     if _ordinary is None or torch.compiler.is_compiling():
         return None
     try:
+        if ignore_index >= 0 and target.is_floating_point():
+            return None
         classes, fan_in = weight.shape
         pairwise = choose_form(logits.numel() // classes, fan_in, classes) == "pairwise"
         mean = {"mean": True, "sum": False}[reduction]
@@ -130,13 +133,7 @@ def _check(
         _checks.bad_value(name, "weight", f"of shape (O, I) with O = {classes} classes", weight)
     if features.shape != (*rows, weight.shape[1]):
         _checks.bad_value(name, "features", f"of shape {(*rows, weight.shape[1])}", features)
-    if not isinstance(target, Tensor) or not (
-        target.dtype == torch.int64 or target.dtype in _checks.FLOATING
-    ):
-        _checks.bad_type(
-            name, "target", "an int64 tensor of class indices or a floating one of probabilities", target
-        )
-    expected = logits.shape if target.is_floating_point() else rows
+    expected = logits.shape if _checks.check_class_target(name, "target", target) else rows
     if target.shape != expected:
         _checks.bad_value(name, "target", f"of shape {tuple(expected)}", target)
     _checks.check_by_class(name, "class_weight", class_weight, classes)
@@ -173,8 +170,8 @@ def _register() -> None:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         scalar = logits.new_empty((), dtype=accumulation_dtype(logits, features, weight))
         inputs = zip((logits, features), options[-3:-1], strict=True)
-        dz, dphi = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in inputs)
-        dw = weight.new_empty(weight.shape if options[-1] else 0)  # contiguous
+        dz, dphi = (made_gradient(x, needed) for x, needed in inputs)
+        dw = made_gradient(weight, options[-1]).contiguous()
         return scalar, torch.empty_like(scalar), dz, dphi, dw
 
 

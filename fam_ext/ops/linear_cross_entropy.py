@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def linear_cross_entropy(
     Args:
         input: phi, (*rows, I), any strides.
         weight: W, (V, I); the `linear_weight` of torch's function.
-        target: class indices, (*rows), int64. Class probabilities, as large as the logits, are refused.
+        target: class indices, (*rows), int64 (or uint8). Class probabilities, as large as the logits, are refused.
         bias: b, (V,); it takes no part in kappa itself.
         class_weight, ignore_index, label_smoothing, reduction: as in torch.nn.functional.cross_entropy.
         strength: factor of kappa; any finite number.
@@ -82,10 +81,9 @@ def linear_cross_entropy(
     _check(input, weight, target, bias, class_weight)
     _checks.check_choice(_NAME, "reduction", reduction, REDUCTIONS)
     _checks.check_choice(_NAME, "accumulate", accumulate, ACCUMULATE)
-    if not 0.0 <= label_smoothing <= 1.0:
-        _checks.bad_value(_NAME, "label_smoothing", "between 0 and 1", label_smoothing)
-    if not -math.inf < strength < math.inf:  # unlike math.isfinite, this can be traced
-        _checks.bad_value(_NAME, "strength", "a finite number", strength)
+    _checks.check_cross_entropy_options(_NAME, ignore_index, label_smoothing, strength, curvature_grad)
+    if target.dtype == torch.uint8:
+        target = target.long()
     if max_bytes is None:
         max_bytes = MAX_BYTES if input.device.type == "cpu" else MAX_BYTES_GPU
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
@@ -120,8 +118,7 @@ def _check(
             f"{_NAME}: target must hold class indices, got {_checks.describe(target)}: class probabilities are as large as the "
             "logits that this operation avoids; form the logits and use head_cross_entropy"
         )
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        _checks.bad_type(_NAME, "target", "an int64 tensor of class indices", target)
+    _checks.check_class_target(_NAME, "target", target)
     if target.shape != input.shape[:-1]:
         _checks.bad_value(_NAME, "target", f"of shape {tuple(input.shape[:-1])}", target)
     _checks.check_by_class(_NAME, "bias", bias, classes)

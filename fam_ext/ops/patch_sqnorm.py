@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.ops import backends
-from fam_ext.ops._conv_args import PADDING_MODES, Ints, check_extent, padding_of, per_axis
+from fam_ext.ops._conv_args import PADDING_MODES, Ints, check_extent, check_groups, pad, padding_of, per_axis
 from fam_ext.ops._registration import refuse_double_backward, register_fake
 from fam_ext.ops.reference import patch_sqnorm as reference
 
@@ -65,20 +64,14 @@ def patch_sqnorm(
     kernel = per_axis(_NAME, "kernel_size", kernel_size, rank, 1)
     strides = per_axis(_NAME, "stride", stride, rank, 1)
     dilations = per_axis(_NAME, "dilation", dilation, rank, 1)
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        _checks.bad_type(_NAME, "groups", "an integer", groups)
-    if groups < 1 or input.shape[1] % groups:
-        _checks.bad_value(
-            _NAME, "groups", f"a positive divisor of the {int(input.shape[1])} channels", groups
-        )
+    check_groups(_NAME, groups, input.shape[1], "channels")
     _checks.check_choice(_NAME, "padding_mode", padding_mode, PADDING_MODES)
     before, after = padding_of(_NAME, padding, kernel, strides, dilations)
     check_extent(_NAME, "kernel_size", input, kernel, dilations, before, after, padding_mode)
     chosen = backends.choose(_NAME, backend, input)
 
     if padding_mode != "zeros" and any(after):
-        pairs = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
-        input = F.pad(input, pairs, mode=padding_mode)
+        input = pad(input, before, after, padding_mode)
         before = after = (0,) * rank
     op = torch.ops.fam_ext.patch_sqnorm if chosen == "native" else reference.patch_sqnorm
     out: Tensor = op(input, kernel, strides, after, dilations, groups)

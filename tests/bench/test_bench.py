@@ -1,9 +1,8 @@
-"""The benchmarks measure what they say: counts, rounds, statistics, comparison of runs, exponents; smallest cases are right."""
+"""The benchmarks measure what they say: counts, rounds, statistics, exponents, tables; smallest cases are right."""
 
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +13,17 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "bench"))
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+pytest.importorskip("pytorch_optimizer")
 
+import baselines  # noqa: E402
 import bench_accuracy  # noqa: E402
 import bench_curvature  # noqa: E402
 import bench_scaling  # noqa: E402
-import common  # noqa: E402
-import compare  # noqa: E402
+import bench_training  # noqa: E402
+import case as cases  # noqa: E402
 import counts  # noqa: E402
-import fit  # noqa: E402
 import plots  # noqa: E402
 import readme  # noqa: E402
 import report  # noqa: E402
@@ -108,42 +107,37 @@ def test_slow_variants_sit_out_and_ratios_skip_those_rounds(monkeypatch: Any) ->
     assert timing.quantiles(timing.ratios(times["slow"], times["fast"])) == (500.0, 500.0, 500.0)
 
 
-def test_steps_that_are_warm_are_not_warmed_up(monkeypatch: Any) -> None:
-    variants, samples = fakes(monkeypatch, {"a": 2.0, "b": 3.0})
-    timing.interleaved(variants, rounds=1, known={"a": 2.0, "b": 3.0})
-    assert sorted(samples) == ["a", "b"]
-
-
 def test_quantiles() -> None:
-    assert timing.quantiles([5.0, math.nan, 1.0, 4.0, 2.0, 3.0]) == (2.0, 3.0, 4.0)
+    assert timing.quantiles([5.0, math.nan, 1.0, 4.0, 2.0, 3.0, 6.0]) == (2.0, 3.5, 5.0)
     assert timing.ratios([2.0, 6.0], [1.0, 2.0], 0.5) == [1.0, 1.5]
 
 
 def test_a_wrong_variant_is_never_timed() -> None:
     exact = (torch.ones(3, dtype=torch.float64),)
-    assert common.Variant("right", lambda: (torch.ones(3),), "right", 1e-6, exact).check() == 0.0
-    wrong = common.Variant("wrong", lambda: (torch.ones(3) * 1.01,), "right", 1e-6, exact)
+    assert cases.Variant("right", lambda: (torch.ones(3),), "right", 1e-6, exact).check() == 0.0
+    wrong = cases.Variant("wrong", lambda: (torch.ones(3) * 1.01,), "right", 1e-6, exact)
     calls: list[int] = []
-    other = common.Variant("right", lambda: calls.append(1) or (torch.ones(3),), "right", 1e-6, exact)
+    other = cases.Variant("right", lambda: calls.append(1) or (torch.ones(3),), "right", 1e-6, exact)
     with pytest.raises(RuntimeError, match=r"wrong: relative error 1\.0e-02 exceeds"):
-        common.measure("op", common.Case("case", [other, wrong]), common.QUICK)
+        cases.measure("op", cases.Case("case", [other, wrong]), cases.QUICK)
     assert len(calls) == 1  # its check
-    nothing = common.Variant("nan", lambda: (torch.full((3,), math.nan),), "right", 1e-6, exact)
+    nothing = cases.Variant("nan", lambda: (torch.full((3,), math.nan),), "right", 1e-6, exact)
     with pytest.raises(RuntimeError, match="nan"):
         nothing.check()
 
 
 def test_results_relate_to_the_baseline_and_the_ceilings(monkeypatch: Any) -> None:
-    monkeypatch.setattr(common, "ceilings", lambda threads, device: (10.0, 100.0))  # GB/s, GFLOP/s
+    monkeypatch.setattr(cases, "ceilings", lambda threads, device: (10.0, 100.0))  # GB/s, GFLOP/s
     variants = [
-        common.Variant("plain", lambda: (), "plain"),
-        common.Variant("ours", lambda: (), "plain", flops=4e9),
-        common.Variant("few probes", lambda: (), "plain", scale=10.0),
+        cases.Variant("plain", lambda: (), "plain"),
+        cases.Variant("ours", lambda: (), "plain", flops=4e9),
+        cases.Variant("few probes", lambda: (), "plain", scale=10.0),
     ]
-    case = common.Case("case", variants, flops=2e9)
+    monkeypatch.setattr(cases, "peak_megabytes", lambda step: 7.0)
+    case = cases.Case("case", variants, flops=2e9)
     times = {"plain": [0.1, 0.2, 0.4], "ours": [0.2, 0.4, 0.8], "few probes": [0.1, math.nan, 0.4]}
     zero = dict.fromkeys(times, 0.0)
-    plain, ours, probes = common.results("op", case, times, zero, dict.fromkeys(times, 7.0))
+    plain, ours, probes = cases.results("op", case, times, zero)
     assert (plain.ratio, ours.ratio, probes.ratio) == (1.0, 2.0, 10.0)
     assert plain.percent_of_matmul == pytest.approx(10.0)  # 2 GFLOP in 0.2 s of 100 GFLOP/s
     assert ours.percent_of_matmul == pytest.approx(10.0)
@@ -159,71 +153,20 @@ def result(variant: str, median: float, spread: float = 0.01, baseline: float = 
     )  # fmt: skip
 
 
-def rows(
-    tmp_path: Path, results: list[report.Result], machine: str = "cpu; torch 2; commit a"
-) -> list[dict[str, str]]:
-    report.write_csv(tmp_path / "op.csv", results)
-    return [{**r, "machine": machine} for r in report.read_csv(tmp_path)]
-
-
-def test_comparison_says_what_moved(tmp_path: Path) -> None:
-    old = rows(
-        tmp_path, [result("plain", 100), result("ours", 110), result("noisy", 200, 0.3), result("gone", 5)]
-    )
-    new = rows(
-        tmp_path,
-        [result("plain", 101), result("ours", 150), result("noisy", 260, 0.3), result("new", 5)],
-        "cpu; torch 2; commit b",
-    )
-    moves, one_machine = compare.moves(old, new)
-    assert one_machine
-    assert {m.key[3]: m.moved for m in moves} == {"plain": False, "ours": True, "noisy": False}
-    assert next(m.factor for m in moves if m.moved) == pytest.approx(150 / 110, rel=1e-4)
-
-
-def test_comparison_of_two_machines_is_of_ratios(tmp_path: Path) -> None:
-    old = rows(tmp_path, [result("plain", 100), result("ours", 110)])
-    faster = [result("plain", 50, baseline=50), result("ours", 55, baseline=50)]
-    moves, one_machine = compare.moves(old, rows(tmp_path, faster, "another cpu; torch 2; commit a"))
-    assert not one_machine
-    assert not any(m.moved for m in moves)
-    worse = [result("plain", 50, baseline=50), result("ours", 75, baseline=50)]
-    moves, _ = compare.moves(old, rows(tmp_path, worse, "another cpu; torch 2; commit a"))
-    assert [m.key[3] for m in moves if m.moved] == ["ours"]
-
-
-def test_compare_from_the_command_line(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "new").mkdir()
-    report.write_csv(tmp_path / "old" / "op.csv", [result("plain", 100), result("ours", 110)])
-    report.write_csv(tmp_path / "new" / "op.csv", [result("plain", 100), result("ours", 55)])
-    report.write_rows(tmp_path / "new" / "accuracy.csv", [{"table": "no times here"}])
-    arguments = ["--no-run", "--compare", str(tmp_path / "old" / "op.csv"), "--out", str(tmp_path / "new")]
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-    run.main()
-    shown = capsys.readouterr().out
-    assert "0.50" in shown
-    assert "2 compared by times: 1 moved" in shown
-    monkeypatch.setattr(sys, "argv", ["run.py", "--compare", str(tmp_path), "--out", str(tmp_path)])
-    with pytest.raises(SystemExit):  # the old results would be overwritten
-        run.main()
-
-
 def test_fitted_exponents() -> None:
     sizes = [10.0, 20.0, 40.0, 80.0]
-    power, error = fit.exponent(sizes, [3 * s**1.5 for s in sizes])
+    power, error = bench_scaling.exponent(sizes, [3 * s**1.5 for s in sizes])
     assert power == pytest.approx(1.5)
-    assert error == pytest.approx(0.0, abs=1e-9)
-    noisy = [3 * s**1.5 * factor for s, factor in zip(sizes, (1.1, 0.9, 1.1, 0.9), strict=True)]
-    power, error = fit.exponent(sizes, noisy)
+    assert error == pytest.approx(0.0, abs=1e-6)
+    factors = (1.1, 0.9, 1.1)
+    power, error = bench_scaling.exponent(
+        sizes[1:], [3 * s**1.5 * f for s, f in zip(sizes[1:], factors, strict=True)]
+    )
     assert 0 < abs(power - 1.5) < 2 * error
-    with pytest.raises(ValueError, match="three different sizes"):
-        fit.exponent([1.0, 2.0, 2.0], [1.0, 2.0, 2.0])
     # what a call costs at any size must not flatten the exponent
     sizes = [1.0, 10.0, 100.0, 1e3, 1e4, 1e5]
-    flat = [100 + s for s in sizes]
-    assert fit.exponent(*fit.larger_half(sizes, flat))[0] > 0.95 > fit.exponent(sizes, flat)[0]
-    assert math.isnan(bench_scaling.fits([1, 2, 4], [1.0, -1.0, 3.0], [1.0, 2.0, 4.0])[0])
+    assert bench_scaling.exponent(sizes, [100 + s for s in sizes])[0] > 0.95
+    assert math.isnan(bench_scaling.exponent([1, 2, 4], [1.0, -1.0, 3.0])[0])
 
 
 @pytest.mark.parametrize("op", [op for op, module in BENCHMARKS.items() if hasattr(module, "cases")])
@@ -235,14 +178,51 @@ def test_smallest_case_agrees_with_float64(op: str) -> None:
         variant.check()
 
 
-def test_smallest_training_step_agrees_with_float64() -> None:
-    module = BENCHMARKS["training"]
-    case, ways = module.case(module.QUICK[1])
-    assert {module.PLAIN, module.HEAD, module.MIDDLE, module.SAM} <= set(ways)
-    for variant in case.variants:
-        variant.check()
-    case, ways = module.case(module.QUICK[0])
-    next(v for v in case.variants if v.name == module.PAPER).check()
+def test_ways_to_train_agree_with_float64() -> None:
+    prepared = bench_training.prepare(bench_training.QUICK[1])
+    names = {v.name for v in prepared.case.variants}
+    assert {bench_training.PLAIN, bench_training.HEAD, bench_training.PAPER, bench_training.LOOKSAM} <= names
+    for variant in prepared.case.variants:
+        assert variant.check() <= variant.tolerance  # at any step, not the first one alone
+    assert names | set(prepared.missing) >= set(bench_training.INSIDE)
+    names = {v.name for v in bench_training.prepare(bench_training.QUICK[2]).case.variants}
+    assert bench_training.FEATURES in names
+
+
+def test_a_way_that_is_not_available_is_named(monkeypatch: Any) -> None:
+    inside = {"new": ("middle", {"method": "not yet"}), "one probe": ("middle", {"method": "hutchinson"})}
+    monkeypatch.setattr(bench_training, "INSIDE", inside)
+    prepared = bench_training.prepare(bench_training.QUICK[0])
+    assert "not yet" in prepared.missing["new"]
+    assert "one probe" in {v.name for v in prepared.case.variants}
+    inside["broken"] = ("middle", {"probe": 1})  # a mistake of the benchmark itself is no missing option
+    with pytest.raises(TypeError, match="probe"):
+        bench_training.prepare(bench_training.QUICK[0])
+
+
+def test_looksam_takes_two_passes_in_one_of_five_steps() -> None:
+    prepared = bench_training.prepare(bench_training.QUICK[0])
+    variant = next(v for v in prepared.case.variants if v.name == bench_training.LOOKSAM)
+    passes: list[int] = []
+    way = variant.step.__self__
+    way.model.register_forward_hook(lambda *_: passes.append(1))
+    variant.step()
+    assert (len(passes), variant.scale) == (6, 0.2)
+
+
+def test_momentum_sam_takes_its_gradients_along_the_momentum() -> None:
+    curvature = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = baselines.MomentumSAM([w], rho=0.5, lr=0.1, momentum=0.9)
+    point, momentum, moved = w.detach().clone(), torch.zeros(2).double(), torch.zeros(2).double()
+    for _ in range(4):
+        optimizer.zero_grad()
+        (curvature * w.square()).sum().backward()
+        optimizer.step()
+        momentum = 0.9 * momentum + 2 * curvature * (point + moved)
+        point = point - 0.1 * momentum
+        moved = 0.5 * momentum / momentum.norm()
+        torch.testing.assert_close(w.detach(), point + moved)
 
 
 @pytest.mark.parametrize("sweep", bench_scaling.SWEEPS, ids=lambda s: s.letter)
@@ -256,7 +236,7 @@ def test_smallest_sweep_agrees_with_float64(sweep: Any) -> None:
 def test_scaling_writes_a_plot(tmp_path: Path) -> None:
     sweep = bench_scaling.SWEEPS[0]
     small = bench_scaling.Sweep(sweep.title, sweep.letter, (16, 32, 64), sweep.build, sweep.law)
-    settings = common.Settings(quick=True, seconds=0.0, threads=(1,), out=tmp_path)
+    settings = cases.Settings(quick=True, seconds=0.0, threads=(1,), out=tmp_path)
     found = bench_scaling.measure(small, settings, 0.0)
     assert {r["size"] for r in found} == {16, 32, 64}
     assert all(r["law_exponent"] == pytest.approx(1.0, abs=0.2) for r in found)
@@ -278,10 +258,31 @@ def test_accuracy_is_that_of_the_stable_forms() -> None:
 
 def test_curvature_of_the_hidden_layer_agrees_with_float64() -> None:
     problem = bench_curvature.perceptron()
-    kappa, error = bench_curvature._reference(problem, 1)
-    assert error == 0.0
-    got = bench_curvature.value_only(problem, {"method": "exact", "max_bytes": 2**34})()[0]
-    assert float(got) == pytest.approx(kappa, rel=1e-4)
+    values = bench_curvature.references(problem, 1)
+    for way in (bench_curvature.EXACT, bench_curvature.GGN):
+        step = bench_curvature.value_only(problem, way)
+        assert bench_curvature.check(problem, way, step, values, 1) == 0.0
+    fisher = bench_curvature.value_only(problem, bench_curvature.FISHER)
+    assert bench_curvature.check(problem, bench_curvature.FISHER, fisher, values, 8) > 0.0
+    with pytest.raises(RuntimeError, match="instead of"):
+        bench_curvature.check(problem, bench_curvature.HUTCHINSON, lambda: (torch.zeros(()),), values, 2)
+    with pytest.raises(RuntimeError, match="instead of"):
+        bench_curvature.check(problem, bench_curvature.EMPIRICAL, fisher, values, 1)
+
+
+def test_the_batch_s_own_labels_in_float64() -> None:
+    """Sample by sample: the squared norm of W^T times the gradient of the weight."""
+    problem = bench_curvature.perceptron()
+    x, y = problem.x[:3].double(), problem.y[:3]
+    model = problem.model.double()
+    small = bench_curvature.Problem("small", model, problem.layer, x, y, False)
+    expected = 0.0
+    for k in range(3):
+        (gradient,) = torch.autograd.grad(
+            F.cross_entropy(model(x[k : k + 1]), y[k : k + 1]), problem.layer.weight
+        )
+        expected += float((problem.layer.weight.T @ gradient).detach().square().sum()) / 3
+    assert bench_curvature.own_labels(small) == pytest.approx(expected, rel=1e-12)
 
 
 def test_readme_table_is_made_from_the_csv(tmp_path: Path) -> None:
@@ -290,20 +291,22 @@ def test_readme_table_is_made_from_the_csv(tmp_path: Path) -> None:
         return report.Result(op, case, 1, variant, "plain", *numbers)
 
     heads = [("linear + CE (functions)", 1.0), ("FAMLoss", 1.234), ("Hutchinson to 1 % (9 probes)", 88.8)]
-    report.write_csv(tmp_path / "head_cross_entropy.csv", [of("head", "N=1 I=2 O=3", *h) for h in heads])
+    report.write_results(tmp_path / "head_cross_entropy.csv", [of("head", "N=1 I=2 O=3", *h) for h in heads])
     ways = [("plain", 1.0), ("FAM (head)", 1.002), ("FAM (head), by parts", 1.001), ("SAM", 2.0)]
-    report.write_csv(tmp_path / "training.csv", [of("training", "net", *w) for w in ways])
+    training = [of("training", "net", *w) for w in ways] + [of("training", "other", "plain", 1.0)]
+    report.write_results(tmp_path / "training.csv", training)
     lines = readme.text(tmp_path).splitlines()
-    assert "| N=1 I=2 O=3 | 100 µs |  | 1.23 |  |  |  |  |  | 88.8 |" in lines
-    assert "| net | 100 µs | 1.002 | 1.001 |  |  | 2.00 |  |" in lines
+    assert "| N, I, O | linear + CE (functions) | `FAMLoss` | Hutchinson to 1 % |" in lines
+    assert "| N=1 I=2 O=3 | 100 µs | 1.23 | 88.8 |" in lines
+    assert "| net | 100 µs | 1.002 | 1.001 | 2.00 |" in lines
+    assert "| other | 100 µs |  |  |  |" in lines
 
 
-def test_readme_shows_the_committed_run() -> None:
-    before, shown, after = readme.split((ROOT / "README.md").read_text())
+def test_page_shows_the_committed_run() -> None:
+    before, shown, after = readme.split((ROOT / readme.PAGE).read_text())
     assert before.endswith(readme.MARKS[0])
     assert after.startswith(readme.MARKS[1])
-    if list((ROOT / readme.RESULTS).glob("*.csv")):
-        assert shown.strip("\n") == readme.text(ROOT / readme.RESULTS)
+    assert shown.strip("\n") == readme.text(ROOT / readme.RESULTS)
 
 
 def test_terminal_shows_one_table_for_an_operation(capsys: Any) -> None:

@@ -272,7 +272,7 @@ with cuda_host_library.kernels_on_the_host():
     for classes in ("3", "40"):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code.replace("CLASSES", classes)],
-            cwd=Path(__file__).parent,
+            cwd=Path(cuda_host_library.__file__).parent,
             capture_output=True,
             text=True,
             timeout=300,

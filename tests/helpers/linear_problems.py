@@ -93,6 +93,28 @@ def differentiate(function: Any, inputs: Any, upstream: Tensor | None = None) ->
     return loss.detach(), flatness, *grads
 
 
+def cancelling_parts(
+    inputs: Any, target: Tensor, options: dict[str, Any], upstream: Tensor
+) -> list[Tensor | None]:
+    """For smoothed targets, the sizes of what the three gradients are differences of: those by z are c (p - q), and p may be q.
+
+    p + q is at most |p - q| + 2 p. With class indices p - q is formed as -(1 - p), which loses nothing.
+    """
+    if not options.get("label_smoothing"):
+        return [None] * 3
+    x, weight, bias = (t.detach().double() for t in inputs)
+    phi, y = x.reshape(target.numel(), weight.shape[1]), target.reshape(-1)
+    z = F.linear(phi, weight, bias).requires_grad_()
+    known = ("class_weight", "ignore_index", "label_smoothing", "reduction")
+    options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items() if k in known}
+    c = cross_entropy_coefficients(z, y, **options)
+    ce = F.cross_entropy(z, y, options.pop("class_weight", None), **options)
+    of_rows = upstream.double().reshape(-1)
+    (dz,) = torch.autograd.grad(ce, z, of_rows.reshape(ce.shape))
+    parts = dz.abs() + 2 * (c * of_rows).detach().abs()[:, None] * z.detach().softmax(1)
+    return [(parts @ weight.abs()).reshape(x.shape), parts.T @ phi.abs(), parts.sum(0)]
+
+
 def on_grid(*sizes: int) -> Tensor:
     """Numbers with few digits: products and sums of them are exact in float32."""
     return torch.randint(-8, 9, sizes).float() / 8

@@ -31,10 +31,10 @@ from fam_ext.derivatives import verdicts
 from fam_ext.derivatives.nodes import bare
 from fam_ext.errors import UnsupportedError
 from fam_ext.hessian import exact
-from fam_ext.hessian.products import Curvature, LayerCall, products
+from fam_ext.hessian.products import LayerCall, LayerHessian, products
 from fam_ext.layers.linear_map import LinearMap
 
-CASES: list[Case] = [
+ALL: list[Case] = [
     *verified_cases_norms.CASES,
     *verified_cases_activations.CASES,
     *verified_cases_spatial.CASES,
@@ -43,6 +43,7 @@ CASES: list[Case] = [
     *verified_cases_models.CASES,
     *verified_cases_losses.CASES,
 ]
+CASES = [case for case in ALL if not case.missing]
 REFUSED: list[Refused] = verified_cases_refused.CASES
 
 # Differences of fourth order: truncation is of order step^4 in units of the distance to the next singularity, rounding eps / step
@@ -96,7 +97,7 @@ class Problem:
         z.grad_fn.metadata[(key, 0)] = None
         call = LayerCall(get_gradient_edge(z), self.x, tuple(z.shape), z.dtype)
         loss = self.loss(z)
-        ((calls, between),) = graph_walk.find(loss, [key])
+        ((calls, between, *_),) = graph_walk.find(loss, [key])
         assert len(calls) == 1
         return loss, call, between
 
@@ -105,7 +106,7 @@ class Problem:
         loss, call, between = self.forward()
         correct, _ = verdicts.check("kappa", between)
         layer = LinearMap("kappa", self.layer)
-        curvature = Curvature(layer, self.layer.weight, [call])
+        curvature = LayerHessian(layer, self.layer.weight, [call])
         with products(loss, [curvature], correct):
             parts = exact.exact(curvature, "batch", weighted=True, chunk=chunk, backend="auto")
             return torch.stack([part.sum() for part in parts]).sum()

@@ -18,7 +18,7 @@ class Case:
 
     `build` makes it, with its parameters, from torch's default dtype and generator. Its result is wrapped in a smooth loss that
     is not quadratic, or with `is_loss` is the loss. With `float32` it is also held against its double in float32, where torch
-    takes another kernel.
+    takes another kernel. `needs` is the function of torch.nn.functional that not every supported torch has.
     """
 
     op: str
@@ -27,6 +27,11 @@ class Case:
     variant: str = ""
     is_loss: bool = False
     float32: bool = False
+    needs: str = ""
+
+    @property
+    def missing(self) -> bool:
+        return self.needs != "" and not hasattr(torch.nn.functional, self.needs)
 
     @property
     def id(self) -> str:
@@ -35,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Refused:
-    """An operation that kappa is refused for: the key of graph.REFUSED, and the case that the error's way out is."""
+    """An operation that kappa is refused for: the key of verdicts.REFUSED, and the case that the error's way out is."""
 
     case: Case
     node: str

@@ -114,11 +114,12 @@ CASES = [
         variant="reduction none",
         t=lambda: labels(4, 5),
     ),
-    _of(
+    Case(
         "F.linear_cross_entropy",
-        lambda m, z: F.linear_cross_entropy(z, m.w, m.t),
-        t=lambda: labels(3, 5),
-        w=lambda: param(3, 4),
+        lambda: Tail(lambda m, z: F.linear_cross_entropy(z, m.w, m.t), t=labels(3, 5), w=param(3, 4)),
+        (5, 4),
+        is_loss=True,
+        needs="linear_cross_entropy",
     ),
     _of("NLLLoss", lambda m, z: F.nll_loss(z.log_softmax(-1), m.t), t=lambda: labels(4, 5)),
     _of(

@@ -74,6 +74,10 @@ CASES = [
         "LocalResponseNorm 2-d",
     ),
     Refused(
+        Case("linalg.ldl_factor", lambda: lambda z: torch.linalg.ldl_factor(z @ z.mT).LD),
+        "torch::autograd::NotImplemented",
+    ),
+    Refused(
         Case("logcumsumexp", lambda: lambda z: z.logcumsumexp(-1)),
         "LogcumsumexpBackward",
         "logcumsumexp written out",

@@ -32,6 +32,13 @@ def _mixture(m: Tail, z: Tensor) -> Tensor:
     return out
 
 
+def _grouped(m: Tail, z: Tensor) -> Tensor:
+    """A product for each group of rows, as experts take it; torch's single operation has no float64."""
+    if z.dtype == torch.float64:
+        return torch.cat([z[:1] @ m.weight[0], z[1:] @ m.weight[1]])
+    return F.grouped_mm(z, m.weight, offs=torch.tensor([1, 4], dtype=torch.int32))
+
+
 MOVES = [
     of("view, reshape", lambda z: z.view(2, 8).reshape(8, 2).flatten(0, 1).unflatten(0, (4, 4))),
     of(
@@ -48,6 +55,12 @@ MOVES = [
     of("tile", lambda z: z.tile(2, 2)),
     of("cat, stack", lambda z: torch.cat([z, torch.stack([z[0], z[2]]).sin()])),
     of("split, chunk, unbind", lambda z: z.split(2)[0] * z.chunk(2)[1] * z.unbind(0)[0]),
+    of(
+        "split",
+        lambda z: z.split([1, 3])[0] * z.split([3, 1])[1] + torch.split(z, [1, 3], 1)[1].sum(),
+        variant="of sizes",
+    ),
+    of("tensor_split", lambda z: z.tensor_split([1, 3])[1] * z.tensor_split(2, 1)[0].sum()),
     of("slice, select", lambda z: z[1:, ::2] * z[0, 1]),
     of("narrow", lambda z: z.narrow(0, 1, 2)),
     of("roll, flip, rot90", lambda z: z.roll(1, 0) * z.flip(1) * z.rot90()),
@@ -155,6 +168,7 @@ PRODUCTS = [
 CASES: list[Case] = [
     *MOVES,
     *PRODUCTS,
+    Case("F.grouped_mm", lambda: Tail(_grouped, weight=nn.Parameter(torch.randn(2, 4, 4))), float32=True),
     Case(
         "mixture of experts",
         lambda: Tail(

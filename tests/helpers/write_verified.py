@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -65,13 +66,15 @@ def collect(cases: Iterable[Case]) -> Nodes:
 
 
 def module(table: Nodes) -> str:
-    names = sorted(set().union(*(torchs for _, torchs, _ in table)))
+    nodes = set().union(*(torchs for _, torchs, _ in table))
+    names = sorted(_short(node) for node in nodes if node.endswith("Backward"))
+    others = "".join(f'    "{node}",\n' for node in sorted(nodes) if not node.endswith("Backward"))
     return (
         '"""Autograd nodes whose third derivative has been compared with finite differences in float64.\n\n'
         f'Written by tests/helpers/write_verified.py with torch {TORCH}; docs/verified-ops.md says for which operations.\n"""\n\n'
-        f'TORCH = "{TORCH}"\n\nVERIFIED: frozenset[str] = frozenset(\n    {{\n'
-        + "".join(f'        "{name}",\n' for name in names)
-        + "    }\n)\n"
+        f'TORCH = "{TORCH}"\n\n_NODES = """\n{textwrap.fill(" ".join(names), 128, break_on_hyphens=False)}\n"""\n'
+        'VERIFIED: frozenset[str] = frozenset(f"{name}Backward" for name in _NODES.split()) | {\n'
+        f"{others}}}\n"
     )
 
 
@@ -93,6 +96,12 @@ def document(table: Nodes) -> str:
     lines.append("\n## Refused\n\n| autograd node | why | way out |\n|---|---|---|\n")
     lines += [
         f"| {node} | {why} | {way_out} |\n" for node, (why, way_out) in sorted(verdicts.REFUSED.items())
+    ]
+    lines.append(
+        "\n## Refused by older versions\n\n| autograd node | right since torch | before |\n|---|---|---|\n"
+    )
+    lines += [
+        f"| {node} | {first} | {why}; {way_out} |\n" for node, (first, why, way_out) in verdicts.SINCE.items()
     ]
     lines.append("\n## By operation\n\nCorrected nodes in bold.\n\n")
     lines.append("| operation | with | autograd nodes | status |\n|---|---|---|---|\n")

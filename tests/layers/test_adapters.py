@@ -87,4 +87,4 @@ def test_the_model_finds_the_wrapper() -> None:
     net = network()
     assert FAMLoss.for_model(nn.CrossEntropyLoss(), net, strength=0.1).layer is net[4]
     several = FAMLoss.for_model(nn.CrossEntropyLoss(), net, "*", strength=0.1)
-    assert [p.module for p in several.parts] == [net[0], net[2], net[4]]
+    assert [p.module for p in several.terms] == [net[0], net[2], net[4]]

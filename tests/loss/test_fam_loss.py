@@ -209,7 +209,7 @@ def test_state_and_schedule() -> None:
 
 def test_target_ratio() -> None:
     net, (x, y) = network(), batch()
-    criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], schedules.TargetRatio(0.25))
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], schedules.TargetRatio(0.25, maximum=100.0))
     total = criterion(net(x), y)
     torch.testing.assert_close(total.detach(), 1.25 * criterion.last.loss)
     restored = FAMLoss(nn.CrossEntropyLoss(), net[2], schedules.TargetRatio(0.25))

@@ -187,18 +187,15 @@ def test_hutchinson_converges(name: str, measure: str, per_sample_probes: bool |
     case = CASES[name]()
     options: dict[str, Any] = {"measure": measure, "per_sample_probes": per_sample_probes}
     exact = run(case, RelativeFlatness(nn.CrossEntropyLoss(), case.layer, method="exact", measure=measure))
-    criterion = RelativeFlatness(
-        nn.CrossEntropyLoss(), case.layer, method="hutchinson", probes=100, **options
-    )
-    value = run(case, criterion)
-    assert criterion.standard_error is not None and criterion.plan.products == 100
-    assert abs(value - exact) < 4 * criterion.standard_error
+    criterion = RelativeFlatness(nn.CrossEntropyLoss(), case.layer, method="hutchinson", probes=5, **options)
+    values = [run(case, criterion) for _ in range(25)]
+    assert criterion.standard_error is not None and criterion.plan.products == 5
     weight = case.layer.weight
-    (g,), (e,) = (torch.autograd.grad(v, weight) for v in (value, exact))
-    # the estimate's gradient has the spread of the estimate, up to the few powers of the weight in it
-    assert abs(((g - e) * weight).sum()) < 30 * criterion.standard_error
-    again = RelativeFlatness(nn.CrossEntropyLoss(), case.layer, method="hutchinson", probes=100, **options)
-    assert run(case, again) == value  # the same seed
+    along = [(torch.autograd.grad(v, weight)[0] * weight).sum() for v in (*values, exact)]
+    for estimates, truth in ((torch.stack(values).detach(), exact), (torch.stack(along[:-1]), along[-1])):
+        assert abs(estimates.mean() - truth) < 4 * estimates.std() / 5
+    again = RelativeFlatness(nn.CrossEntropyLoss(), case.layer, method="hutchinson", probes=5, **options)
+    assert run(case, again) == values[0]  # the same seed
 
 
 @pytest.mark.parametrize("method", ["exact", "auto"])
@@ -297,7 +294,7 @@ def test_positive_forms_with_statistics_held(make: Callable[[], Case], curvature
 def test_positive_forms_refuse_interacting_samples() -> None:
     case = mlp_batch_norm()
     with pytest.raises(UnsupportedError, match=r"samples interact.*eval\(\)"):
-        run(case, RelativeFlatness(nn.CrossEntropyLoss(), case.layer, curvature="ggn"))
+        run(case, RelativeFlatness(nn.CrossEntropyLoss(), case.layer, curvature="ggn", hold_statistics=False))
     with pytest.raises(UnsupportedError, match="no closed form is known"):
         RelativeFlatness(nn.HuberLoss(), case.layer, curvature="ggn")
 

@@ -125,7 +125,7 @@ def test_by_name() -> None:
     ce = nn.CrossEntropyLoss()
     total = FAMLoss(ce, [net.first, net.left, net.right], 0.3)(net(x), y)
     by_name = FAMLoss.for_model(ce, net, ["first", "[lr]*t"], strength=0.3)
-    assert [part.module for part in by_name.parts] == [net.first, net.left, net.right]
+    assert [part.module for part in by_name.terms] == [net.first, net.left, net.right]
     torch.testing.assert_close(by_name(net(x), y), total)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,9 +138,52 @@ def test_short_and_long_way_agree(unusual: str, monkeypatch: pytest.MonkeyPatch)
         )
 
     short = step()
-    monkeypatch.setattr("fam_ext.loss.fam_loss.ordinary_step", lambda *_: None)
+    monkeypatch.setattr("fam_ext.head.one_pass.ordinary_step", lambda *_: None)
     long = step()
     assert short == long if isinstance(long, str) else torch.equal(short, long)  # type: ignore[arg-type]
     assert isinstance(long, str) == (
         unusual in ("earlier call", "changed input", "changed output", "other weight")
     )
+
+
+class Skipping(nn.Module):
+    """Two blocks, the second of which a step may skip, as LayerDrop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
+        x = self.first(x).tanh()
+        return self.head(x if skip else x + self.second(x).tanh())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "exact"}, {"method": "hutchinson"}, {"curvature": "ggn"}, {"curvature": "fisher"}],
+    ids=str,
+)
+@pytest.mark.parametrize("criterion_is_known", [True, False])
+def test_a_layer_that_a_step_skips_counts_nothing(options: dict[str, Any], criterion_is_known: bool) -> None:
+    if not criterion_is_known and "curvature" in options:
+        return
+    net, (x, y) = Skipping(), batch()
+    ce: Any = nn.CrossEntropyLoss() if criterion_is_known else lambda z, t: F.cross_entropy(z, t)
+    alone = FAMLoss(ce, net.second, 0.5, **options)
+    expect("was not called", lambda: alone(net(x, skip=True), y))  # nothing tells that it ever will be
+    alone(net(x), y)
+    total = alone(net(x, skip=True), y)
+    torch.testing.assert_close(total, F.cross_entropy(net(x, skip=True), y))
+    assert alone.last.flatness == 0 and alone.plan.method == "unused"
+    total.backward()
+    alone(net(x), y)
+    assert alone.last.flatness != 0
+    alone.detach()
+    both = FAMLoss(ce, [net.first, net.second], 0.5, **options, generator=torch.Generator().manual_seed(0))
+    one = FAMLoss(ce, net.first, 0.5, **options, generator=torch.Generator().manual_seed(0))
+    both(net(x), y)
+    one(net(x), y)
+    both.options.generator and both.options.generator.manual_seed(1)
+    one.options.generator and one.options.generator.manual_seed(1)
+    out = net(x, skip=True)
+    torch.testing.assert_close(both(out, y), one(out, y))

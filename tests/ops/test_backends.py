@@ -109,6 +109,7 @@ def test_choose_is_traced_whole_by_torch_compile() -> None:
         (["8.0", "9.0+PTX"], (10, 0), True),
         (["8.0", "9.0+PTX"], (7, 5), False),
         (["9.0a"], (9, 0), True),
+        (["Hopper"], (9, 0), False),
         ([], (9, 0), False),
     ],
 )

@@ -10,13 +10,19 @@ from allocations import peak_memory
 from gram_problems import PROBLEMS, apply, by_patches, oracle, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import DTYPES, LAYOUTS, make_input, needs_native
+from inputs import DTYPES, LAYOUTS, make_input
 from tolerance import assert_accurate
 
 from fam_ext.ops.gram_trace import choose_form, gram_trace
 from fam_ext.ops.reference import gram_trace as reference
 
 FORMS = ["direct", "gram"]
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request):
+    """Nothing of this operation is compiled: both are there on every build."""
+    return request.param
 
 
 def run(x, factors, weight, options, upstream=None, **kwargs):
@@ -67,7 +73,6 @@ def test_value_and_gradients(name, form, weighted, backend):
                 torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-11)
 
 
-@needs_native
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_both_ways_to_the_products_of_patches(name):
     """Which one is taken depends on the sizes; here both serve every problem, several samples in a chunk or one."""
@@ -93,7 +98,8 @@ def test_both_ways_to_the_products_of_patches(name):
     for form, max_bytes in itertools.product(("direct", "gram_shifts", "gram_patches"), (1, 2**26)):
         inputs = [t.detach().clone().requires_grad_() for t in (x, factors, gram)]
         values, _ = torch.ops.fam_ext.gram_trace(*inputs, *window, form, max_bytes, True)
-        results.append((values, *torch.autograd.grad(values.square().sum(), inputs)))
+        # scaled: entries of up to 1e7 cancel to a few tens, and atol would be less than an eps of the largest
+        results.append((values, *torch.autograd.grad(1e-3 * values.square().sum(), inputs)))
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-10)
@@ -158,7 +164,6 @@ def test_mixed_dtypes(backend):
             check(*mixed, options, backend, form)
 
 
-@needs_native
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_problem(data):
@@ -271,7 +276,6 @@ def test_inputs_are_not_written(backend):
             assert t._version == version and torch.equal(t, kept)
 
 
-@needs_native
 @pytest.mark.parametrize("form", FORMS)
 def test_results_do_not_depend_on_the_chunks(form):
     x, factors, weight, options = tensors("2d", 2, samples=7)
@@ -282,7 +286,6 @@ def test_results_do_not_depend_on_the_chunks(form):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@needs_native
 @pytest.mark.parametrize("form", FORMS)
 def test_memory_is_bounded(form):
     """Beyond gradients and what is kept, max_bytes: far less than the patches of all samples, or their Gram matrices."""
@@ -325,7 +328,6 @@ def test_compiles_to_one_graph(form, dynamic, backend):
             torch.testing.assert_close(a, b)
 
 
-@needs_native
 def test_second_derivative_is_refused():
     x, factors, weight, options = tensors("tokens")
     x.requires_grad_()

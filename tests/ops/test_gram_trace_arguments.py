@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from inputs import needs_native
 
 from fam_ext.ops.gram_trace import gram_trace
 
@@ -41,7 +40,6 @@ def test_bad_arguments(args, kwargs, error, match):
         gram_trace(*args, **kwargs)
 
 
-@needs_native
 def test_operator_checks_its_own_arguments():
     x, s = torch.zeros(2, 1, 3, 5), torch.zeros(1, 2, 1, 4, 5)
     call = lambda x, s, gram=None, form="direct": torch.ops.fam_ext.gram_trace(  # noqa: E731

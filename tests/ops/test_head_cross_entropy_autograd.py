@@ -90,6 +90,16 @@ def test_upstream_one_hands_out_the_gradients_as_they_are() -> None:
         torch.testing.assert_close(half, 0.5 * expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("upstream", [-1.0, 0.0, 2.0, 0.3])
+def test_upstream_gradients(upstream: float, backend: str) -> None:
+    """Any number is a factor, its sign included."""
+    inputs = make_problem()
+    loss, _ = head_cross_entropy(*inputs, Y, backend=backend)
+    expected = [upstream * g for g in torch.autograd.grad(loss, inputs, retain_graph=True)]
+    (upstream * loss).backward()
+    torch.testing.assert_close([t.grad for t in inputs], expected)
+
+
 @needs_native
 def test_backward_twice_accumulates() -> None:
     """The first backward's .grad must not be the saved gradient, which the second would add to."""

@@ -157,6 +157,7 @@ SAMPLES: dict[str, list[Any]] = {
         lambda: head((4, 3, 5), 6, "strided", True, target=SOFT, requires_grad=(False, False, True)),
         lambda: head((4, 3, 5), 6, "sliced", True, curvature_grad=False, requires_grad=(True, True, False)),
         lambda: head((6, 3), 2, "contiguous", True, dtype=F32),
+        lambda: head((6, 3), 2, "transposed", True, dtype=torch.float16),
         lambda: head((0, 3), 2, "contiguous", True, mean=False),  # the mean is nan
     ],
     "head_cross_entropy_forward": [
@@ -166,6 +167,7 @@ SAMPLES: dict[str, list[Any]] = {
         lambda: head_forward((4, 3, 5), 6, "strided", True, target=SOFT, needs=(False, True, True)),
         lambda: head_forward((4, 3, 5), 6, "expanded", True, curvature_grad=False),
         lambda: head_forward((0, 3), 2, "contiguous", False, mean=False),
+        lambda: head_forward((2, 4, 3, 5), 6, "transposed", False, dtype=torch.float16),
     ],
     "gram_trace": [
         lambda: gram(*PAIRS, "direct"),

@@ -13,6 +13,7 @@ from full_hessian import relative_flatness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, LAYOUTS, confident_logits, make_input, needs_native
+from loss_scaling import GAPS, assert_scales_like_torch, confident_head
 from tolerance import assert_accurate, relative_error
 from torch import Tensor
 
@@ -103,6 +104,23 @@ def test_layouts_and_dtypes(layout: str, dtypes: Any, form: str) -> None:
 )
 def test_several_blocks_of_rows(form: str, rows: int, classes: int) -> None:
     check(make_input((rows, classes)), make_input((classes, 3), seed=1), form, "native")
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gap", GAPS)
+def test_gradients_under_a_loss_scale(gap: float, dtype: torch.dtype, form: str) -> None:
+    """kappa of a mean over many rows: the backward pass knows the whole factor, and rounds once."""
+    (logits, features, weight), _ = confident_head(16384, 20, 4, gap, dtype)
+
+    def kappa(backend: str) -> Any:
+        def value(z: Tensor, w: Tensor) -> Tensor:
+            trace = softmax_trace(z, w, form=form, backend=backend)
+            return (features.to(trace).square().sum(1) * trace).mean()
+
+        return value
+
+    assert_scales_like_torch(kappa("native"), kappa("reference"), (logits, weight))
 
 
 @needs_native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -138,6 +139,7 @@ class FakeTorch:
     """What build_config.cuda asks of torch."""
 
     __version__ = "2.13.0"
+    utils = torch.utils
 
     class version:
         cuda: str | None = "13.0"
@@ -157,14 +159,69 @@ class FakeTorch:
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A CUDA_HOME whose nvcc says that it is 13.0, and an environment that asks for nothing."""
-    nvcc = tmp_path / "bin/nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
-    nvcc.chmod(0o755)
-    for name in ("FAM_EXT_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"):
+    home = tmp_path / "toolkit"
+    script(
+        home / "bin/nvcc",
+        f"""case "$1" in
+            --dryrun) echo '#$ _SPACE_= ' >&2; echo '#$ TOP={home}/bin/..' >&2 ;;
+            *) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;
+        esac""",
+    )
+    (home / "include").mkdir()
+    (home / "include/cuda_runtime.h").touch()
+    for name in ("FAM_EXT_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(name, "")  # undone with everything that build_config sets
         monkeypatch.delenv(name)
-    return str(tmp_path)
+    return str(home)
+
+
+def script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_the_toolkit_is_the_one_that_nvcc_takes(
+    toolkit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nvcc in PATH is a script that calls the toolkit's, the folder above it is not the toolkit, as torch would guess."""
+    script(tmp_path / "wrapper/bin/nvcc", f'exec {toolkit}/bin/nvcc "$@"')
+    guess = str(tmp_path / "wrapper")
+    monkeypatch.setenv("PATH", f"{guess}/bin", prepend=os.pathsep)
+    assert build_config.cuda_home(guess) == toolkit
+    assert build_config.cuda(FakeTorch, build_config.cuda_home(guess))[0] == "13.0"
+    monkeypatch.setenv("CUDA_HOME", "/named")
+    assert build_config.cuda_home("/named") == "/named"
+    monkeypatch.delenv("CUDA_HOME")
+    script(tmp_path / "broken/bin/nvcc", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}/broken/bin", prepend=os.pathsep)
+    assert build_config.cuda_home("/guess") == "/guess"
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert build_config.cuda_home(None) is None
+
+
+def test_a_folder_without_headers_is_not_compiled_with(
+    toolkit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (Path(toolkit) / "include/cuda_runtime.h").unlink()
+    release, _, reason = build_config.cuda(FakeTorch, toolkit)
+    assert release is None
+    assert reason == f"{toolkit} has nvcc but no CUDA headers (set CUDA_HOME to the folder of the toolkit)"
+    headers = Path(toolkit) / "targets/x86_64-linux/include"  # where conda has them
+    headers.mkdir(parents=True)
+    (headers / "cuda_runtime.h").touch()
+    assert build_config.cuda(FakeTorch, toolkit)[0] == "13.0"
+
+
+def test_names_of_architectures_are_recorded_as_numbers(
+    toolkit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    recorded = build_config.cuda(FakeTorch, toolkit)[1]
+    assert recorded == ["9.0+PTX"]
+    assert backends.runs_on(recorded, (9, 0)) and not backends.runs_on(recorded, (8, 0))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere 10.0a")
+    assert build_config.cuda(FakeTorch, toolkit)[1] == ["8.0", "8.6+PTX", "10.0a"]
 
 
 def test_cuda_is_compiled_where_it_can_be(toolkit: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +241,8 @@ def test_why_cuda_is_not_compiled(toolkit: str, monkeypatch: pytest.MonkeyPatch)
 
     home: str | None = None
     assert reason() == "no nvcc was found (CUDA_HOME)"
+    home = "/nothing"
+    assert reason() == "no nvcc was found in /nothing/bin (CUDA_HOME)"
     home = toolkit
     monkeypatch.setattr(FakeTorch.version, "cuda", "12.6")
     assert reason() == "nvcc is CUDA 13.0, torch 2.13.0 was built with CUDA 12.6"

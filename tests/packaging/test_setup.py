@@ -200,8 +200,18 @@ def test_the_session_stops_without_the_compiled_library(pure_wheel: Path, tmp_pa
     folder = installed(pure_wheel, tmp_path)
     (folder / "fam_ext/_build.json").unlink()
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("test_*", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)  # pytest's settings
     (folder / "tests/test_nothing.py").write_text("def test_nothing(): pass\n")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "pythonpath=tests/helpers",
+        "tests",
+    ]
     env = {key: value for key, value in os.environ.items() if key != "FAM_EXT_TEST_BACKEND"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 3, done.stdout

@@ -1,0 +1,232 @@
+"""Noise under which the expected loss is loss + strength * kappa: no second derivative is ever taken.
+
+A weight perturbed by Delta = W eps with E[vec eps vec eps^T] = 2 strength 1 (eps is (I, I), one for every group) has the expected
+loss loss + strength kappa + O(strength^2), since kappa = Tr((W W^T x 1) H); and so has its gradient. With
+eps = sqrt(2 strength) a b^T, a and b independent, E[a a^T] = E[b b^T] = 1, no matrix of the weight's size is needed:
+Delta phi = (W a) (b^T phi).
+
+- Linear layers, and convolutions whose kernel is 1: (W a) (b^T phi) = W (a (b^T phi)), so it is the layer's input that is
+  perturbed, phi + sqrt(2 strength) a (b^T phi), and the layer does the rest. a and b are signs.
+- A linear layer with one row per sample: phi + sqrt(2 strength) |phi| a, that is b = phi / |phi|.
+- Other convolutions: z + sqrt(2 strength) (W a) (b^T phi). a are signs, b = sqrt(K) r u^T with signs r of the input channels and
+  u that picks one of the K places of the kernel: b^T phi is a sum over channels, then a shift. A kernel b of independent signs
+  takes a whole convolution for it, and the estimates of kappa spread as much.
+
+Every sample has a draw of its own, uncorrelated with the others', or all share one. Where samples interact after the layer
+(batch_norm in training mode) own draws give kappa without the terms between different samples, a shared draw all of it.
+
+Sources: feature robustness (Petzka et al. 2021, arXiv 2001.00939); the same for the trace is noise stability optimization
+(Zhang et al. 2024, arXiv 2306.08553).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fam_ext import _checks
+from fam_ext._dtypes import accumulation_dtype
+from fam_ext.layers.linear_map import LinearMap
+
+# Different a in a batch, where W a costs a product: samples with the same a still have uncorrelated draws, by b. Estimates of
+# kappa spread no more with 16 than with one for each of 64 samples.
+DIFFERENT = 16
+# the signs that the bits of a byte stand for, (256, 8)
+_BYTE_SIGNS = torch.tensor(
+    [[1.0 - 2 * (byte >> k & 1) for k in range(8)] for byte in range(256)], device="cpu"
+)
+
+
+class Draw(NamedTuple):
+    """eps / sqrt(2 strength) = a b^T of S samples, S = 1 where all share it. None of its tensors requires grad."""
+
+    left: Tensor  # a, (S, groups, I); (at most DIFFERENT, groups, I) where the output is perturbed: sample i has row i % len
+    channels: (
+        Tensor | None
+    )  # b, or its factor r of the input channels, (S, groups, C/groups); None: b = phi / |phi|
+    place: Tensor | None  # sqrt(K) u, (S, groups, 1, *kernel), where the output is perturbed
+
+    @property
+    def samples(self) -> int:
+        """S."""
+        return len(self.left if self.channels is None else self.channels)
+
+
+def on_input(layer: LinearMap) -> bool:
+    """Whether it is the layer's input that is perturbed rather than its output."""
+    return layer.linear or math.prod(layer.module.kernel_size) == 1
+
+
+def one_row(layer: LinearMap, features: Tensor) -> bool:
+    """Whether each sample is one row of a linear layer."""
+    return layer.linear and features.dim() <= 2
+
+
+def draw(
+    layer: LinearMap, features: Tensor, generator: torch.Generator | None = None, shared: bool = False
+) -> Draw:
+    """Random numbers for the samples of `features`, of their device and dtype.
+
+    `generator` None is the device's global one. With `shared` all samples have the same eps.
+    """
+    samples = 1 if shared else layer.samples(features.shape)
+    groups, channels = layer.groups, layer.inputs // layer.groups
+    if one_row(layer, features) and not shared:
+        return Draw(signs((samples, 1, channels), features, generator), None, None)
+    if on_input(layer):
+        both = signs((2, samples, groups, channels), features, generator)
+        return Draw(both[0], both[1], None)
+    kernel = layer.module.kernel_size
+    places = math.prod(kernel)
+    left = signs((min(samples, DIFFERENT), groups, layer.fan_in), features, generator)
+    of_channels = signs((samples, groups, channels), features, generator)
+    index = torch.randint(0, places, (samples, groups, 1), generator=generator, device=features.device)
+    place = features.new_zeros(samples, groups, places).scatter_(2, index, math.sqrt(places))
+    return Draw(left, of_channels, place.reshape(samples, groups, 1, *kernel))
+
+
+def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """+1 and -1 with equal probability, of the device and dtype of `like`."""
+    if type(like) is Tensor and like.device.type == "cpu" and not torch.compiler.is_compiling():
+        # eight signs from one random number: the CPU's generator is what costs
+        count = math.prod(shape)
+        bytes_ = torch.randint(
+            0, 256, (-(-count // 8),), dtype=torch.int32, generator=generator, device="cpu"
+        )
+        return F.embedding(bytes_, _BYTE_SIGNS).flatten()[:count].reshape(*shape).to(like.dtype)
+    bits = torch.randint(0, 2, tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
+    return bits.mul_(2).sub_(1)
+
+
+def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: float | Tensor) -> Tensor:
+    """phi + eps phi for the features phi, a new tensor of their dtype; for layers that are perturbed there (:func:`on_input`).
+
+    `strength` is at least 0; as a 0-d tensor it may change without torch.compile compiling again.
+    """
+    scale = _amplitude(strength)
+    if features.numel() == 0:
+        return features
+    with _without_autocast(features):
+        if drawn.channels is None:
+            length = torch.linalg.vector_norm(
+                features, dim=-1, keepdim=True, dtype=accumulation_dtype(features)
+            )
+            left = drawn.left.reshape(features.shape)
+            return torch.addcmul(features, (length * scale).to(features.dtype), left)
+        rows = _rows(layer, features, layer.inputs, len(drawn.left))
+        left = (drawn.left * scale).to(features.dtype).expand(*rows.shape[:3])
+        perturbed = _add_rank_one(rows, left, drawn.channels.expand(*rows.shape[:3]))
+        return _whole(layer, perturbed, features.shape)
+
+
+def perturb_output(
+    layer: LinearMap, drawn: Draw, features: Tensor, weight: Tensor, output: Tensor, strength: float | Tensor
+) -> Tensor:
+    """z + W eps phi for the layer's output z, a new tensor of its dtype and layout; for the other layers.
+
+    `weight` is the one that the layer used, in the module's layout. `strength` as in :func:`perturb_input`.
+    """
+    scale = _amplitude(strength)
+    if output.numel() == 0:
+        return output
+    assert drawn.channels is not None and drawn.place is not None
+    with _without_autocast(output):
+        dtype, samples = output.dtype, layer.samples(output.shape)
+        rows = _rows(layer, features.to(dtype), layer.inputs, samples)
+        inner = _inner(rows, drawn.channels.to(dtype).expand(*rows.shape[:3]))
+        inner = inner.reshape(samples, layer.groups, *features.shape[-layer.spatial :])
+        place = drawn.place.to(dtype)  # the shift
+        inner = layer.apply(inner, place[0]) if len(place) == 1 else layer.apply_each(inner, place)
+        canonical = layer.canonical(weight).to(dtype)  # (groups, O/groups, I)
+        left = (drawn.left * scale).to(dtype).transpose(0, 1)
+        outer = torch.bmm(left, canonical.transpose(1, 2)).transpose(0, 1)  # W a, (S, groups, O/groups)
+        if 1 < len(outer) < samples:
+            outer = outer.repeat(-(-samples // len(outer)), 1, 1)[:samples]
+        z = _rows(layer, output, layer.outputs, samples)
+        perturbed = _add_outer(z, outer.expand(*z.shape[:3]), inner.flatten(2))
+        return _whole(layer, perturbed, output.shape)
+
+
+def _amplitude(strength: float | Tensor) -> float | Tensor:
+    if isinstance(strength, Tensor):
+        return (2 * strength.detach()).sqrt()
+    if not (math.isfinite(strength) and strength >= 0):
+        _checks.bad_value(
+            "method='noise'", "strength", "finite and at least 0 (it is the noise's variance)", strength
+        )
+    return math.sqrt(2 * strength)
+
+
+def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """What is added to a tensor is formed in the tensor's dtype."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _rows(layer: LinearMap, tensor: Tensor, channels: int, samples: int) -> Tensor:
+    """(S, groups, channels/groups, rows): a view, for convolutions in both memory formats."""
+    if layer.linear:
+        return tensor.reshape(samples, -1, channels).transpose(1, 2).unsqueeze(1)
+    return tensor.reshape(layer.samples(tensor.shape), layer.groups, channels // layer.groups, -1)
+
+
+def _whole(layer: LinearMap, rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of :func:`_rows`."""
+    return (rows.squeeze(1).transpose(1, 2) if layer.linear else rows).reshape(shape)
+
+
+def _inner(rows: Tensor, vector: Tensor) -> Tensor:
+    """<vector, row>: (S, groups, C, N) and (S, groups, C) to (S, groups, N)."""
+    samples, groups, channels, count = rows.shape
+    if channels == 1:
+        return rows[:, :, 0] * vector
+    product = torch.bmm(vector.reshape(-1, 1, channels), rows.reshape(-1, channels, count))
+    return product.reshape(samples, groups, count)
+
+
+class _AddRankOne(torch.autograd.Function):
+    """rows + left <right, row>; rows (S, groups, C, N). In one pass each way, and the rows are not kept."""
+
+    @staticmethod
+    def forward(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return torch.addcmul(rows, left.unsqueeze(3), _inner(rows, right).unsqueeze(2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        with _without_autocast(grad):
+            return _add_rank_one(grad, right, left), None, None
+
+
+class _AddOuter(torch.autograd.Function):
+    """z + outer inner^T; z (S, groups, O, N), outer (S, groups, O), inner (S, groups, N)."""
+
+    @staticmethod
+    def forward(z: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+        return torch.addcmul(z, outer.unsqueeze(3), inner.unsqueeze(2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        outer, inner = ctx.saved_tensors
+        with _without_autocast(grad):
+            by_row = grad.reshape(-1, *grad.shape[2:])
+            of_outer = torch.bmm(by_row, inner.reshape(len(by_row), -1, 1)).reshape(outer.shape)
+            return grad, of_outer, _inner(grad, outer)
+
+
+_add_rank_one: Callable[..., Tensor] = _AddRankOne.apply
+_add_outer: Callable[..., Tensor] = _AddOuter.apply

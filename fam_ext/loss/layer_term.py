@@ -1,0 +1,114 @@
+"""One regularized layer of a criterion: its hook, its captured calls, and what is remembered about it between steps."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fam_ext.capture.calls import CapturedCalls, layer_weight
+from fam_ext.capture.hook import LayerHook
+from fam_ext.errors import NoClosedForm
+from fam_ext.head.closed_form import weight_factor
+from fam_ext.layers.linear_map import LinearMap
+from fam_ext.loss.plan import CouplingMemory, Plan
+from fam_ext.options import Options
+
+log = logging.getLogger("fam_ext")
+
+_SEED = 0x5EED
+
+
+class LayerTerm:
+    """The layer, its hook and calls, and how its share of kappa was computed last."""
+
+    def __init__(self, options: Options, module: nn.Module) -> None:
+        self.options = options
+        self.module = module  # the layer, or the adapter around it
+        self.layer = LinearMap(options.caller, module)
+        self.captures = CapturedCalls(str(module), self.layer.class_dim, self.layer.unusual)
+        self.factor = 1.0 if options.normalize is None else 1.0 / self.layer.fan_in  # of an operation's kappa
+        self.hook = LayerHook()
+        self.handle: Any = None
+        self.plan: Plan | None = None
+        self.memory = CouplingMemory()
+        self.why_not_closed: NoClosedForm | None = None  # of the latest loss
+        # by input channel: take the term for features divided by it (fam_ext.measure)
+        self.scale: Tensor | None = None
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def attach(self, owner: Any) -> None:
+        """Put the hook on the layer; without effect while it is there."""
+        if self.handle is not None:
+            return
+        hooks = self.module._forward_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, LayerHook) and hook.captures is None]:
+            del hooks[key]  # left by a copy of the layer
+            self.module._forward_hooks_with_kwargs.pop(key, None)
+        self.hook = LayerHook(self.captures, owner.any_mode)
+        self.hook.active = owner.training
+        self.handle = self.module.register_forward_hook(self.hook, with_kwargs=True)
+        weakref.finalize(owner, self.handle.remove).atexit = False
+
+    def detach(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+            self.hook.active = False
+        self.captures.reset()
+
+    def rescaled(self, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Features over `scale` and the weight times it."""
+        layer, scale = self.layer, self.scale
+        assert scale is not None
+        return layer.divide_features(features, scale), layer.multiply_weight(weight, scale)
+
+    def parameters_of_weight(self) -> list[nn.Parameter]:
+        """The parameters that the layer's weight is made from, looked for in the graph of a loss."""
+        module = self.module
+        if not module._modules:  # no parametrization, no adapter
+            return [p for name, p in module._parameters.items() if p is not None and name != "bias"]
+        return [p for name, p in module.named_parameters() if name.rpartition(".")[2] != "bias"]
+
+    def weight(self) -> Tensor:
+        """The layer's weight now, rescaled, in canonical layout (fam_ext.layers.linear_map)."""
+        weight = layer_weight(self.module).detach()
+        scaled = weight if self.scale is None else self.layer.multiply_weight(weight, self.scale)
+        return self.layer.canonical(scaled)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The user's, or one of our own: torch's global random state is left alone."""
+        given = self.options.generator
+        if given is not None:
+            # a generator's device may lack the index
+            if given.device.type != device.type or given.device.index not in (None, device.index):
+                raise ValueError(
+                    f"{self.options.caller}: generator must be on the layer's device ({device}), got one on {given.device}"
+                )
+            return given
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(_SEED)
+        return self._generators[device]
+
+    def scale_to_measure(self, value: Tensor, weight: Tensor) -> Tensor:
+        """The measure from the curvature: times the norm of the weight (any layout), over the fan-in."""
+        options = self.options
+        if options.measure != "neuronwise":
+            factor = weight_factor(weight, options.measure, options.norm_power)
+            if factor is not None:
+                value = value * factor.to(value.dtype)
+        return value if options.normalize is None else value / self.layer.fan_in
+
+    def record_plan(self, plan: Plan) -> None:
+        if plan is not self.plan and plan != self.plan:
+            self.plan = plan
+            log.info("%s on %s: %s", self.options.caller, type(self.layer.module).__name__, plan)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.options, "module": self.module, "attached": self.handle is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["options"], state["module"])  # type: ignore[misc]

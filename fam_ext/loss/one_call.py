@@ -1,0 +1,204 @@
+"""One call of a loss: each layer's captured call as a head or a hidden layer, and the sum of their terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from fam_ext import _checks
+from fam_ext._dtypes import accumulation_dtype
+from fam_ext.capture import graph_walk
+from fam_ext.capture.calls import CapturedCall, check_tensor, layer_weight
+from fam_ext.errors import LayerNotCalled, NoClosedForm, UnsupportedError
+from fam_ext.head.closed_form import check_class_dim, flatness
+from fam_ext.hessian.estimate import Estimate
+from fam_ext.hessian.products import LayerCall
+from fam_ext.loss.hidden import HiddenCall, difference_term, hessian_terms, positive_terms
+from fam_ext.loss.layer_term import LayerTerm
+from fam_ext.loss.plan import CLOSED_FORM, UNUSED
+from fam_ext.loss_hessians import LossHessian
+from fam_ext.options import Options
+
+
+class HeadCall(NamedTuple):
+    """A layer whose output the criterion receives, and how the criterion's input is laid out (fam_ext.capture.row_map)."""
+
+    call: CapturedCall
+    features: Tensor
+    weight: Tensor
+    class_dim: int | None
+    rows: Tensor | None
+    loss_hessian: LossHessian
+
+
+def head_call(
+    options: Options, term: LayerTerm, outputs: Any, loss_hessian: LossHessian | None, no_closed_form: str
+) -> HeadCall | None:
+    """What the closed form works on; None where another method is to be taken. Raises where none can be.
+
+    `loss_hessian` is the criterion with its arguments, None where it has no closed form, which `no_closed_form` explains.
+    """
+    if not options.closed_form:
+        return None
+    try:
+        return _head_call(options, term, outputs, loss_hessian, no_closed_form)
+    except LayerNotCalled:
+        if not term.captures.seen or term.plan is CLOSED_FORM:  # the head of a criterion is not skipped
+            raise
+        return None
+    except NoClosedForm as error:
+        if options.method == "closed_form":
+            raise
+        term.why_not_closed = error.with_traceback(None)  # its frames would keep the batch alive
+        return None
+
+
+def _head_call(
+    options: Options, term: LayerTerm, outputs: Any, loss_hessian: LossHessian | None, no_closed_form: str
+) -> HeadCall:
+    caller, layer = options.caller, term.layer
+    if loss_hessian is None:
+        raise NoClosedForm(no_closed_form)
+    check_tensor(caller, outputs)
+    options.check_fisher(loss_hessian)
+    _check_constant(caller, term, loss_hessian)
+    call, features, row_map = term.captures.take(caller, outputs, layer.class_dim)
+    weight: Tensor = call.weight  # type: ignore[assignment]
+    class_dim: int | None = outputs.dim() + layer.class_dim
+    rows = None
+    if row_map is not None:
+        class_dim, rows = row_map
+    layer.check_call(caller, features, weight, call.shape)
+    check_class_dim(caller, loss_hessian, class_dim, outputs)
+    loss_hessian.check(caller, outputs)
+    if features.device != outputs.device:
+        _checks.bad_value(caller, "outputs", f"on the layer's device ({features.device})", outputs)
+    if call.first is not None:
+        layer.check_unusual(caller, features, weight, call.first, call.dtype)
+    term.record_plan(CLOSED_FORM)
+    if term.scale is not None:
+        features, weight = term.rescaled(features, weight)
+    return HeadCall(call, features, weight, class_dim, rows, loss_hessian)
+
+
+def _check_constant(caller: str, term: LayerTerm, loss_hessian: LossHessian) -> None:
+    """The closed forms hold the criterion's target, variance and weights constant: the layer's output may not be in them."""
+    for name, value in vars(loss_hessian).items():
+        if not isinstance(value, Tensor) or value.grad_fn is None:
+            continue
+        if graph_walk.find(value, [term.captures])[0].calls:
+            raise NoClosedForm(
+                f"{caller}: the criterion's {name} depends on the layer's output as well, which the closed form takes for "
+                "constant; detach it, or use method='auto'"
+            )
+
+
+def sum_of_terms(
+    options: Options,
+    terms: Sequence[LayerTerm],
+    heads: Sequence[HeadCall | None],
+    loss: Tensor | None,
+    outputs: Any,
+    loss_hessian: LossHessian | None,
+    closure: Any = None,
+    per_sample: bool = False,
+) -> Estimate:
+    """The sum of the layers' terms. `loss` may be None where no term needs its graph."""
+    estimates = []
+    others = []
+    for term, head in zip(terms, heads, strict=True):
+        if head is None:
+            others.append(term)
+            continue
+        samples = term.layer.samples(head.call.shape)
+        kappa = flatness(
+            options, term.layer, head.loss_hessian, outputs, head.class_dim, head.rows, head.features, head.weight, samples,
+            per_sample,
+        )  # fmt: skip
+        estimates.append(Estimate(kappa, None))
+    if others and options.method == "finite_difference":
+        for term in others:
+            term.captures.done()
+            estimates.append(difference_term(term, closure, per_sample))
+    elif others:
+        assert loss is not None
+        hidden = hidden_calls(options, others, loss)
+        if hidden:
+            if options.curvature == "hessian":
+                estimates += hessian_terms(options, loss, hidden, per_sample)
+            else:
+                estimates += positive_terms(options, outputs, hidden, loss_hessian, per_sample)
+        elif not estimates:  # every layer was skipped in this step
+            estimates.append(
+                Estimate(torch.zeros((), dtype=accumulation_dtype(loss), device=loss.device), None)
+            )
+    return Estimate.total(estimates)
+
+
+def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> list[HiddenCall]:
+    """The calls of layers that `loss` depends on, by one walk of its graph; a layer that this step skipped is left out.
+
+    Raises UnsupportedError where a layer has no call that the loss depends on.
+    """
+    caller = options.caller
+    if loss.dim() != 0:
+        raise UnsupportedError(
+            f"{caller}: the criterion must return one number where there is no closed form, got shape {tuple(loss.shape)}; use "
+            "reduction='mean' or 'sum'"
+        )
+    if not loss.requires_grad:
+        raise UnsupportedError(
+            f"{caller}: without a closed form the layer's curvature needs gradients: {_no_graph(terms[0])}"
+        )
+    parameters = [term.parameters_of_weight() for term in terms]
+    walks = graph_walk.find(loss, [term.captures for term in terms], parameters)
+    hidden = []
+    for term, walk in zip(terms, walks, strict=True):
+        if walk.calls or walk.past_calls:
+            hidden.append(_hidden_call(caller, term, walk))
+        elif term.captures.idle():
+            if not term.captures.seen or term.plan is CLOSED_FORM:
+                raise term.captures.not_called(caller)
+            term.record_plan(UNUSED)
+        else:
+            raise term.why_not_closed or UnsupportedError(f"{caller}: {_no_graph(term)}")
+    if options.curvature == "hessian":
+        return hidden
+    firsts = [(h.calls[0].edge.node, h.calls[0].features) for h in hidden if h.calls]
+    own = iter(graph_walk.inputs_of_their_own(walks[0].nodes, firsts))
+    return [h._replace(own_input=next(own)) if h.calls else h for h in hidden]
+
+
+def _hidden_call(caller: str, term: LayerTerm, walk: graph_walk.Walk) -> HiddenCall:
+    calls, weight = (
+        [],
+        layer_weight(term.module),
+    )  # no call where the loss holds a derivative of the layer alone
+    for node, number, stored in ((c.node, c.number, c.stored) for c in walk.calls):
+        features = stored.take(caller)
+        stored.used[0] = True
+        weight = stored.weight
+        term.layer.check_call(caller, features, weight, stored.shape)
+        if stored.first is not None:
+            term.layer.check_unusual(caller, features, weight, stored.first, stored.dtype)
+        if term.scale is not None:
+            features, weight = term.rescaled(features, weight)
+        calls.append(LayerCall(GradientEdge(node, number), features, stored.shape, stored.dtype))
+    term.captures.done()
+    return HiddenCall(term, weight, calls, walk.between, walk.past_calls)
+
+
+def _no_graph(term: LayerTerm) -> str:
+    if term.captures.called_without_grad:
+        return (
+            "the layer was called under torch.no_grad or inference_mode (or by reentrant checkpointing: set "
+            "use_reentrant=False); call the model with gradients enabled"
+        )
+    return (
+        f"the loss does not depend on a call of {term.module} in training mode; check that `layer` is the very module the "
+        "model uses, and that it or something before it requires grad"
+    )

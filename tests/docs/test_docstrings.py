@@ -1,0 +1,66 @@
+"""The examples in docstrings (>>>) run and print what they say."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def with_examples(folder: Path, package: str) -> list[tuple[str, str]]:
+    """(module, name in it) of every docstring below `folder` that holds an example, without importing anything."""
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        parts = [package, *path.relative_to(folder).with_suffix("").parts]
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+        def visit(node: ast.AST, name: str, module: str = module) -> None:
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                if ">>>" in (ast.get_docstring(node) or ""):
+                    found.append((module, name))
+                for child in node.body:
+                    visit(child, ".".join(filter(None, [name, getattr(child, "name", "")])))
+
+        visit(ast.parse(path.read_text()), "")
+    return found
+
+
+EXAMPLES = [*with_examples(ROOT / "fam_ext", "fam_ext"), *with_examples(ROOT / "kernels", "fam_ext.kernels")]
+
+
+def run(module: str, name: str) -> str:
+    """What doctest says of the examples of one docstring, nothing where all are right; each starts with the module's names."""
+    loaded = importlib.import_module(module)
+    full = ".".join(filter(None, [module, name]))
+    tests = [t for t in doctest.DocTestFinder(recurse=True).find(loaded) if t.name == full]
+    assert len(tests) == 1, f"doctest does not see {full}"
+    said: list[str] = []
+    doctest.DocTestRunner(optionflags=FLAGS).run(tests[0], out=said.append)
+    return "".join(said)
+
+
+@pytest.mark.parametrize(("module", "name"), EXAMPLES, ids=lambda value: value or "module")
+def test_example(module: str, name: str) -> None:
+    if module.startswith("fam_ext.kernels"):
+        pytest.importorskip("triton", reason="Triton is not installed")
+    said = run(module, name)
+    assert not said, said
+
+
+def test_a_wrong_example_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "package_with_examples").mkdir()
+    (tmp_path / "package_with_examples/sums.py").write_text(
+        'class Sum:\n    """\n    >>> 1 + 1\n    2\n    """\n'
+        '    def of(self):\n        """\n        >>> 1 + 1\n        3\n        """\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = with_examples(tmp_path / "package_with_examples", "package_with_examples")
+    assert found == [("package_with_examples.sums", "Sum"), ("package_with_examples.sums", "Sum.of")]
+    assert not run(*found[0])
+    assert "Expected:\n    3\nGot:\n    2" in run(*found[1])
