@@ -37,10 +37,8 @@ def rank_plot(scores: Scores, path: Path) -> None:
     if not math.isnan(apart):
         best = known[-1][0]
         axis.plot([best, best + apart], [len(known) - 0.4] * 2, color="#222222", linewidth=2)
-        axis.text(
-            best + apart, len(known) - 0.4, f"  critical difference {apart:.2f}", va="center", fontsize=7
-        )
-    axis.set_ylim(-0.6, len(known) + 0.1)
+        axis.text(best, len(known) - 0.3, f"critical difference {apart:.2f}", va="bottom", fontsize=7)
+    axis.set_ylim(-0.6, len(known) + 0.4)
     axis.set_xlabel(f"mean rank of test accuracy over {tasks} tasks (1 is best)", fontsize=8)
     _save(figure, path)
 
