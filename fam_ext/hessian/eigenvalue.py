@@ -61,6 +61,8 @@ def _dense(
 ) -> Tensor:
     basis = torch.eye(size, dtype=dtype, device=device)
     matrix = torch.stack([product(row) for row in basis])
+    if not bool(matrix.isfinite().all()):  # nan and inf come out as nan
+        return torch.full_like(basis[0], torch.nan)
     vector: Tensor = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors[:, -1]
     return vector.detach()
 
@@ -83,9 +85,7 @@ def _lanczos(
     operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(size)  # numpy's global state is left alone
     first = matvec(start)
-    if (
-        not first.any() or not np.isfinite(first).all()
-    ):  # H = 0: any vector will do; nan and inf come out as nan
+    if not first.any() or not np.isfinite(first).all():  # H = 0: any vector will do; nan comes out as nan
         anything = torch.as_tensor(start + 0 * first, dtype=dtype, device=device)
         unit: Tensor = anything / anything.norm()
         return unit

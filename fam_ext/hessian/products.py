@@ -88,7 +88,8 @@ class LayerHessian:
         if self.on_weight:
             return self.layer.canonical(product)
         origin = torch.zeros_like(self.weight, dtype=product.dtype, requires_grad=True)
-        z = self.layer.apply(self.features.to(product.dtype), origin)
+        with torch.enable_grad():
+            z = self.layer.apply(self.features.to(product.dtype), origin)
         (pulled,) = torch.autograd.grad(z, origin, product, create_graph=not self.detached)
         return self.layer.canonical(pulled)
 
@@ -103,10 +104,11 @@ def products(
     nodes after the layers that have never been verified: only then the gradients are searched for operations that forbid a second
     derivative.
     """
-    with corrections.corrected(correct), torch.enable_grad():
-        gradients = torch.autograd.grad(
-            loss, [h.origin for h in hessians], create_graph=True, allow_unused=True
-        )
+    with corrections.corrected(correct):
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(
+                loss, [h.origin for h in hessians], create_graph=True, allow_unused=True
+            )
         for hessian, gradient in zip(hessians, gradients, strict=True):
             if gradient is not None and gradient.requires_grad:
                 hessian.gradient = gradient

@@ -156,8 +156,9 @@ class LinearMap:
         return torch.Size((outputs, *self.shape[1:]))
 
     def divide_features(self, features: Tensor, scale: Tensor) -> Tensor:
-        """Features over `scale`, one number for each input channel."""
-        return features / scale.reshape(-1, *(1,) * self.spatial)
+        """Features over `scale`, one number for each input channel; a channel of scale 0 is left out: it becomes 0."""
+        divisor = scale.masked_fill(scale == 0, torch.inf)
+        return features / divisor.reshape(-1, *(1,) * self.spatial)
 
     def multiply_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The weight that gives the same output for features divided by `scale`."""

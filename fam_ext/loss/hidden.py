@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,18 +10,14 @@ from torch import Tensor
 
 from fam_ext.derivatives import corrections, verdicts
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian import eigenvalue, finite_difference, gauss_newton, hutchinson, loss_factors
+from fam_ext.hessian import eigenvalue, finite_difference, gauss_newton, hutchinson, loss_factors, memory
 from fam_ext.hessian.estimate import Estimate
 from fam_ext.hessian.exact import exact
 from fam_ext.hessian.products import LayerCall, LayerHessian, products
 from fam_ext.loss.layer_term import LayerTerm
-from fam_ext.loss.plan import Plan, plan_products, signature
+from fam_ext.loss.plan import AT_ONCE, Plan, first_products, graph_key, plan_products, signature
 from fam_ext.loss_hessians import SUPPORTED, LossHessian
 from fam_ext.options import EIGENVALUE_MEASURES, Options
-
-# Exact products taken together. Where vmap has no rule for an operation it loops, and the loop's backward fills a tensor of all
-# products for each of them: 256 at once took 2 to 20 times as long as 16.
-_AT_ONCE = 16
 
 
 class HiddenCall(NamedTuple):
@@ -53,9 +49,9 @@ def hessian_terms(
         for call, hessian, plan in zip(hidden, hessians, plans, strict=True):
             call.term.record_plan(plan)
             if plan.method == "hutchinson":
-                estimated.append((call.term, hessian, str(plan.level)))
+                estimated.append((call, hessian, str(plan.level)))
             else:
-                terms.append(Estimate(_exact(call.term, hessian, plan, per_sample), None))
+                terms.append(Estimate(_exact(call, hessian, plan, per_sample), None))
         if estimated:
             terms.append(_hutchinson(options, estimated, per_sample))
     return terms if wanted else [Estimate(term.value.detach(), term.standard_error) for term in terms]
@@ -71,6 +67,8 @@ def weight_product(options: Options, loss: Tensor, hidden: HiddenCall, direction
 
 def _layer_hessian(hidden: HiddenCall, detached: bool) -> LayerHessian:
     hessian = LayerHessian(hidden.term.layer, hidden.weight, hidden.calls, detached, hidden.past_calls)
+    if not torch.is_grad_enabled() and not hessian.on_weight:
+        hessian.weight = hidden.weight.detach()
     if hessian.on_weight and not (hidden.weight.requires_grad and hidden.weight.is_leaf):
         why = (
             "depends on the weight past the layer's calls"
@@ -98,31 +96,52 @@ def _reduce(hessian: LayerHessian, summand: Tensor, per_sample: bool) -> Tensor:
 
 
 def _hutchinson(
-    options: Options, estimated: Sequence[tuple[LayerTerm, LayerHessian, str]], per_sample: bool
+    options: Options, estimated: Sequence[tuple[HiddenCall, LayerHessian, str]], per_sample: bool
 ) -> Estimate:
-    generator = estimated[0][0].generator(estimated[0][1].device)
+    first, hessian, _ = estimated[0]
+    generator = first.term.generator(hessian.device)
     weighted = options.measure == "neuronwise"
-    probes = [
-        hutchinson.draw(hessian, level, weighted, options.probes, generator, options.backend)
-        for _, hessian, level in estimated
-    ]
-    values: Any = 0
-    for (term, hessian, _), stack in zip(estimated, hutchinson.hutchinson(probes), strict=True):
-        by_probe = torch.stack([_reduce(hessian, summand, per_sample) for summand in stack])
-        values = values + term.scale_to_measure(by_probe, hessian.weight)
-    return Estimate.of(values)
+
+    def by_probe(probes: int) -> Tensor:
+        drawn = [
+            hutchinson.draw(hessian, level, weighted, probes, generator, options.backend)
+            for _, hessian, level in estimated
+        ]
+        values: Any = 0
+        for (call, hessian, _), stack in zip(estimated, hutchinson.hutchinson(drawn), strict=True):
+            reduced = torch.stack([_reduce(hessian, summand, per_sample) for summand in stack])
+            values = values + call.term.scale_to_measure(reduced, hessian.weight)
+        return values  # type: ignore[no-any-return]
+
+    chunk = options.probes
+    if not torch.is_grad_enabled():
+        chunk = _at_once(first, hessian, "probes", by_probe, options.probes)
+    sizes = [min(chunk, options.probes - done) for done in range(0, options.probes, chunk)]
+    return Estimate.of(torch.cat([by_probe(size) for size in sizes]))
 
 
-def _exact(term: LayerTerm, hessian: LayerHessian, plan: Plan, per_sample: bool) -> Tensor:
+def _at_once(
+    call: HiddenCall, hessian: LayerHessian, what: str, take: Callable[[int], object], most: int
+) -> int:
+    """How many of `most` products are formed together where none leaves a graph: counted once for a graph."""
+    options, known = call.term.options, call.term.memory.at_once
+    key = graph_key(hessian, call.between, what, most)
+    if key not in known:
+        known[key] = memory.at_once(options.caller, take, most, options.max_bytes)
+    return known[key]
+
+
+def _exact(call: HiddenCall, hessian: LayerHessian, plan: Plan, per_sample: bool) -> Tensor:
     """The exact value of a measure that is linear in the Hessian, or of one with eigenvalues."""
-    options = term.options
+    term, options = call.term, call.term.options
     if options.measure in EIGENVALUE_MEASURES:
         return term.scale_to_measure(_eigenvalue(options, hessian), hessian.weight)
-    size = max(1, hessian.bytes_of_output * 16)
-    chunk = max(1, min(plan.products, _AT_ONCE, options.max_bytes // (16 * size)))
+    level, chunk = str(plan.level), max(1, min(plan.products, AT_ONCE))
+    if hessian.detached:
+        chunk = _at_once(call, hessian, level, first_products(options, hessian, level), chunk)
     weighted = options.measure == "neuronwise"
     total: Any = 0
-    for summand in exact(hessian, str(plan.level), weighted, chunk, options.backend):
+    for summand in exact(hessian, level, weighted, chunk, options.backend):
         total = total + _reduce(hessian, summand, per_sample)
     return term.scale_to_measure(total, hessian.weight)
 
@@ -169,7 +188,7 @@ def positive_terms(
 
 def _check_factors(options: Options, hidden: HiddenCall, outputs: Tensor) -> None:
     """Refuse where the Gauss-Newton and Fisher matrices have no sum over samples."""
-    caller, memory = options.caller, hidden.term.memory
+    caller, known = options.caller, hidden.term.memory
     if len(hidden.calls) > 1 or hidden.past_calls:
         raise UnsupportedError(
             f"{caller}: curvature={options.curvature!r} is for a layer called once, on which the loss depends through that call "
@@ -177,11 +196,10 @@ def _check_factors(options: Options, hidden: HiddenCall, outputs: Tensor) -> Non
         )
     call = hidden.calls[0]
     key = ("factors", call.shape, outputs.shape, *map(signature, hidden.between))
-    known = memory.levels.get(key)
-    if (known is None or memory.should_recheck(key)) and gauss_newton.check_samples_apart(
+    if (key not in known.levels or known.should_recheck(key)) and gauss_newton.check_samples_apart(
         caller, hidden.term.layer, call, outputs
     ):
-        memory.levels[key] = "samples"
+        known.levels[key] = "samples"
 
 
 def _positive(
@@ -207,7 +225,7 @@ def _positive(
         outputs,
         factors,
         weighted=options.measure == "neuronwise",
-        detached=not options.curvature_grad,
+        detached=not options.curvature_grad or not torch.is_grad_enabled(),
         backend=options.backend,
         generator=None if exact else generator,
     )

@@ -129,8 +129,11 @@ class LayerCriterion(nn.Module):
     ) -> tuple[Tensor | None, Estimate]:
         """The criterion's loss, where it is needed, and the sum of the layers' terms."""
         loss: Tensor | None = None
-        if need_loss or (None in heads and self.options.method != "finite_difference"):
+        if need_loss:
             loss = self.criterion(outputs, *targets, **kwargs)
+        elif None in heads and self.options.method != "finite_difference":
+            with torch.enable_grad():  # a value without a graph of its own still needs the loss's
+                loss = self.criterion(outputs, *targets, **kwargs)
         elif loss_hessian is not None:  # the criterion has not looked at its arguments
             loss_hessian.check_values(self.options.caller, outputs)
         if need_loss and self.hooked() and any(head is not None for head in heads):

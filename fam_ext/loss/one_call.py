@@ -150,7 +150,7 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
             f"{caller}: the criterion must return one number where there is no closed form, got shape {tuple(loss.shape)}; use "
             "reduction='mean' or 'sum'"
         )
-    if not torch.is_grad_enabled() or not loss.requires_grad:
+    if not loss.requires_grad:
         raise UnsupportedError(
             f"{caller}: without a closed form the layer's curvature needs gradients: {_no_graph(terms[0])}"
         )

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian import coupling
-from fam_ext.hessian.exact import exact_products
+from fam_ext.hessian import coupling, memory
+from fam_ext.hessian.exact import exact, exact_products
+from fam_ext.hessian.memory import ProductBytes
 from fam_ext.hessian.products import LayerHessian
 from fam_ext.options import EIGENVALUE_MEASURES, Options
 
 EXACT_PRODUCTS = 32  # "auto" takes the exact value up to this many products
+# Exact products taken together. Where vmap has no rule for an operation it loops, and the loop's backward fills a tensor of all
+# products for each of them: 256 at once took 2 to 20 times as long as 16.
+AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class CouplingMemory:
     def __init__(self) -> None:
         self.levels: dict[Any, str] = {}  # the widest level shown
         self.uses: dict[Any, int] = {}  # of such a result
+        self.bytes: dict[Any, ProductBytes] = {}  # of one product with its graph
+        self.at_once: dict[Any, int] = {}  # products within max_bytes that leave no graph
 
     def should_recheck(self, key: Any) -> bool:
         """Whether a result about this graph is to be checked again: at the 1st, 2nd, 4th, 8th, ... use of it.
@@ -77,6 +85,29 @@ class CouplingMemory:
                 known = self.levels[key] = max(known or shown, shown, key=coupling.LEVELS.index)
         return known or ("samples" if per_sample else "batch")
 
+    def graph_bytes(
+        self, options: Options, hessian: LayerHessian, level: str, between: Sequence[Any], products: int
+    ) -> float:
+        """What the exact value takes for its gradient; 0 where the Hessian is detached: products leave nothing then."""
+        if hessian.detached:
+            return 0.0
+        together = min(2, products)
+        key = graph_key(hessian, between, level, together)
+        if key not in self.bytes:
+            self.bytes[key] = memory.count(first_products(options, hessian, level), together)
+        return self.bytes[key].total(products, AT_ONCE)
+
+
+def first_products(options: Options, hessian: LayerHessian, level: str) -> Callable[[int], Tensor]:
+    """A function of k: the first k products of the exact value, summed."""
+    weighted = options.measure == "neuronwise"
+    return lambda k: next(exact(hessian, level, weighted, k, options.backend))
+
+
+def graph_key(hessian: LayerHessian, between: Sequence[Any], *more: Any) -> Any:
+    """What the memory of products depends on: shapes of the layer's calls, and the graph after it."""
+    return (*more, tuple(call.shape for call in hessian.calls), *map(signature, between))
+
 
 def signature(node: Any) -> Any:
     """What tells graphs of different networks and modes apart: the node's name, and a norm's mode."""
@@ -98,7 +129,7 @@ def plan_products(
     """
     if options.measure in EIGENVALUE_MEASURES:
         return [Plan("lanczos", None, 0, "an eigenvalue") for _ in layers]
-    levels = [memory.level(options, hessian, between, per_sample) for memory, hessian, between in layers]
+    levels = [known.level(options, hessian, between, per_sample) for known, hessian, between in layers]
     if per_sample and "batch" in levels:
         raise UnsupportedError(
             f"{options.caller}: samples interact after the layer, kappa has no shares by sample; use per_sample=False"
@@ -111,8 +142,9 @@ def plan_products(
     counts = [exact_products(hessian, level) for (_, hessian, _), level in zip(layers, levels, strict=True)]
     total = sum(counts)
     plans = []
-    for (_, hessian, between), level, own in zip(layers, levels, counts, strict=True):
-        size = own * hessian.bytes_of_output * max(8, 2 * len(between))
+    for (known, hessian, between), level, own in zip(layers, levels, counts, strict=True):
+        exactly = options.method == "exact" or total <= EXACT_PRODUCTS
+        size = known.graph_bytes(options, hessian, level, between, own) if exactly else 0.0
         if options.method == "exact":
             if size > options.max_bytes:
                 raise UnsupportedError(
@@ -122,6 +154,9 @@ def plan_products(
             plans.append(Plan("exact", level, own, "asked for"))
         elif total <= EXACT_PRODUCTS and size <= options.max_bytes:
             plans.append(Plan("exact", level, own, f"at most {EXACT_PRODUCTS} products"))
+        elif total <= EXACT_PRODUCTS:
+            reason = f"the exact value's graph takes more than max_bytes={options.max_bytes}"
+            plans.append(_estimate(options, hessian, level, reason))
         else:
             reason = f"the exact value takes {total} products" + " for all layers" * (total > own)
             plans.append(_estimate(options, hessian, level, reason))

@@ -19,7 +19,9 @@ class RelativeFlatness(LayerCriterion):
 
     Arguments as for FAMLoss. The features are kept in the layer's evaluation mode and under torch.no_grad too, as long as the
     layer's output lives, so that a trained model can be measured; `eval()` of this module stops that, and it cannot be called
-    then. Under torch.no_grad only heads can be measured. With reduction="none" the result is per row (elementwise losses: per
+    then. Called itself under torch.no_grad it gives the value without a graph: the Hessian is held, products are taken a few at
+    a time within `max_bytes`, and nothing of them is kept. A model that was called under torch.no_grad can be measured on its
+    head only. With reduction="none" the result is per row (elementwise losses: per
     element). `standard_error` is that of the latest estimate from several probes, else None.
     """
 

@@ -139,8 +139,11 @@ def test_bad_arguments() -> None:
             fam_ext.measure(net, [batch], None, ce, progress=False)
     with pytest.raises(TypeError, match="measures"):
         fam_ext.measure(net, [(x, y)], None, ce, "trace")
-    with pytest.raises(ValueError, match="one layer"):
-        fam_ext.measure(net, [(x, y)], "*", ce)
+    for wrong in ({"rtol": 0.0}, {"rtol": 1}, {"max_probes": 0}, {"radius": -1.0}, {"adaptive_radius": None}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            fam_ext.measure(net, [(x, y)], None, ce, progress=False, **wrong)
+    with pytest.raises(ValueError, match="probes must be 2 or more with rtol"):
+        fam_ext.measure(net, [(x, y)], None, ce, progress=False, rtol=0.1, probes=1)
     for options in ({"measures": ["layerwise_eigenvalue"]}, {"normalize_features": True}):
         with pytest.raises(ValueError, match="batches must be a collection"):
             fam_ext.measure(net, iter([(x, y)]), None, ce, progress=False, **options)

@@ -1,0 +1,168 @@
+"""What the runs say: paired differences with intervals, Wilcoxon's test over tasks, ranks, wins and losses."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from studies.store import Store, Task
+
+Scores = Mapping[Task, Mapping[str, Mapping[int, float]]]
+"""By task, method and seed."""
+
+
+class Difference(NamedTuple):
+    """Method minus baseline over paired seeds: the mean and a 95 % interval (Student's t; nan for one seed)."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        return "win" if self.low > 0 else "loss" if self.high < 0 else "tie"
+
+
+class Line(NamedTuple):
+    """A method over all tasks that it was finished on."""
+
+    method: str
+    tasks: int
+    mean_difference: float
+    wins: int
+    ties: int
+    losses: int
+    wilcoxon_p: float
+    holm_p: float
+    mean_rank: float
+    step_ms: float
+
+
+def collect(folder: Path, tasks: Iterable[Task], number: str) -> dict[Task, dict[str, dict[int, float]]]:
+    """The test numbers of finished runs."""
+    scores: dict[Task, dict[str, dict[int, float]]] = {}
+    for task in tasks:
+        for (method, phase, seed), run in Store(folder, task).rows.items():
+            if phase == "test" and number in run.numbers:
+                scores.setdefault(task, {}).setdefault(method, {})[seed] = run.numbers[number]
+    return scores
+
+
+def difference(method: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """None where no seed was run with both."""
+    from scipy.stats import t
+
+    paired = [method[seed] - baseline[seed] for seed in sorted(method.keys() & baseline.keys())]
+    if not paired:
+        return None
+    mean = statistics.fmean(paired)
+    if len(paired) < 2:
+        return Difference(mean, math.nan, math.nan, 1)
+    half = t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / math.sqrt(len(paired))
+    return Difference(mean, mean - half, mean + half, len(paired))
+
+
+def wilcoxon(differences: Sequence[float]) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test; nan for fewer than two differences that are not zero."""
+    from scipy.stats import wilcoxon as test
+
+    if sum(d != 0 for d in differences) < 2:
+        return math.nan
+    return float(test(list(differences), zero_method="zsplit").pvalue)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Holm's correction for several methods; nan stays."""
+    known = sorted((value, name) for name, value in p.items() if not math.isnan(value))
+    adjusted, largest = dict(p), 0.0
+    for k, (value, name) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - k) * value))
+        adjusted[name] = largest
+    return adjusted
+
+
+def mean_ranks(scores: Scores, higher_is_better: bool = True) -> tuple[dict[str, float], int]:
+    """Mean rank of every method over the tasks that all of them were finished on (1 is best, ties share), and their number."""
+    methods = sorted({method for by_method in scores.values() for method in by_method})
+    ranks: dict[str, list[float]] = {method: [] for method in methods}
+    tasks = 0
+    for by_method in scores.values():
+        if set(by_method) != set(methods):
+            continue
+        tasks += 1
+        sign = -1 if higher_is_better else 1
+        means = {m: sign * statistics.fmean(by_method[m].values()) for m in methods}
+        for m in methods:
+            below = sum(v < means[m] for v in means.values())
+            equal = sum(v == means[m] for v in means.values())
+            ranks[m].append(below + (equal + 1) / 2)
+    return {m: statistics.fmean(r) if r else math.nan for m, r in ranks.items()}, tasks
+
+
+def critical_difference(methods: int, tasks: int) -> float:
+    """Nemenyi's: mean ranks further apart differ at the 5 % level (Demsar 2006)."""
+    from scipy.stats import studentized_range
+
+    if tasks == 0 or methods < 2:
+        return math.nan
+    q = studentized_range.ppf(0.95, methods, math.inf) / math.sqrt(2)
+    return float(q * math.sqrt(methods * (methods + 1) / (6 * tasks)))
+
+
+def compare(scores: Scores, times: Scores, baseline: str) -> list[Line]:
+    """A line for each method, best mean rank first."""
+    ranks, _ = mean_ranks(scores)
+    by_method: dict[str, list[Difference]] = {method: [] for method in ranks}
+    for of_task in scores.values():
+        for method in of_task:
+            d = difference(of_task[method], of_task.get(baseline, {}))
+            if d is not None:
+                by_method[method].append(d)
+    p = {m: wilcoxon([d.mean for d in ds]) for m, ds in by_method.items() if m != baseline}
+    corrected = holm(p)
+    lines = []
+    for method, ds in by_method.items():
+        verdicts = [d.verdict for d in ds]
+        milliseconds = [v for of_task in times.values() for v in of_task.get(method, {}).values()]
+        lines.append(
+            Line(
+                method, len(ds), statistics.fmean(d.mean for d in ds) if ds else math.nan, verdicts.count("win"),
+                verdicts.count("tie"), verdicts.count("loss"), p.get(method, math.nan), corrected.get(method, math.nan),
+                ranks[method], statistics.median(milliseconds) if milliseconds else math.nan,
+            )
+        )  # fmt: skip
+    return sorted(lines, key=lambda line: (math.isnan(line.mean_rank), line.mean_rank))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([f"{v:.5g}" if isinstance(v, float) else v for v in row] for row in rows)
+
+
+def means(scores: Scores) -> tuple[list[str], list[list[object]]]:
+    """(header, rows): the mean number of each task and method."""
+    methods = sorted({method for of_task in scores.values() for method in of_task})
+    rows: list[list[object]] = []
+    for task, of_task in scores.items():
+        values = [statistics.fmean(of_task[m].values()) if m in of_task else "" for m in methods]
+        rows.append([str(task), *values])
+    return ["task", *methods], rows
+
+
+def table(lines: Sequence[Line], baseline: str) -> str:
+    """A Markdown table."""
+    head = f"| method | tasks | accuracy over {baseline} | wins / ties / losses | Wilcoxon p (Holm) | mean rank | ms per step |"
+    rows = [
+        f"| {x.method} | {x.tasks} | {100 * x.mean_difference:+.2f} | {x.wins} / {x.ties} / {x.losses} | "
+        f"{x.wilcoxon_p:.3f} ({x.holm_p:.3f}) | {x.mean_rank:.2f} | {x.step_ms:.2f} |"
+        for x in lines
+    ]
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])

@@ -1,0 +1,97 @@
+"""Plots of the study, by matplotlib."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from studies.comparison import Scores, critical_difference, difference, mean_ranks
+
+BLUE, GRAY, RED = "#4477aa", "#888888", "#cc6677"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _color(method: str) -> str:
+    return RED if method.startswith("fam") else BLUE
+
+
+def rank_plot(scores: Scores, path: Path) -> None:
+    """Mean ranks, best on top; the bar on top is as long as ranks must be apart to differ at the 5 % level (Nemenyi)."""
+    ranks, tasks = mean_ranks(scores)
+    known = sorted(((r, m) for m, r in ranks.items() if not math.isnan(r)), reverse=True)
+    if not known:
+        return
+    figure = Figure(figsize=(7, 1.2 + 0.28 * len(known)), layout="constrained")
+    axis = figure.subplots()
+    axis.hlines(range(len(known)), 1, [r for r, _ in known], color="#dddddd")
+    axis.scatter([r for r, _ in known], range(len(known)), color=[_color(m) for _, m in known], zorder=3)
+    axis.set_yticks(range(len(known)), [m for _, m in known], fontsize=8)
+    apart = critical_difference(len(known), tasks)
+    if not math.isnan(apart):
+        best = known[-1][0]
+        axis.plot([best, best + apart], [len(known) - 0.4] * 2, color="#222222", linewidth=2)
+        axis.text(best, len(known) - 0.3, f"critical difference {apart:.2f}", va="bottom", fontsize=7)
+    axis.set_ylim(-0.6, len(known) + 0.4)
+    axis.set_xlabel(f"mean rank of test accuracy over {tasks} tasks (1 is best)", fontsize=8)
+    _save(figure, path)
+
+
+def difference_plot(scores: Scores, baseline: str, path: Path) -> None:
+    """A panel for each task: accuracy over the baseline's with 95 % intervals over paired seeds."""
+    tasks = [task for task, of_task in scores.items() if baseline in of_task]
+    methods = sorted({m for task in tasks for m in scores[task]} - {baseline})
+    if not tasks or not methods:
+        return
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure = Figure(
+        figsize=(1.6 + 2.2 * columns, 0.6 + lines * (0.5 + 0.18 * len(methods))), layout="constrained"
+    )
+    axes: Any = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_axis_off()
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        axis.axvline(0, color=GRAY, linewidth=0.8)
+        for k, method in enumerate(methods):
+            d = difference(scores[task].get(method, {}), scores[task][baseline])
+            if d is None:
+                continue
+            if not math.isnan(d.low):
+                axis.plot([100 * d.low, 100 * d.high], [k, k], color=_color(method), linewidth=1)
+            axis.plot(100 * d.mean, k, "o", color=_color(method), markersize=3)
+        axis.set_title(str(task), fontsize=7)
+        axis.tick_params(labelsize=6)
+    axes[0, 0].set_yticks(range(len(methods)), methods, fontsize=6)
+    axes[0, 0].invert_yaxis()
+    figure.supxlabel(f"test accuracy over {baseline}, points", fontsize=8)
+    _save(figure, path)
+
+
+def gap_plot(measures: dict[str, list[float]], gaps: list[float], groups: list[str], path: Path) -> None:
+    """Each measure against the gap, networks of one group in one colour."""
+    names = list(measures)
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.3 * lines), layout="constrained")
+    axes: Any = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    known = sorted(set(groups))
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
+        for k, group in enumerate(known):
+            chosen = [i for i, g in enumerate(groups) if g == group]
+            x, y = [measures[name][i] for i in chosen], [gaps[i] for i in chosen]
+            axis.scatter(x, y, s=8, color=f"C{k}", label=group)
+        axis.set_xscale("symlog", linthresh=max(min(map(abs, measures[name])), 1e-12))
+        axis.set_title(name, fontsize=8)
+        axis.tick_params(labelsize=6)
+    axes[0, 0].legend(fontsize=5)
+    figure.supylabel("test loss minus training loss", fontsize=8)
+    _save(figure, path)
