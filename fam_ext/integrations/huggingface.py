@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
+from fam_ext.integrations.huggingface_trainer import FAMTrainerMixin as FAMTrainerMixin
 from fam_ext.loss.fam_loss import FAMLoss
 
 NAME = "patch_causal_lm"
@@ -68,6 +69,9 @@ class CausalLMPatch:
         self.criterion = criterion
         self._head = head
         self._active = False
+        self._taken = False  # by the call at hand
+        self._handed_on = False
+        self._taken_at: int | None = None  # version of the weights that the latest term was taken at
         self._signature = inspect.signature(model.forward)
         self._kept = {k: vars(model)[k] for k in ("_loss_function",) if k in vars(model)}
         self._original_loss: Any = model.loss_function
@@ -103,20 +107,63 @@ class CausalLMPatch:
 
     def _project(self, features: Tensor) -> Tensor:
         if self._active:
+            self._handed_on = True
             return DeferredLogits.of(features, self._head.bias is not None)
         return nn.Linear.forward(self._head, features)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        labels = self._signature.bind(*args, **kwargs).arguments.get("labels")
-        self._active = labels is not None and model.training and self._head.training
+        self._labels = self._signature.bind(*args, **kwargs).arguments.get("labels") is not None
+        self._active = self._labels and model.training and self._head.training
+        self._taken = self._handed_on = False
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> Any:
         was_active, self._active = self._active, False
-        if not was_active or output is None:
+        if output is None:
+            return None
+        if not self._taken and model.training and torch.is_grad_enabled():
+            if self._handed_on:
+                raise UnsupportedError(self._without_the_term())
+            self._guard(output)
+        if not was_active:
             return None
         if isinstance(output, tuple):  # return_dict=False
             return tuple(None if isinstance(value, DeferredLogits) else value for value in output)
         return type(output)(**{k: None if isinstance(v, DeferredLogits) else v for k, v in output.items()})
+
+    def _guard(self, output: Any) -> None:
+        """Raise in the backward pass of a loss of `output`, unless these weights have had their term in another call."""
+        message = self._without_the_term()
+
+        def check(gradient: Tensor) -> None:
+            if self._handles and self._taken_at != self._version():
+                raise UnsupportedError(message)
+
+        for value in output if isinstance(output, tuple) else output.values():
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(check)  # type: ignore[no-untyped-call]
+
+    def _version(self) -> int:
+        """Counts the optimizer's updates, in place, of a weight that is trained."""
+        weight = self._head.weight
+        if not weight.requires_grad:
+            weight = next((p for p in self.model.parameters() if p.requires_grad), weight)
+        return weight._version
+
+    def _without_the_term(self) -> str:
+        if self._labels:
+            cause = (
+                "it was called with labels, but its loss_function was not asked: the trainer forms the loss itself, as TRL's do "
+                "with a head of their own; derive the trainer from FAMTrainerMixin as well"
+            )
+        else:
+            cause = (
+                "it was called without labels: transformers' Trainer takes them away for label_smoothing_factor (give "
+                f"{NAME}(..., label_smoothing=) instead) and for compute_loss_func; pass labels"
+            )
+        return (
+            f"{NAME}: the patched model is trained with a loss that lacks strength * kappa, since {cause}. Or restore() the "
+            "model to train it without"
+        )
 
     def _loss(
         self,
@@ -141,6 +188,7 @@ class CausalLMPatch:
         if ignore_index != _IGNORED:
             raise UnsupportedError(f"{NAME}: ignore_index must be {_IGNORED}, got {ignore_index}")
         features = logits.features()
+        self._taken, self._taken_at = True, self._version()
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
         return self.criterion.linear_cross_entropy(
@@ -169,12 +217,17 @@ def patch_causal_lm(model: nn.Module, strength: Any, **options: Any) -> CausalLM
         strength: as in FAMLoss: a number or a schedule.
         options: normalize, curvature_grad, every, backend of FAMLoss, and label_smoothing.
 
+    A trainer that forms the loss itself, without the model's loss_function, would train without the term: the backward pass of
+    such a loss raises an error, unless the model's own loss was taken with the same weights too. FAMTrainerMixin takes it in any
+    Trainer, TRL's SFTTrainer among them.
+
     Returns:
         The patch: `.last` for logs, `.restore()`, or use it in a with statement.
 
     Raises:
         TypeError: `model` is no transformers model.
-        UnsupportedError: its lm_head is no plain nn.Linear, or it has no loss function that can be replaced.
+        UnsupportedError: its lm_head is no plain nn.Linear, or it has no loss function that can be replaced. In training: the
+            loss lacks the term.
     """
     try:
         from transformers import PreTrainedModel

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fam_ext.head import one_pass
 from fam_ext.layers.find import select_layers, select_with_strengths
 from fam_ext.loss.layer_criterion import outside_graph
+from fam_ext.loss.num_items import summed
 from fam_ext.loss.plan import CLOSED_FORM
 from fam_ext.loss.step_record import StepRecord
 from fam_ext.loss.training_criterion import TrainingCriterion
@@ -53,7 +54,7 @@ class FAMLoss(TrainingCriterion):
         normalize: None, or "fan_in" to divide by the layer's fan-in.
         norm_power: 2, or 1 for the layerwise measures (not invariant under rescaling of layers then).
         curvature_grad: False holds the Hessian constant; the gradient flows through <w_s, w_s'> only.
-        every: add the term, unscaled, on training steps 0, every, 2 every, ...
+        every: add the term, unscaled, on training steps 0, every, 2 every, ... A step is a call, or an optimizer's (`follow`).
         backend: "auto", "native", "triton" or "reference".
 
     Raises:
@@ -157,11 +158,43 @@ class FAMLoss(TrainingCriterion):
         left_out = f", {len(self.left_out)} left out" if self.left_out else ""
         return f"{super().extra_repr()}, strength={self._strength}{left_out}"
 
-    def forward(self, outputs: Any, *targets: Any, closure: Any = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        outputs: Any,
+        *targets: Any,
+        closure: Any = None,
+        num_items: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """The total loss; arguments as the criterion takes them.
 
-        `closure`, for method="finite_difference": a function that computes the criterion's loss anew, model included.
+        Args:
+            closure: for method="finite_difference": a function that computes the criterion's loss anew, model included.
+            num_items: loss and kappa are those of the criterion's sum over its terms, divided by this number in place of their
+                own number: for batches that share one mean (gradient accumulation, several ranks).
+
+        Raises:
+            UnsupportedError: a number that is right cannot be given; with num_items: the criterion is no known one whose
+                reduction is "mean" or "sum", or has class weights under "mean".
+            TypeError, ValueError: an argument does not fit.
         """
+        if num_items is None:
+            return self._forward(outputs, targets, kwargs, closure, None)
+        arguments = (outputs, targets, kwargs, closure, num_items)
+        if torch.compiler.is_compiling():
+            compiled: Tensor = outside_graph(self._of_sum, *arguments)
+            return compiled
+        return self._of_sum(*arguments)
+
+    def _of_sum(
+        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any, items: Any
+    ) -> Tensor:
+        with summed(self.options, self.criterion, self._bind, kwargs) as of_sum:
+            return self._forward(outputs, targets, of_sum, closure, items)
+
+    def _forward(
+        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any, items: Any
+    ) -> Tensor:
         training = self.training
         for term in self.terms:
             training = training and term.module.training
@@ -169,11 +202,11 @@ class FAMLoss(TrainingCriterion):
             if self._noise and self.training:
                 self._reset_noise()
             plain: Tensor = self.criterion(outputs, *targets, **kwargs)
-            return plain
+            return plain if items is None else plain / items
         if torch.compiler.is_compiling():
-            compiled: Tensor = outside_graph(self._train, outputs, targets, kwargs, closure)
+            compiled: Tensor = outside_graph(self._train, outputs, targets, kwargs, closure, items)
             return compiled
-        return self._train(outputs, targets, kwargs, closure)
+        return self._train(outputs, targets, kwargs, closure, items)
 
     def linear_cross_entropy(
         self,
@@ -236,13 +269,17 @@ class FAMLoss(TrainingCriterion):
         self._finish(StepRecord(total.detach(), kappa if taken else None, strength))
         return total
 
-    def _train(self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> Tensor:
+    def _train(
+        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any, items: Any = None
+    ) -> Tensor:
         if self._noise:
-            return self._perturbed(outputs, targets, kwargs)
+            return self._perturbed(outputs, targets, kwargs, items)
         strength = self._strength_now()
         if isinstance(strength, float) and strength == 0:
             self.reset()
             loss: Tensor = self.criterion(outputs, *targets, **kwargs)
+            if items is not None:
+                loss = loss / items
             self._finish(StepRecord(loss.detach(), None, 0.0))
             return loss
         self._check_attached()
@@ -263,7 +300,7 @@ class FAMLoss(TrainingCriterion):
             heads = self._heads(outputs, loss_hessian)
             head = heads[0]
             if head is None or not one_operation:
-                return self._general(outputs, targets, kwargs, loss_hessian, closure, heads, strength)
+                return self._general(outputs, targets, kwargs, loss_hessian, closure, heads, strength, items)
             taken = one_pass.from_logits(
                 self.options,
                 outputs,
@@ -277,6 +314,8 @@ class FAMLoss(TrainingCriterion):
         elif term.plan is not CLOSED_FORM:
             term.record_plan(CLOSED_FORM)
         total, kappa = taken
+        if items is not None:
+            total, kappa = total / items, kappa / items
         self._finish(StepRecord(total.detach(), kappa, strength))
         return total
 
@@ -289,12 +328,16 @@ class FAMLoss(TrainingCriterion):
         closure: Any,
         heads: Any,
         strength: Any,
+        items: Any,
     ) -> Tensor:
         """The criterion's loss plus the sum of the layers' terms."""
         value, (kappa, error) = self._loss_and_terms(
             outputs, targets, kwargs, loss_hessian, closure, heads, need_loss=True
         )
         loss: Any = value
+        if items is not None:
+            loss, kappa = loss / items, kappa / items
+            error = None if error is None else error / items
         if isinstance(strength, TargetRatio):
             strength = strength.update(loss, kappa)
         total: Tensor = loss + strength * kappa

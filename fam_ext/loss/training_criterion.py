@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks
 from fam_ext.capture.calls import layer_weight
+from fam_ext.errors import UnsupportedError
 from fam_ext.loss.layer_criterion import LayerCriterion
 from fam_ext.loss.noise_hook import NoiseHook
 from fam_ext.loss.plan import NOISE, NOISE_SHARED
@@ -37,6 +39,8 @@ class TrainingCriterion(LayerCriterion):
         self._strength = self._check_strength(strength)
         self.every = every
         self.step = 0
+        self._counts_calls = True
+        self._followed: Any = None  # handle of the hook on the optimizer
         self.last = StepRecord()
         self._noise = options.method == "noise"
         if self._noise:
@@ -62,6 +66,63 @@ class TrainingCriterion(LayerCriterion):
     @strength.setter
     def strength(self, value: float | Schedule | TargetRatio) -> None:
         self._strength = self._check_strength(value)
+        if self._noise:
+            self._set_noise()
+
+    def follow(self, optimizer: Any = None) -> None:
+        """Count the steps of `optimizer` from now on, not the calls of the criterion: what `every` and schedules go by.
+
+        Without it a training step is one call. Gradient accumulation, SAM and LBFGS call the criterion several times for one
+        update: these calls share one step then, and with it one strength. A step that GradScaler skips does not count. Of an
+        optimizer around others (SAM), pass the inner one, whose step makes the update. A copy of the criterion counts its calls
+        until it follows an optimizer itself.
+
+        Args:
+            optimizer: a torch.optim.Optimizer, or a wrapper that keeps one as `.optimizer` (accelerate's, Lightning's); None:
+                `advance` is called by hand, once for each update.
+
+        Raises:
+            TypeError: `optimizer` is no torch.optim.Optimizer.
+
+        Example:
+            >>> import torch, fam_ext
+            >>> layer = torch.nn.Linear(3, 2)
+            >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+            >>> criterion = fam_ext.FAMLoss(torch.nn.CrossEntropyLoss(), layer, fam_ext.schedules.Warmup(0.1, steps=100))
+            >>> criterion.follow(optimizer)
+            >>> for _ in range(4):  # four micro-batches of one update
+            ...     criterion(layer(torch.randn(2, 3)), torch.tensor([0, 1])).backward()
+            >>> optimizer.step()
+            >>> criterion.step
+            1
+        """
+        inner = optimizer
+        while inner is not None and "_optimizer_step_post_hooks" not in vars(inner):
+            around, inner = inner, getattr(inner, "optimizer", None)
+            if inner is None or inner is around:
+                _checks.bad_type(
+                    "FAMLoss.follow", "optimizer", "a torch.optim.Optimizer (else call advance())", optimizer
+                )
+        if self._followed is not None:
+            self._followed.remove()
+        self._followed, self._counts_calls = None, False
+        if inner is not None:
+            own = weakref.ref(self)  # an optimizer must not keep the criterion alive
+
+            def after_step(*_: Any) -> None:
+                criterion = own()
+                if criterion is not None:
+                    criterion.advance()
+
+            self._followed = inner.register_step_post_hook(after_step)
+
+    def advance(self) -> None:
+        """End a step by hand: one update has been made. Only after `follow`, else each call of the criterion is a step."""
+        if self._counts_calls:
+            raise UnsupportedError(
+                "FAMLoss.advance: each call of this criterion ends a step already; call follow(None) first"
+            )
+        self.step += 1
         if self._noise:
             self._set_noise()
 
@@ -97,7 +158,7 @@ class TrainingCriterion(LayerCriterion):
             missing.remove(key)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "last": None}
+        return {**super().__getstate__(), "last": None, "_followed": None, "_counts_calls": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -107,7 +168,8 @@ class TrainingCriterion(LayerCriterion):
         """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
         state = self.__dict__
         state["last"] = last
-        state["step"] += 1
+        if state["_counts_calls"]:
+            state["step"] += 1
 
     def _activate(self, training: bool) -> None:
         """In evaluation mode and at strength 0 nothing is perturbed."""
@@ -138,7 +200,9 @@ class TrainingCriterion(LayerCriterion):
         super().reset()
         self._reset_noise()
 
-    def _perturbed(self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _perturbed(
+        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], items: Any = None
+    ) -> Tensor:
         """The loss of the network that the hooks have perturbed."""
         strength = self._strength_now()
         if strength:
@@ -148,6 +212,8 @@ class TrainingCriterion(LayerCriterion):
                 if not hook.called and not hook.seen:
                     raise term.captures.not_called("FAMLoss")
         loss: Tensor = self.criterion(outputs, *targets, **kwargs)
+        if items is not None:
+            loss = loss / items
         self._reset_noise()
         self._finish(StepRecord(loss.detach(), None, strength))
         if callable(self._strength) or self.every > 1:

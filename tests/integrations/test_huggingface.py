@@ -225,3 +225,55 @@ def test_trainer(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(whole, accumulated, rtol=1e-4, atol=1e-6)
     assert patch.criterion.step == 4
     assert any((whole[k] - p).abs().max() > 1e-4 for k, p in MODELS[name]().named_parameters())
+
+
+class OwnHead(nn.Module):
+    """As TRL's fused head: another forward on the model, which forms the log-probabilities from the head's weight."""
+
+    @staticmethod
+    def put_on(model: Any) -> None:
+        original = model.forward
+
+        def forward(*args: Any, labels: Any = None, own: bool = False, **kwargs: Any) -> Any:
+            if not own:
+                return original(*args, labels=labels, **kwargs)
+            hidden = model.base_model(*args, **kwargs).last_hidden_state
+            logits = hidden[:, :-1] @ model.get_output_embeddings().weight.T
+            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+            return transformers.modeling_outputs.CausalLMOutput(loss=loss)
+
+        model.forward = forward
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_training_without_the_term_is_refused(model: Any, labels: bool) -> None:
+    patch = patch_causal_lm(model, STRENGTH)
+    data = batch()
+    if labels:
+        OwnHead.put_on(model)
+
+    def without() -> Tensor:
+        if labels:
+            return model(**data, own=True).loss
+        return F.cross_entropy(
+            model(data["input_ids"]).logits[:, :-1].flatten(0, 1), data["labels"][:, 1:].flatten()
+        )
+
+    text = "its loss_function was not asked" if labels else "called without labels"
+    expect(text, without().backward)
+    with torch.no_grad():
+        without()
+    model.eval()
+    without().backward()
+    model.train()
+    if not labels:  # beside the model's own loss, of the same weights, another use of the logits is welcome
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(2):
+            model(**data).loss.backward()
+            without().backward()
+            optimizer.step()
+        expect(text, without().backward)
+    pending = without()
+    patch.restore()
+    pending.backward()
+    without().backward()
