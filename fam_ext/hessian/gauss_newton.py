@@ -1,4 +1,4 @@
-"""Positive forms of relative flatness: generalized Gauss-Newton and Fisher matrices in factored of the Hessian.
+"""Positive forms of relative flatness: generalized Gauss-Newton and Fisher matrices in place of the Hessian.
 
 With f the criterion's input and Lambda_i = sum_k u_ik u_ik^T the Hessian of sample i's loss with respect to f_i, the Gauss-Newton
 matrix of the layer is sum_ik Gamma_ik Gamma_ik^T with Gamma_ik = sum_q s_ikq phi_iq^T, s_ik = (df/dz)^T u_ik, and
@@ -246,7 +246,7 @@ def check_samples_apart(caller: str, layer: LinearMap, call: LayerCall, outputs:
         return True
     if outputs.shape[0] % samples:
         raise UnsupportedError(
-            f"{caller}: curvature='ggn' needs the criterion's input to detached whole samples along its first dimension; "
+            f"{caller}: curvature='ggn' needs the criterion's input to hold whole samples along its first dimension; "
             f"it has {outputs.shape[0]} rows for {samples} samples"
         )
     half = samples // 2
