@@ -37,9 +37,13 @@ def test_where_it_applies() -> None:
         (CrossEntropy(y, weight=weight.double()), z, False),
         (CrossEntropy(y, weight=torch.ones(3, requires_grad=True)), z, False),
     ):
-        assert one_pass.applies(loss_hessian, outputs) is expected, loss_hessian
+        assert one_pass.applies(None, loss_hessian, outputs) is expected, loss_hessian
+    criterion = nn.CrossEntropyLoss()
+    assert one_pass.applies(criterion, CrossEntropy(y), z)
+    criterion.register_forward_hook(lambda *args: None)  # which would not run
+    assert not one_pass.applies(criterion, CrossEntropy(y), z)
     with torch.autocast("cpu"):
-        assert one_pass.applies(CrossEntropy(y, weight=weight), z.bfloat16())
+        assert one_pass.applies(None, CrossEntropy(y, weight=weight), z.bfloat16())
 
 
 class Step:

@@ -1,11 +1,11 @@
-"""Means of estimates with their standard errors, and random signs."""
+"""Means of estimates with their standard errors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fam_ext.hessian.estimate import Estimate, rademacher
+from fam_ext.hessian.estimate import Estimate
 
 pytestmark = pytest.mark.on_devices
 
@@ -34,16 +34,3 @@ def test_the_sum_of_independent_estimates() -> None:
     assert float(total.value) == 7.0 and float(total.standard_error) == 5.0
     assert Estimate.total(terms[1:2]) is terms[1]
     assert Estimate.total([terms[1], terms[1]]) == (4.0, None)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_signs(dtype: torch.dtype) -> None:
-    like = torch.zeros(1, dtype=dtype)
-
-    def draw(seed: int) -> torch.Tensor:
-        return rademacher((50, 40), like, torch.Generator(like.device).manual_seed(seed))
-
-    signs = draw(0)
-    assert signs.dtype == dtype and signs.shape == (50, 40) and (signs.abs() == 1).all()
-    assert abs(float(signs.float().mean())) < 4 / 2000**0.5
-    assert torch.equal(draw(0), signs) and not torch.equal(draw(1), signs)

@@ -74,9 +74,9 @@ def tokens() -> Problem:
 
 
 def grouped_conv() -> Problem:
-    layer = nn.Conv1d(4, 4, 2, groups=2, stride=2, padding=1)
+    layer = nn.Conv1d(2, 4, 2, groups=2, stride=2, padding=1)
     tail = nn.Sequential(nn.Sigmoid(), nn.Flatten(), nn.Linear(8, 3))
-    return Problem(nn.Conv1d(1, 4, 1), layer, tail, torch.randn(2, 1, 3), (2,))
+    return Problem(nn.Conv1d(1, 2, 1), layer, tail, torch.randn(2, 1, 3), (2,))
 
 
 def transposed() -> Problem:

@@ -12,7 +12,7 @@ from hidden_problems import PROBLEMS, coupled_samples, mlp, transposed_rows
 from torch import Tensor, nn
 
 from fam_ext.hessian import hutchinson
-from fam_ext.hessian.hutchinson import gram_root, probe_root
+from fam_ext.hessian.hutchinson import gram_root, probe_root, rademacher
 
 pytestmark = pytest.mark.on_devices
 
@@ -117,3 +117,16 @@ def test_with_the_hessian_held(make: Any) -> None:
     torch.testing.assert_close(held.sum().detach(), constant.detach())
     got, want = (torch.autograd.grad(v, weight, retain_graph=True)[0] for v in (held.sum(), constant))
     torch.testing.assert_close(got, 2 * want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_signs(dtype: torch.dtype) -> None:
+    like = torch.zeros(1, dtype=dtype)
+
+    def draw(seed: int) -> Tensor:
+        return rademacher((50, 40), like, torch.Generator(like.device).manual_seed(seed))
+
+    signs = draw(0)
+    assert signs.dtype == dtype and signs.shape == (50, 40) and (signs.abs() == 1).all()
+    assert abs(float(signs.float().mean())) < 4 / 2000**0.5
+    assert torch.equal(draw(0), signs) and not torch.equal(draw(1), signs)
