@@ -310,7 +310,7 @@ class FAMLoss(TrainingCriterion):
                     raise UnsupportedError(
                         "FAMLoss: detached from its layer; call attach() first, or eval() for the plain loss"
                     )
-                if not hook.called and not hook.seen:
+                if hook.value and not hook.called and not hook.seen:
                     raise term.captures.not_called("FAMLoss")
         loss: Tensor = self.criterion(outputs, *targets, **kwargs)
         self._reset_noise()
