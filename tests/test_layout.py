@@ -17,7 +17,7 @@ FLOORS = (
     ("layers", "loss_hessians", "options"),
     ("capture", "head", "hessian"),
     ("loss", "functional"),
-    ("measurement", "integrations"),
+    ("measurement", "correlation", "flatness_noise", "rescaling", "integrations"),
     ("__init__", "__main__", "typing"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS, 1) for name in names}
