@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian.estimate import rademacher
+from fam_ext.hessian.hutchinson import rademacher
 from fam_ext.hessian.products import LayerCall
 from fam_ext.layers.linear_map import LinearMap
 from fam_ext.ops.gram_trace import gram_trace

@@ -12,8 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fam_ext.hessian.estimate import rademacher
 from fam_ext.hessian.products import LayerHessian, matvec
+
+
+def rademacher(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """+1 and -1 with equal probability, of the device and dtype of `like`."""
+    bits = torch.randint(0, 2, shape, generator=generator, device=like.device, dtype=torch.int8)
+    return bits.to(like.dtype).mul_(2).sub_(1)
 
 
 def probe_root(weight: Tensor, columns: int, weighted: bool) -> Tensor:

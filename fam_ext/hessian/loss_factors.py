@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fam_ext.hessian.estimate import rademacher
+from fam_ext.hessian.hutchinson import rademacher
 from fam_ext.loss_hessians import CrossEntropy, LossHessian
 
 

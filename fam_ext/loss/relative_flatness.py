@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers.find import find_layers
 from fam_ext.loss.layer_criterion import LayerCriterion, outside_graph
+from fam_ext.loss.one_call import LossCall, head_calls, loss_and_terms
 from fam_ext.options import Options
 
 
@@ -90,10 +91,10 @@ class RelativeFlatness(LayerCriterion):
     def _measure(
         self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool, closure: Any
     ) -> Tensor:
-        self._check_attached()
         loss_hessian = self._bind_arguments(targets, kwargs)
-        heads = self._heads(outputs, loss_hessian)
-        _, (kappa, self.standard_error) = self._loss_and_terms(
-            outputs, targets, kwargs, loss_hessian, closure, heads, need_loss=False, per_sample=per_sample
+        call = LossCall(self.criterion, outputs, targets, kwargs, loss_hessian, closure, per_sample)
+        heads = head_calls(self.options, self.terms, call, self._no_closed_form)
+        _, (kappa, self.standard_error) = loss_and_terms(
+            self.options, self.terms, heads, call, need_loss=False
         )
         return kappa
