@@ -84,7 +84,9 @@ def test_what_is_refused_is_what_torch_refuses(mode: str) -> None:
                     args.check_extent("f", "input", x, (kernel,), (1,), (padding,), (padding,), mode)
                     ours = True
                 except ValueError as error:
-                    assert "f: input must be small enough" in str(error) or "f: padding must be at most" in str(error)
+                    assert "f: input must be small enough" in str(
+                        error
+                    ) or "f: padding must be at most" in str(error)
                     ours = False
                 assert ours == fine, (size, kernel, padding)
 

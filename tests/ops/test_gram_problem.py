@@ -16,7 +16,11 @@ POINT = ((1,), (1,), (0,), (1,))
 
 
 def problem(
-    form: str = "direct", window: Any = WINDOW, max_bytes: int = 2**27, gram: Tensor | None = None, **shapes: Any
+    form: str = "direct",
+    window: Any = WINDOW,
+    max_bytes: int = 2**27,
+    gram: Tensor | None = None,
+    **shapes: Any,
 ) -> Problem:
     x = shapes.get("x", torch.randn(4, 2, 3, 6))
     s = shapes.get("s", torch.randn(5, 4, 2, 2, 5 if window == WINDOW else 6))
@@ -32,9 +36,21 @@ def problem(
         ({"window": ((2,), (1,), (0,), (1, 1))}, ValueError, "op: dilation"),
         ({"form": "other"}, ValueError, "op: form"),
         ({"x": torch.ones(4, 2, 3, 6, dtype=torch.int64)}, TypeError, "op: input"),
-        ({"gram": torch.randn(2, 3, 3)}, ValueError, r"op: gram must have shape \(2, 2, 2\), got \(2, 3, 3\)"),
-        ({"gram": torch.empty(2, 2, 2, device="meta")}, ValueError, "op: gram must have device cpu, got meta"),
-        ({"form": "gram_tiles", "x": torch.randn(4, 2, 3, 6).double()}, ValueError, "another one for float64"),
+        (
+            {"gram": torch.randn(2, 3, 3)},
+            ValueError,
+            r"op: gram must have shape \(2, 2, 2\), got \(2, 3, 3\)",
+        ),
+        (
+            {"gram": torch.empty(2, 2, 2, device="meta")},
+            ValueError,
+            "op: gram must have device cpu, got meta",
+        ),
+        (
+            {"form": "gram_tiles", "x": torch.randn(4, 2, 3, 6).double()},
+            ValueError,
+            "another one for float64",
+        ),
     ],
 )
 def test_refusals(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -51,7 +67,9 @@ def test_chunks_of_samples(form: str) -> None:
         p = problem(form, max_bytes=max_bytes, x=x, s=s)
         parts = list(p.chunks())
         kept = torch.bfloat16 if form == "gram_tiles" else torch.float32
-        assert torch.equal(torch.cat([c for _, c, _ in parts]).float(), x.float()) and parts[0][1].dtype == kept
+        assert (
+            torch.equal(torch.cat([c for _, c, _ in parts]).float(), x.float()) and parts[0][1].dtype == kept
+        )
         factors = torch.cat([f for _, _, f in parts])  # (b, g, K, O, Q)
         assert torch.equal(factors.float(), s.permute(1, 2, 0, 3, 4).float())
         assert [part.start for part, _, _ in parts] == list(range(0, 4, len(parts[0][1])))

@@ -29,7 +29,11 @@ def problem(window: Any) -> tuple[Windows, Tensor, Tensor]:
     columns = F.unfold(x.flatten(0, 1), kernel, dilation, padding, stride)
     out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip((5, 6), *window, strict=True)]
     assert len(out) == 2
-    return Windows((5, 6), out, kernel, stride, padding, dilation), x, columns.reshape(2, 3, -1, columns.shape[-1])
+    return (
+        Windows((5, 6), out, kernel, stride, padding, dilation),
+        x,
+        columns.reshape(2, 3, -1, columns.shape[-1]),
+    )
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)

@@ -47,7 +47,9 @@ def expected(x: Tensor, w: Tensor, bias: Tensor, y: Tensor, **options: Any) -> l
 
 
 @pytest.mark.parametrize("max_bytes", [1, 2**14, 2**27])
-@pytest.mark.parametrize("options", [{}, {"reduction": SUM, "strength": 0.0}, {"curvature_grad": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": SUM, "strength": 0.0}, {"curvature_grad": False}], ids=str
+)
 def test_any_bound_on_memory(max_bytes: int, options: dict[str, Any]) -> None:
     """One row of chunks of 16, some, or all at once."""
     got = run(*problem(), max_bytes=max_bytes, **options)

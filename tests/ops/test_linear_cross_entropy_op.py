@@ -61,7 +61,9 @@ def test_values_and_gradients(reduction: int) -> None:
 @needs_native
 def test_gradients_are_made_where_something_requires_them() -> None:
     operator = torch.ops.fam_ext.linear_cross_entropy
-    made = operator(x, w, bias, y, None, None, -100, 0.0, MEAN, 0.3, True, 2**27, False, False, False, True, False)
+    made = operator(
+        x, w, bias, y, None, None, -100, 0.0, MEAN, 0.3, True, 2**27, False, False, False, True, False
+    )
     assert [t.numel() for t in made[2:]] == [0, w.numel(), 0]
     meta = operator(
         *(t.to("meta") for t in (x, w, bias, y)), None, None, -100, 0.0, NONE, 0.3, True, 2**27, False, False, True, True, False

@@ -41,7 +41,9 @@ def test_shares_and_coefficients(reduction: int, smoothing: float, weighted: boo
     q = F.one_hot(t.index, 4) * t.hard[:, None] + t.soft[:, None] * (OMEGA.double() if weighted else 1.0)
     losses = -(q * z[kept].log_softmax(1)).sum(1)
     expected = F.cross_entropy(z, LABELS, omega, **options)
-    torch.testing.assert_close(losses if reduction == NONE else losses.sum(), expected[kept] if reduction == NONE else expected)
+    torch.testing.assert_close(
+        losses if reduction == NONE else losses.sum(), expected[kept] if reduction == NONE else expected
+    )
     c = cross_entropy_coefficients(z, LABELS, omega, **options)
     torch.testing.assert_close(t.coefficient, c[kept])
     best = z[kept].argmax(1)
@@ -69,7 +71,11 @@ def test_rows_there_and_back() -> None:
 
 def test_nothing_that_counts() -> None:
     t = targets(torch.full((3,), -100))
-    assert t.count == 0 and t.mean_of_nothing and not targets(torch.full((3,), -100), reduction=SUM).mean_of_nothing
+    assert (
+        t.count == 0
+        and t.mean_of_nothing
+        and not targets(torch.full((3,), -100), reduction=SUM).mean_of_nothing
+    )
     assert targets(torch.empty(0, dtype=torch.int64)).count == 0
     zero = targets(torch.tensor([0, 0]), omega=torch.tensor([0.0, 1, 1, 1]))
     assert not zero.coefficient.isfinite().any()  # the mean divides by 0, as torch's

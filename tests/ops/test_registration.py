@@ -12,7 +12,12 @@ from fam_ext.ops._registration import gradient_dtype, hand_out, made_gradient
 
 @pytest.mark.parametrize(
     ("dtype", "made"),
-    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2],
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64,) * 2,
+    ],
 )
 def test_the_dtype_of_a_gradient_that_waits_for_the_loss_scale(dtype: torch.dtype, made: torch.dtype) -> None:
     tensor = torch.ones(2, 3, dtype=dtype).t()
@@ -45,7 +50,9 @@ def test_gradients_times_the_upstream_are_rounded_once() -> None:
 def test_differentiating_what_was_made_is_an_error() -> None:
     (handed,) = hand_out("the operation", [torch.ones(2)], [torch.float32], torch.tensor(2.0))
     assert handed.requires_grad and torch.equal(handed.detach(), torch.full((2,), 2.0))
-    with pytest.raises(RuntimeError, match="the operation can be differentiated once only: its gradients were made"):
+    with pytest.raises(
+        RuntimeError, match="the operation can be differentiated once only: its gradients were made"
+    ):
         handed.sum().backward()
 
 
@@ -63,7 +70,9 @@ def test_a_backward_operation_without_a_derivative() -> None:
         x = torch.ones(2, requires_grad=True)
         z = torch.ops.fam_ext.only_once(x)
         assert torch.equal(z.detach(), torch.full((2,), 2.0))
-        with pytest.raises(RuntimeError, match=r"fam_ext::only_once can be differentiated once only.*backend=.reference"):
+        with pytest.raises(
+            RuntimeError, match=r"fam_ext::only_once can be differentiated once only.*backend=.reference"
+        ):
             z.sum().backward()
         assert torch.ops.fam_ext.only_once(torch.empty(3, device="meta")).shape == (3,)
     finally:

@@ -55,7 +55,9 @@ def test_loss_and_kappa(options: dict[str, Any], soft: bool) -> None:
     torch.testing.assert_close(kappa, expected.detach())
     torch.testing.assert_close(total, loss(w) + STRENGTH * expected)
     assert not kappa.requires_grad
-    for g, e in zip(*(torch.autograd.grad(v, (x, w)) for v in (total, loss(w) + STRENGTH * expected)), strict=True):
+    for g, e in zip(
+        *(torch.autograd.grad(v, (x, w)) for v in (total, loss(w) + STRENGTH * expected)), strict=True
+    ):
         torch.testing.assert_close(g, e)
 
 

@@ -10,7 +10,11 @@ import torch.nn.functional as F
 
 from fam_ext.ops.reference.patch_sqnorm import patch_sqnorm
 
-WINDOWS: list[Any] = [((2, 3), (1, 1), (0, 0), (1, 1)), ((3, 2), (2, 1), (1, 1), (1, 2)), ((1, 1), (3, 2), (2, 0), (1, 1))]
+WINDOWS: list[Any] = [
+    ((2, 3), (1, 1), (0, 0), (1, 1)),
+    ((3, 2), (2, 1), (1, 1), (1, 2)),
+    ((1, 1), (3, 2), (2, 0), (1, 1)),
+]
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)

@@ -25,7 +25,9 @@ def test_value_and_gradients(form: str) -> None:
     got, want = reference.softmax_trace(z, w, form), definition(z, w)
     torch.testing.assert_close(got, want)
     upstream = torch.randn(5, dtype=torch.float64)
-    for g, e in zip(torch.autograd.grad(got, (z, w), upstream), torch.autograd.grad(want, (z, w), upstream), strict=True):
+    for g, e in zip(
+        torch.autograd.grad(got, (z, w), upstream), torch.autograd.grad(want, (z, w), upstream), strict=True
+    ):
         torch.testing.assert_close(g, e)
     assert torch.autograd.gradcheck(lambda z, w: reference.softmax_trace(z, w, form), (z, w))
 
