@@ -283,6 +283,15 @@ def info() -> Info:
     """Versions, what is compiled, and for each operation the backend taken on this machine's devices and why.
 
     Printing the answer, or `python -m fam_ext`, gives a table.
+
+    Example:
+        >>> import fam_ext
+        >>> facts = fam_ext.info()
+        >>> facts.versions["fam_ext"] == fam_ext.__version__
+        True
+        >>> backend, why = facts.operations["head_cross_entropy"]["cpu"]
+        >>> backend in ("native", "reference")
+        True
     """
     from fam_ext._version import __version__
 

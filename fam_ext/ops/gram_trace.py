@@ -63,6 +63,13 @@ def gram_trace(
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape or range.
         RuntimeError: a backend asked for by name that is not available.
+
+    Example:
+        >>> features, factors = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> gram_trace(features, factors, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # |phi_i|^2 |W^T s_i|^2
+        tensor([5., 0.])
+        >>> gram_trace(features[None], factors[None], torch.eye(2))  # one sample of two positions: |s^T phi|^2
+        tensor([11.])
     """
     for name, tensor in (("input", input), ("factors", factors), ("weight", weight)):
         _checks.check_floating(_NAME, name, tensor)
