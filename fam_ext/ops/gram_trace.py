@@ -94,7 +94,8 @@ def gram_trace(
         if weighted and w.shape[2] < w.shape[1]:  # W^T s has fewer numbers than s
             s = torch.einsum("goi,kbgo...->kbgi...", w.to(acc), s.to(acc))
         elif weighted:
-            gram = w.to(acc) @ w.to(acc).transpose(1, 2)
+            wide = w.to(acc)  # once: two casts would round the weight's gradient twice
+            gram = wide @ wide.transpose(1, 2)
         form = _resolve(form, x, s, gram is not None, *window)
         if chosen == "reference":
             values = reference.gram_trace(x, s, gram, *window, form)
@@ -143,7 +144,11 @@ def choose_form(
 def _resolve(form: str, x: Tensor, s: Tensor, weighted: bool, kernel: Ints, *window: Ints) -> str:
     if form == "direct":
         return form
-    inputs, outputs = x[0, 0, 0].numel() if x.numel() else 0, s[0, 0, 0, 0].numel() if s.numel() else 0
+    inputs = outputs = 1
+    for size in x.shape[3:]:
+        inputs *= size
+    for size in s.shape[4:]:
+        outputs *= size
     factors = s.shape[0] if form == "auto" else 0
     chosen = choose_form(inputs, outputs, x.shape[2], kernel, s.shape[3], factors, weighted)
     if form == "gram" and chosen == "direct":
