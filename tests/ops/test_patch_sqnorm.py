@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from allocations import peak_memory
 from hypothesis import given, settings
 from inputs import DTYPES, LAYOUTS, make_input, needs_native
-from patch_problems import CASES, check, problems, run
+from patch_problems import CASES, check, oracle, problems, run
 from tolerance import relative_error
 from torch import nn
 
