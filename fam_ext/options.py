@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,8 +36,12 @@ class Options:
     per_sample_probes: bool | None = None
     max_bytes: int = 2**30
     hold_statistics: bool | None = None
+    closed_form: bool = field(init=False)
+    """Whether a closed form may be taken."""
 
     def __post_init__(self) -> None:
+        may = self.method in ("auto", "closed_form") and self.measure in MEASURES
+        object.__setattr__(self, "closed_form", may)
         caller = self.caller
         _checks.check_choice(caller, "measure", self.measure, MEASURES + EIGENVALUE_MEASURES)
         _checks.check_choice(caller, "curvature", self.curvature, _CURVATURES)
@@ -114,11 +118,6 @@ class Options:
                 _checks.bad_value(
                     self.caller, argument, f"{expected!r} with method='noise' ({way_out})", value
                 )
-
-    @property
-    def closed_form(self) -> bool:
-        """Whether a closed form may serve."""
-        return self.method in ("auto", "closed_form") and self.measure in MEASURES
 
     def __getstate__(self) -> dict[str, Any]:
         return {

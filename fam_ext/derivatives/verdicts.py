@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import torch
 
 from fam_ext.derivatives import corrections
-from fam_ext.derivatives.nodes import bare, readable
+from fam_ext.derivatives.nodes import readable
 from fam_ext.derivatives.verified import VERIFIED
 from fam_ext.errors import UnsupportedError
 
@@ -110,8 +111,12 @@ def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
     """
     correct, doubtful = [], set()
     for node in nodes:
-        name = bare(full := node.name())
-        if name in TRUSTED and full not in corrections.REPLACED:
+        full = node.name()
+        name = full.rstrip("0123456789")
+        replaced = full in corrections.REPLACED
+        if replaced and full in corrections.FASTER:
+            replaced = prod(node._input_metadata[0].shape) >= corrections.LEAST
+        if name in TRUSTED and not replaced:
             continue
         if corrections.needs_correction(node):
             correct.append(node)

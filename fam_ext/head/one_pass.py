@@ -9,7 +9,7 @@ takes as long as a small head itself, and has an error message for every case th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ from fam_ext.options import Options
 NAME = "FAMLoss.linear_cross_entropy"
 
 
-def applies(loss_hessian: object, outputs: object) -> TypeGuard[CrossEntropy]:
-    """Whether the operation stands for criterion and term."""
+def applies(criterion: Any, loss_hessian: object, outputs: object) -> bool:
+    """Whether the operation stands for criterion and term; a hook on the criterion (None: a function) would miss its call."""
+    if criterion is not None and (criterion._forward_hooks or criterion._forward_pre_hooks):
+        return False
     if not isinstance(loss_hessian, CrossEntropy) or not isinstance(outputs, Tensor) or outputs.dim() < 2:
         return False
     target, weight = loss_hessian.target, loss_hessian.weight

@@ -1,4 +1,4 @@
-"""Values of kappa with their standard errors, and the random signs they are made from."""
+"""Values of kappa with their standard errors."""
 
 from __future__ import annotations
 
@@ -29,9 +29,3 @@ class Estimate(NamedTuple):
         value: Any = sum(term.value for term in terms)
         errors = [term.standard_error for term in terms if term.standard_error is not None]
         return cls(value, torch.stack(errors).square().sum(0).sqrt() if errors else None)
-
-
-def rademacher(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
-    """+1 and -1 with equal probability, of the device and dtype of `like`."""
-    bits = torch.randint(0, 2, shape, generator=generator, device=like.device, dtype=torch.int8)
-    return bits.to(like.dtype).mul_(2).sub_(1)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext import _checks
-from fam_ext.hessian.estimate import Estimate, rademacher
-from fam_ext.hessian.hutchinson import probe_root
+from fam_ext.hessian.estimate import Estimate
+from fam_ext.hessian.hutchinson import probe_root, rademacher
 from fam_ext.layers.linear_map import LinearMap
 
 Closure = Callable[[], Tensor]

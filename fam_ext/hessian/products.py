@@ -57,11 +57,12 @@ class LayerHessian:
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.bytes_of_output = 4 * sum(prod(call.shape) for call in calls)
         self.gradient: Tensor | None = None
-
-    @property
-    def origin(self) -> Any:
-        """What the first gradient is taken by: the weight, or the edge where the only call's output entered the graph."""
-        return self.weight if self.on_weight else self.calls[0].edge
+        # what the first gradient is taken by: the weight, or the edge where the only call's output entered the graph
+        self.origin: Any = weight if self.on_weight else calls[0].edge
+        if not self.on_weight:
+            # the input of the only call, in a dtype that sums can be formed in
+            features = calls[0].features.to(torch.promote_types(calls[0].features.dtype, self.dtype))
+            self.features: Tensor = features.detach() if self.detached else features
 
     def direction(self, weight: Tensor) -> Tensor:
         """The product's argument for a weight direction in canonical layout."""
@@ -70,13 +71,6 @@ class LayerHessian:
             return in_module
         features = self.features
         return self.layer.apply(features, in_module.to(features.dtype))
-
-    @property
-    def features(self) -> Tensor:
-        """The input of the only call, in a dtype that sums can be formed in."""
-        features = self.calls[0].features
-        features = features.to(torch.promote_types(features.dtype, self.dtype))
-        return features.detach() if self.detached else features
 
     def matvec(self, directions: Tensor) -> Tensor:
         """Lambda d for a stack of directions (K, *shape); zero where the loss does not depend on z, or linearly."""
@@ -105,9 +99,11 @@ def products(
     derivative.
     """
     with corrections.corrected(correct):
+        # an upstream gradient that requires grad itself: else an operation that forbids a second derivative may leave no trace
+        one = torch.ones_like(loss).requires_grad_() if doubtful else None
         with torch.enable_grad():
             gradients = torch.autograd.grad(
-                loss, [h.origin for h in hessians], create_graph=True, allow_unused=True
+                loss, [h.origin for h in hessians], one, create_graph=True, allow_unused=True
             )
         for hessian, gradient in zip(hessians, gradients, strict=True):
             if gradient is not None and gradient.requires_grad:

@@ -40,7 +40,8 @@ def squared_norms(features: Tensor, backend: str = "auto") -> Tensor:
     """
     if backend != "auto":
         backends.choose("patch_sqnorm", backend, features)
-    return features.to(accumulation_dtype(features)).square().sum(-1, keepdim=True)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return features.to(dtype).square().sum(-1, keepdim=True)
 
 
 def transformers_conv1d() -> tuple[type[nn.Module], ...]:
@@ -88,6 +89,7 @@ class LinearMap:
         self.input_first = input_first or self.transposed  # the weight's first dimension is the input's
         self.groups: int = 1 if self.linear else described.groups
         self.spatial: int = 0 if self.linear else len(described.kernel_size)
+        self.class_dim = -1 - self.spatial  # dimension of z that holds the neurons, from the end
         if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
             raise UnsupportedError(
                 f"{caller}: layer is a {kind} whose weight has no shape yet; run one batch through the model first"
@@ -124,11 +126,6 @@ class LinearMap:
             )
             or getattr(module, "parametrizations", None) is not None
         )
-
-    @property
-    def class_dim(self) -> int:
-        """Dimension of z that holds the neurons, from the end."""
-        return -1 - self.spatial
 
     def canonical(self, weight: Tensor) -> Tensor:
         """(groups, O/groups, I) from the module's layout."""

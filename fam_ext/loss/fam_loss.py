@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fam_ext.errors import UnsupportedError
 from fam_ext.head import one_pass
 from fam_ext.layers.find import select_layers, select_with_strengths
 from fam_ext.loss.layer_criterion import outside_graph
 from fam_ext.loss.num_items import summed
-from fam_ext.loss.plan import CLOSED_FORM
+from fam_ext.loss.one_call import LossCall, head_calls, loss_and_terms
+from fam_ext.loss.plan import CLOSED_FORM, UNUSED
 from fam_ext.loss.step_record import StepRecord
 from fam_ext.loss.training_criterion import TrainingCriterion
 from fam_ext.options import Options
@@ -60,6 +63,19 @@ class FAMLoss(TrainingCriterion):
     Raises:
         TypeError, ValueError: an argument does not fit.
         UnsupportedError: a number that is right cannot be given; the message says why and names a way out.
+
+    Example:
+        >>> import torch, fam_ext
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> criterion = fam_ext.FAMLoss(torch.nn.CrossEntropyLoss(), layer=model[2], strength=0.1)
+        >>> x, y = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
+        >>> loss = criterion(model(x), y)
+        >>> loss.backward()
+        >>> torch.allclose(loss.detach(), criterion.last.loss + 0.1 * criterion.last.flatness)
+        True
+        >>> criterion = criterion.eval()
+        >>> torch.equal(criterion(model(x), y), torch.nn.functional.cross_entropy(model(x), y))  # no term
+        True
     """
 
     def __init__(
@@ -148,7 +164,7 @@ class FAMLoss(TrainingCriterion):
             selection = select_layers(caller, model, layer)
         made = cls(criterion, list(selection.layers.values()), strength, **options)
         for term, share in zip(made.terms, shares, strict=False):
-            term.share = share
+            term.set_share(share)
         made.left_out, made._guess = selection.left_out, selection.guess
         if made._noise:
             made._set_noise()
@@ -231,6 +247,15 @@ class FAMLoss(TrainingCriterion):
         Raises:
             UnsupportedError: not CrossEntropyLoss on one nn.Linear with the measure "neuronwise" in closed form.
             TypeError, ValueError, IndexError: an argument does not fit.
+
+        Example:
+            >>> import torch, fam_ext
+            >>> head, features = torch.nn.Linear(8, 50), torch.randn(4, 8)
+            >>> tokens = torch.tensor([3, 49, 0, -100])
+            >>> criterion = fam_ext.FAMLoss(torch.nn.CrossEntropyLoss(), head, strength=0.1)
+            >>> loss = criterion.linear_cross_entropy(features, head.weight, tokens, head.bias)
+            >>> torch.allclose(loss, criterion(head(features), tokens))
+            True
         """
         arguments = (features, weight, target, bias, num_items)
         if torch.compiler.is_compiling():
@@ -274,42 +299,49 @@ class FAMLoss(TrainingCriterion):
     ) -> Tensor:
         if self._noise:
             return self._perturbed(outputs, targets, kwargs, items)
-        strength = self._strength_now()
+        strength = self._strength
+        if self.every != 1 or not isinstance(strength, float):
+            strength = self._strength_now()
         if isinstance(strength, float) and strength == 0:
             self.reset()
-            loss: Tensor = self.criterion(outputs, *targets, **kwargs)
+            plain: Tensor = self.criterion(outputs, *targets, **kwargs)
             if items is not None:
-                loss = loss / items
-            self._finish(StepRecord(loss.detach(), None, 0.0))
-            return loss
-        self._check_attached()
-        loss_hessian: Any = self._bind_arguments(targets, kwargs)
-        term = self.terms[0]
+                plain = plain / items
+            self._finish(StepRecord(plain.detach(), None, 0.0))
+            return plain
+        options, term = self.options, self.terms[0]
+        loss_hessian: Any = None
+        if self._bind is not None and (options.closed_form or options.curvature != "hessian"):
+            loss_hessian = self._bind(*targets, **kwargs)
         one_operation = (  # the one gate: whether head_cross_entropy stands for criterion and term
             self._one_pass
             and isinstance(strength, float)
-            and not self.hooked()
-            and one_pass.applies(loss_hessian, outputs)
+            and one_pass.applies(self._modules.get("criterion"), loss_hessian, outputs)
         )
         taken = None
         if one_operation and self._ordinary:
             taken = one_pass.ordinary_step(
-                self.options, term.layer, term.captures, outputs, loss_hessian, strength, term.factor
+                options, term.layer, term.captures, outputs, loss_hessian, strength, term.factor
             )
         if taken is None:
-            heads = self._heads(outputs, loss_hessian)
+            call = LossCall(self.criterion, outputs, targets, kwargs, loss_hessian, closure)
+            heads = head_calls(options, self.terms, call, self._no_closed_form)
             head = heads[0]
             if head is None or not one_operation:
-                return self._general(outputs, targets, kwargs, loss_hessian, closure, heads, strength, items)
+                value, (kappa, error) = loss_and_terms(options, self.terms, heads, call)
+                loss: Any = value
+                if items is not None:
+                    loss, kappa = loss / items, kappa / items
+                    error = None if error is None else error / items
+                if self._guess is not None:
+                    self._warn_of_a_guess(self._guess)
+                if isinstance(strength, TargetRatio):
+                    strength = strength.update(loss, kappa)
+                total: Tensor = loss + strength * kappa
+                self._finish(StepRecord(total.detach(), kappa.detach(), strength, loss.detach(), error))
+                return total
             taken = one_pass.from_logits(
-                self.options,
-                outputs,
-                head.features,
-                head.weight,
-                head.rows,
-                loss_hessian,
-                strength,
-                term.factor,
+                options, outputs, head.features, head.weight, head.rows, loss_hessian, strength, term.factor
             )
         elif term.plan is not CLOSED_FORM:
             term.record_plan(CLOSED_FORM)
@@ -319,27 +351,45 @@ class FAMLoss(TrainingCriterion):
         self._finish(StepRecord(total.detach(), kappa, strength))
         return total
 
-    def _general(
-        self,
-        outputs: Any,
-        targets: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        loss_hessian: Any,
-        closure: Any,
-        heads: Any,
-        strength: Any,
-        items: Any,
+    def _warn_of_a_guess(self, guess: str) -> None:
+        """The default layer of for_model is meant to be the head."""
+        term = self.terms[0]
+        if term.plan in (None, UNUSED):
+            return
+        if term.plan is not CLOSED_FORM and self.options.closed_form and self._bind is not None:
+            warnings.warn(
+                f"FAMLoss.for_model: no layer was named, and {guess} gave {term.module}, whose output is not what the "
+                "criterion receives: kappa is that of a layer inside the network. Name the layer to choose it",
+                stacklevel=3,
+            )
+        self._guess = None
+
+    def _perturbed(
+        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], items: Any = None
     ) -> Tensor:
-        """The criterion's loss plus the sum of the layers' terms."""
-        value, (kappa, error) = self._loss_and_terms(
-            outputs, targets, kwargs, loss_hessian, closure, heads, need_loss=True
-        )
-        loss: Any = value
+        """The loss of the network that the hooks have perturbed."""
+        strength = self._strength_now()
+        if strength:
+            for term in self.terms:
+                hook: Any = term.hook
+                if term.handle is None:
+                    raise UnsupportedError(
+                        "FAMLoss: detached from its layer; call attach() first, or eval() for the plain loss"
+                    )
+                if hook.value and not hook.called and not hook.seen:
+                    raise term.captures.not_called("FAMLoss")
+        loss: Tensor = self.criterion(outputs, *targets, **kwargs)
         if items is not None:
-            loss, kappa = loss / items, kappa / items
-            error = None if error is None else error / items
-        if isinstance(strength, TargetRatio):
-            strength = strength.update(loss, kappa)
-        total: Tensor = loss + strength * kappa
-        self._finish(StepRecord(total.detach(), kappa.detach(), strength, loss.detach(), error))
-        return total
+            loss = loss / items
+        self._reset_noise()
+        self._finish(StepRecord(loss.detach(), None, strength))
+        if callable(self._strength) or self.every > 1:
+            self._set_noise()
+        return loss
+
+    def _finish(self, last: StepRecord) -> None:
+        """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
+        state = self.__dict__
+        state["last"] = last
+        if state["_counts_calls"]:
+            state["step"] += 1

@@ -40,14 +40,15 @@ def hessian_terms(
 ) -> list[Estimate]:
     """The terms of layers from Hessian products, which share the first gradient; what is estimated is one estimate."""
     wanted = torch.is_grad_enabled()
-    hessians = [_layer_hessian(h, not options.curvature_grad) for h in hidden]
     correct, doubtful = verdicts.check(options.caller, _all_between(hidden))
+    hessians = [_layer_hessian(h, not options.curvature_grad) for h in hidden]
     with torch.autocast(loss.device.type, enabled=False), products(loss, hessians, correct, doubtful):
         layers = [(h.term.memory, hessian, h.between) for h, hessian in zip(hidden, hessians, strict=True)]
         plans = plan_products(options, layers, per_sample)
         terms, estimated = [], []
         for call, hessian, plan in zip(hidden, hessians, plans, strict=True):
-            call.term.record_plan(plan)
+            if plan != call.term.plan:
+                call.term.record_plan(plan)
             if plan.method == "hutchinson":
                 estimated.append((call, hessian, str(plan.level)))
             else:
@@ -88,18 +89,18 @@ def _all_between(hidden: Sequence[HiddenCall]) -> Sequence[Any]:
     return list(dict.fromkeys(node for h in hidden for node in h.between))  # a set with an order
 
 
-def _reduce(hessian: LayerHessian, summand: Tensor, per_sample: bool) -> Tensor:
-    """The sum, or the sums by sample, of a summand."""
+def _reduce(hessian: LayerHessian, summands: Tensor, per_sample: bool) -> Tensor:
+    """The sums of summands (K, *shape), (K,), or their sums by sample, (K, B)."""
     if not per_sample:
-        return summand.sum()
-    return summand.reshape(hessian.layer.samples(hessian.calls[0].shape), -1).sum(1)
+        return summands.flatten(1).sum(1)
+    return summands.reshape(len(summands), hessian.layer.samples(hessian.calls[0].shape), -1).sum(2)
 
 
 def _hutchinson(
     options: Options, estimated: Sequence[tuple[HiddenCall, LayerHessian, str]], per_sample: bool
 ) -> Estimate:
     first, hessian, _ = estimated[0]
-    generator = first.term.generator(hessian.device)
+    generator = first.term.generators.get(hessian.device) or first.term.generator(hessian.device)
     weighted = options.measure == "neuronwise"
 
     def by_probe(probes: int) -> Tensor:
@@ -109,15 +110,21 @@ def _hutchinson(
         ]
         values: Any = 0
         for (call, hessian, _), stack in zip(estimated, hutchinson.hutchinson(drawn), strict=True):
-            reduced = torch.stack([_reduce(hessian, summand, per_sample) for summand in stack])
-            values = values + call.term.scale_to_measure(reduced, hessian.weight)
+            reduced = _reduce(hessian, stack, per_sample)
+            scaled = (
+                reduced * call.term.factor
+                if weighted
+                else call.term.scale_to_measure(reduced, hessian.weight)
+            )
+            values = values + scaled
         return values  # type: ignore[no-any-return]
 
     chunk = options.probes
     if not torch.is_grad_enabled():
         chunk = _at_once(first, hessian, "probes", by_probe, options.probes)
     sizes = [min(chunk, options.probes - done) for done in range(0, options.probes, chunk)]
-    return Estimate.of(torch.cat([by_probe(size) for size in sizes]))
+    values = torch.cat([by_probe(size) for size in sizes]) if len(sizes) > 1 else by_probe(sizes[0])
+    return Estimate(values[0], None) if len(values) == 1 else Estimate.of(values)
 
 
 def _at_once(
@@ -142,7 +149,7 @@ def _exact(call: HiddenCall, hessian: LayerHessian, plan: Plan, per_sample: bool
     weighted = options.measure == "neuronwise"
     total: Any = 0
     for summand in exact(hessian, level, weighted, chunk, options.backend):
-        total = total + _reduce(hessian, summand, per_sample)
+        total = total + _reduce(hessian, summand.unsqueeze(0), per_sample)[0]
     return term.scale_to_measure(total, hessian.weight)
 
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from fam_ext import _checks, loss_hessians
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian.estimate import Estimate
 from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
-from fam_ext.loss.one_call import HeadCall, head_call, hidden_calls, sum_of_terms
+from fam_ext.loss.one_call import hidden_calls
 from fam_ext.loss.plan import Plan
 from fam_ext.options import Options
 
@@ -35,10 +34,10 @@ class LayerCriterion(nn.Module):
         self.attach()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
         if name == "criterion":  # it may be replaced later: the closed form must be the new one's
-            self._read_criterion()
-        elif name == "training":  # train(), eval(), or a tool that sets it itself
+            self._read_criterion(value)
+        super().__setattr__(name, value)
+        if name == "training":  # train(), eval(), or a tool that sets it itself
             self._activate(value)
 
     def _activate(self, training: bool) -> None:
@@ -46,16 +45,17 @@ class LayerCriterion(nn.Module):
         for term in self.__dict__.get("terms", ()):
             term.hook.active = training and term.handle is not None
 
-    def _read_criterion(self) -> None:
+    def _read_criterion(self, criterion: Any) -> None:
         """How to bind the criterion's arguments, where it has a closed form; else why not."""
-        self._bind: Any = None
-        self._no_closed_form = ""
+        bind: Any = None
+        why_not = ""
         try:
-            self._bind = loss_hessians.read(self.options.caller, self.criterion)
+            bind = loss_hessians.read(self.options.caller, criterion)
         except UnsupportedError as error:
             if self.options.method == "closed_form" or self.options.curvature != "hessian":
                 raise
-            self._no_closed_form = str(error)
+            why_not = str(error)
+        self._bind, self._no_closed_form = bind, why_not
 
     @property
     def layer(self) -> nn.Module:
@@ -96,7 +96,7 @@ class LayerCriterion(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("_attached")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._read_criterion()
+        self._read_criterion(self.criterion)
         if attached:
             self.attach()
 
@@ -104,64 +104,16 @@ class LayerCriterion(nn.Module):
         layers = ", ".join(str(term.module) for term in self.terms)
         return f"layer={layers}, measure={self.options.measure}"
 
-    def _check_attached(self) -> None:
-        for term in self.terms:  # a loop costs a third of any() here
-            if term.handle is None:
-                raise UnsupportedError(
-                    f"{self.options.caller}: detached from its layer; call attach() first, or eval() for the plain loss"
-                )
-
     def hooked(self) -> bool:
         """Whether hooks stand on the criterion, which see its calls and may change its loss."""
         criterion: Any = self._modules.get("criterion")  # None: a function
         return criterion is not None and bool(criterion._forward_hooks or criterion._forward_pre_hooks)
-
-    def _loss_and_terms(
-        self,
-        outputs: Any,
-        targets: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        loss_hessian: loss_hessians.LossHessian | None,
-        closure: Any,
-        heads: Sequence[HeadCall | None],
-        need_loss: bool,
-        per_sample: bool = False,
-    ) -> tuple[Tensor | None, Estimate]:
-        """The criterion's loss, where it is needed, and the sum of the layers' terms."""
-        loss: Tensor | None = None
-        if need_loss:
-            loss = self.criterion(outputs, *targets, **kwargs)
-        elif None in heads and self.options.method != "finite_difference":
-            with torch.enable_grad():  # a value without a graph of its own still needs the loss's
-                loss = self.criterion(outputs, *targets, **kwargs)
-        elif loss_hessian is not None:  # the criterion has not looked at its arguments
-            loss_hessian.check_values(self.options.caller, outputs)
-        if need_loss and self.hooked() and any(head is not None for head in heads):
-            self._check_hooks(loss, outputs, targets, kwargs)
-        return loss, sum_of_terms(
-            self.options, self.terms, heads, loss, outputs, loss_hessian, closure, per_sample
-        )
 
     def _bind_arguments(
         self, targets: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> loss_hessians.LossHessian | None:
         """The criterion with its arguments, where its second derivative is known."""
         return None if self._bind is None else self._bind(*targets, **kwargs)
-
-    def _heads(self, outputs: Any, loss_hessian: loss_hessians.LossHessian | None) -> list[HeadCall | None]:
-        return [
-            head_call(self.options, term, outputs, loss_hessian, self._no_closed_form) for term in self.terms
-        ]
-
-    def _check_hooks(self, loss: Any, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse a hook on the criterion that changes its loss: the closed form is that of the criterion alone."""
-        with torch.no_grad():
-            alone = self.criterion.forward(outputs, *targets, **kwargs)
-        if alone.shape != loss.shape or not torch.allclose(loss, alone, rtol=0, atol=0, equal_nan=True):
-            raise UnsupportedError(
-                f"{self.options.caller}: a forward hook on the criterion changes its loss, which has no closed form then; remove "
-                "it, or use method='exact' or 'hutchinson'"
-            )
 
     def weight_product(self, loss: Tensor, direction: Tensor) -> Tensor:
         """H D of one loss for the first layer, without graph; both in canonical layout (fam_ext.layers.linear_map)."""

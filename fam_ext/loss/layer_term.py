@@ -32,7 +32,7 @@ class LayerTerm:
         self.module = module  # the layer, or the adapter around it
         self.layer = LinearMap(options.caller, module)
         self.captures = CapturedCalls(str(module), self.layer.class_dim, self.layer.unusual)
-        self.share = 1.0  # what the layer's kappa counts in the sum
+        self.set_share(1.0)
         self.hook: LayerHook | NoiseHook = LayerHook()
         self.handle: Any = None
         self.plan: Plan | None = None
@@ -40,7 +40,12 @@ class LayerTerm:
         self.why_not_closed: NoClosedForm | None = None  # of the latest loss
         # by input channel: take the term for features divided by it (fam_ext.measure)
         self.scale: Tensor | None = None
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def set_share(self, share: float) -> None:
+        """What the layer's kappa counts in the sum; `factor` is that over the fan-in, if kappa is to be divided by it."""
+        self.share = share
+        self.factor = share if self.options.normalize is None else share / self.layer.fan_in
 
     def attach(self, owner: Any) -> None:
         """Put the hook on the layer; without effect while it is there."""
@@ -73,13 +78,6 @@ class LayerTerm:
         assert scale is not None
         return layer.divide_features(features, scale), layer.multiply_weight(weight, scale)
 
-    def parameters_of_weight(self) -> list[nn.Parameter]:
-        """The parameters that the layer's weight is made from, looked for in the graph of a loss."""
-        module = self.module
-        if not module._modules:  # no parametrization, no adapter
-            return [p for name, p in module._parameters.items() if p is not None and name != "bias"]
-        return [p for name, p in module.named_parameters() if name.rpartition(".")[2] != "bias"]
-
     def weight(self) -> Tensor:
         """The layer's weight now, rescaled, in canonical layout (fam_ext.layers.linear_map)."""
         weight = layer_weight(self.module).detach()
@@ -95,17 +93,15 @@ class LayerTerm:
                 raise ValueError(
                     f"{self.options.caller}: generator must be on the layer's device ({device}), got one on {given.device}"
                 )
+            self.generators[device] = given
             return given
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(_SEED)
-        return self._generators[device]
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(_SEED)
+        return self.generators[device]
 
     def generator_states(self) -> dict[str, Tensor]:
-        """By device; of the user's generator too."""
-        own = dict(self._generators)
-        if self.options.generator is not None:
-            own = {self.options.generator.device: self.options.generator}
-        return {str(device): generator.get_state() for device, generator in own.items()}
+        """By device; the user's generator is among them once it has been used."""
+        return {str(device): generator.get_state() for device, generator in self.generators.items()}
 
     def load_generator_states(self, states: dict[str, Tensor]) -> None:
         for name, state in states.items():
@@ -120,11 +116,6 @@ class LayerTerm:
                 value = value * factor.to(value.dtype)
         return value if self.factor == 1.0 else value * self.factor
 
-    @property
-    def factor(self) -> float:
-        """What kappa is multiplied with: its share in the sum, over the fan-in if that is asked for."""
-        return self.share if self.options.normalize is None else self.share / self.layer.fan_in
-
     def record_plan(self, plan: Plan) -> None:
         if plan is not self.plan and plan != self.plan:
             self.plan = plan
@@ -135,7 +126,7 @@ class LayerTerm:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["options"], state["module"])  # type: ignore[misc]
-        self.share = state["share"]
+        self.set_share(state["share"])
 
 
 def _remove_inert_hooks(module: nn.Module) -> None:

@@ -35,15 +35,38 @@ class HeadCall(NamedTuple):
     loss_hessian: LossHessian
 
 
-def head_call(
+class LossCall(NamedTuple):
+    """The criterion and what it was called with; `loss_hessian` is the two together, None where there is no closed form."""
+
+    criterion: Any
+    outputs: Any
+    targets: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss_hessian: LossHessian | None
+    closure: Any = None
+    per_sample: bool = False
+
+
+def head_calls(
+    options: Options, terms: Sequence[LayerTerm], call: LossCall, no_closed_form: str
+) -> list[HeadCall | None]:
+    """For each layer what the closed form works on; None where another method is to be taken. Raises where none can be.
+
+    `no_closed_form` explains why the criterion has none, where it has none.
+    """
+    for term in terms:
+        if term.handle is None:
+            raise UnsupportedError(
+                f"{options.caller}: detached from its layer; call attach() first, or eval() for the plain loss"
+            )
+    if not options.closed_form:
+        return [None] * len(terms)
+    return [_head_or_hidden(options, term, call.outputs, call.loss_hessian, no_closed_form) for term in terms]
+
+
+def _head_or_hidden(
     options: Options, term: LayerTerm, outputs: Any, loss_hessian: LossHessian | None, no_closed_form: str
 ) -> HeadCall | None:
-    """What the closed form works on; None where another method is to be taken. Raises where none can be.
-
-    `loss_hessian` is the criterion with its arguments, None where it has no closed form, which `no_closed_form` explains.
-    """
-    if not options.closed_form:
-        return None
     try:
         return _head_call(options, term, outputs, loss_hessian, no_closed_form)
     except LayerNotCalled:
@@ -97,17 +120,25 @@ def _check_constant(caller: str, term: LayerTerm, loss_hessian: LossHessian) -> 
             )
 
 
-def sum_of_terms(
+def loss_and_terms(
     options: Options,
     terms: Sequence[LayerTerm],
     heads: Sequence[HeadCall | None],
-    loss: Tensor | None,
-    outputs: Any,
-    loss_hessian: LossHessian | None,
-    closure: Any = None,
-    per_sample: bool = False,
-) -> Estimate:
-    """The sum of the layers' terms. `loss` may be None where no term needs its graph."""
+    call: LossCall,
+    need_loss: bool = True,
+) -> tuple[Tensor | None, Estimate]:
+    """The criterion's loss, None where it is not needed, and the sum of the layers' terms."""
+    criterion, outputs, targets, kwargs, loss_hessian, closure, per_sample = call
+    loss: Tensor | None = None
+    if need_loss:
+        loss = criterion(outputs, *targets, **kwargs)
+    elif None in heads and options.method != "finite_difference":
+        with torch.enable_grad():  # a value without a graph of its own still needs the loss's
+            loss = criterion(outputs, *targets, **kwargs)
+    elif loss_hessian is not None:  # the criterion has not looked at its arguments
+        loss_hessian.check_values(options.caller, outputs)
+    if need_loss and any(head is not None for head in heads):
+        _check_hooks(options.caller, call, loss)
     estimates = []
     others = []
     for term, head in zip(terms, heads, strict=True):
@@ -136,7 +167,21 @@ def sum_of_terms(
             estimates.append(
                 Estimate(torch.zeros((), dtype=accumulation_dtype(loss), device=loss.device), None)
             )
-    return Estimate.total(estimates)
+    return loss, estimates[0] if len(estimates) == 1 else Estimate.total(estimates)
+
+
+def _check_hooks(caller: str, call: LossCall, loss: Any) -> None:
+    """Refuse a hook on the criterion that changes its loss: the closed form is that of the criterion alone."""
+    criterion = call.criterion
+    if not (getattr(criterion, "_forward_hooks", None) or getattr(criterion, "_forward_pre_hooks", None)):
+        return
+    with torch.no_grad():
+        alone = criterion.forward(call.outputs, *call.targets, **call.kwargs)
+    if alone.shape != loss.shape or not torch.allclose(loss, alone, rtol=0, atol=0, equal_nan=True):
+        raise UnsupportedError(
+            f"{caller}: a forward hook on the criterion changes its loss, which has no closed form then; remove it, or use "
+            "method='exact' or 'hutchinson'"
+        )
 
 
 def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> list[HiddenCall]:
@@ -154,7 +199,7 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
         raise UnsupportedError(
             f"{caller}: without a closed form the layer's curvature needs gradients: {_no_graph(terms[0])}"
         )
-    parameters = [term.parameters_of_weight() for term in terms]
+    parameters = [list(term.module.parameters()) for term in terms]
     walks = graph_walk.find(loss, [term.captures for term in terms], parameters)
     hidden = []
     for term, walk in zip(terms, walks, strict=True):
@@ -174,12 +219,11 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
 
 
 def _hidden_call(caller: str, term: LayerTerm, walk: graph_walk.Walk) -> HiddenCall:
-    calls, weight = (
-        [],
-        layer_weight(term.module),
-    )  # no call where the loss holds a derivative of the layer alone
-    for node, number, stored in ((c.node, c.number, c.stored) for c in walk.calls):
-        features = stored.take(caller)
+    calls: list[LayerCall] = []
+    weight: Any = None
+    taken = [call.stored.take(caller) for call in walk.calls]
+    term.captures.done()
+    for (node, number, stored), features in zip(walk.calls, taken, strict=True):
         stored.used[0] = True
         weight = stored.weight
         term.layer.check_call(caller, features, weight, stored.shape)
@@ -188,7 +232,8 @@ def _hidden_call(caller: str, term: LayerTerm, walk: graph_walk.Walk) -> HiddenC
         if term.scale is not None:
             features, weight = term.rescaled(features, weight)
         calls.append(LayerCall(GradientEdge(node, number), features, stored.shape, stored.dtype))
-    term.captures.done()
+    if weight is None:  # the loss holds a derivative of the layer alone
+        weight = layer_weight(term.module)
     return HiddenCall(term, weight, calls, walk.between, walk.past_calls)
 
 

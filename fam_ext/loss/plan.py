@@ -77,7 +77,11 @@ class CouplingMemory:
         if hessian.on_weight or options.per_sample_probes is False:
             return "batch"
         call = hessian.calls[0]
-        key = (hessian.layer.samples(call.shape) > 1, call.shape[1:], *map(signature, between))
+        key = (
+            call.shape[0] > 1,
+            call.shape[1:],
+            *map(signature, between),
+        )  # of any number of samples but one
         known = self.levels.get(key)
         if known != "batch" and (known is None or self.should_recheck(key)):
             shown = coupling.coupling_level(hessian, self.uses.get(key, 0))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers.find import find_layers
 from fam_ext.loss.layer_criterion import LayerCriterion, outside_graph
+from fam_ext.loss.one_call import LossCall, head_calls, loss_and_terms
 from fam_ext.options import Options
 
 
@@ -21,8 +22,19 @@ class RelativeFlatness(LayerCriterion):
     layer's output lives, so that a trained model can be measured; `eval()` of this module stops that, and it cannot be called
     then. Called itself under torch.no_grad it gives the value without a graph: the Hessian is held, products are taken a few at
     a time within `max_bytes`, and nothing of them is kept. A model that was called under torch.no_grad can be measured on its
-    head only. With reduction="none" the result is per row (elementwise losses: per
-    element). `standard_error` is that of the latest estimate from several probes, else None.
+    head only. With reduction="none" the result is per row (elementwise losses: per element). `standard_error` is that of the
+    latest estimate from several probes, else None.
+
+    Example:
+        >>> import torch, fam_ext
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+        >>> flatness = fam_ext.RelativeFlatness(torch.nn.CrossEntropyLoss(), model[2])
+        >>> x, y = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
+        >>> outputs = model(x)
+        >>> kappa = flatness(outputs, y)
+        >>> by_sample = flatness(outputs, y, per_sample=True)
+        >>> torch.allclose(by_sample.sum(), kappa)
+        True
     """
 
     any_mode = True
@@ -90,10 +102,10 @@ class RelativeFlatness(LayerCriterion):
     def _measure(
         self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool, closure: Any
     ) -> Tensor:
-        self._check_attached()
         loss_hessian = self._bind_arguments(targets, kwargs)
-        heads = self._heads(outputs, loss_hessian)
-        _, (kappa, self.standard_error) = self._loss_and_terms(
-            outputs, targets, kwargs, loss_hessian, closure, heads, need_loss=False, per_sample=per_sample
+        call = LossCall(self.criterion, outputs, targets, kwargs, loss_hessian, closure, per_sample)
+        heads = head_calls(self.options, self.terms, call, self._no_closed_form)
+        _, (kappa, self.standard_error) = loss_and_terms(
+            self.options, self.terms, heads, call, need_loss=False
         )
         return kappa

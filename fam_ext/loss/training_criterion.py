@@ -164,17 +164,13 @@ class TrainingCriterion(LayerCriterion):
         super().__setstate__(state)
         self.last = StepRecord()
 
-    def _finish(self, last: StepRecord) -> None:
-        """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
-        state = self.__dict__
-        state["last"] = last
-        if state["_counts_calls"]:
-            state["step"] += 1
-
     def _activate(self, training: bool) -> None:
         """In evaluation mode and at strength 0 nothing is perturbed."""
-        on = training and not (self.__dict__.get("_noise") and self.terms[0].hook.value == 0)
-        super()._activate(on)
+        super()._activate(training)
+        if self.__dict__.get("_noise"):
+            for term in self.terms:
+                hook: Any = term.hook
+                hook.active = hook.active and hook.value != 0
 
     def _set_noise(self) -> None:
         """Tell the hooks the strength of the step to come."""
@@ -199,26 +195,6 @@ class TrainingCriterion(LayerCriterion):
         """Drop the features, and the noise, of forward calls that no loss follows."""
         super().reset()
         self._reset_noise()
-
-    def _perturbed(
-        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], items: Any = None
-    ) -> Tensor:
-        """The loss of the network that the hooks have perturbed."""
-        strength = self._strength_now()
-        if strength:
-            self._check_attached()
-            for term in self.terms:
-                hook: Any = term.hook
-                if not hook.called and not hook.seen:
-                    raise term.captures.not_called("FAMLoss")
-        loss: Tensor = self.criterion(outputs, *targets, **kwargs)
-        if items is not None:
-            loss = loss / items
-        self._reset_noise()
-        self._finish(StepRecord(loss.detach(), None, strength))
-        if callable(self._strength) or self.every > 1:
-            self._set_noise()
-        return loss
 
     def _strength_now(self) -> Any:
         """This step's strength: a number, or TargetRatio. 0 on a step without the term."""

@@ -96,7 +96,7 @@ def test_language_model_under_accumulation(how: Any, tmp_path: Path) -> None:
     assert result.training_loss == pytest.approx(loss.item(), rel=1e-5)
     assert trainer.fam_criterion.step == 1
     expected = F.cross_entropy(by_hand.eval()(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -1,165 +1,140 @@
-"""What a step is: a call of the criterion, or, with follow, a step of the optimizer."""
+"""From step to step: the strength of each step, what is saved and comes back, and when noise is on."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from inputs import expect
-from torch import Tensor, nn
+import torch.nn.functional as F
+from inputs import batch, network
+from torch import nn
 
-from fam_ext import FAMLoss
-from fam_ext.schedules import Warmup
+from fam_ext import FAMLoss, schedules
+from fam_ext.loss.noise_hook import NoiseHook
 
-
-class Setting:
-    """A head, a batch, and the strengths that the criterion's calls took."""
-
-    def __init__(self, strength: Any = None, **options: Any) -> None:
-        torch.manual_seed(0)
-        self.layer = nn.Linear(3, 2)
-        self.x, self.y = torch.randn(8, 3), torch.randint(0, 2, (8,))
-        strength = Warmup(0.8, steps=4) if strength is None else strength
-        self.criterion = FAMLoss(nn.CrossEntropyLoss(), self.layer, strength, **options)
-        self.strengths: list[float] = []
-
-    def loss(self) -> Tensor:
-        loss: Tensor = self.criterion(self.layer(self.x), self.y)
-        self.strengths.append(float(self.criterion.last.strength))
-        return loss
+CE = nn.CrossEntropyLoss()
 
 
-def test_accumulation() -> None:
-    setting = Setting()
-    optimizer = torch.optim.SGD(setting.layer.parameters(), lr=0.1)
-    setting.criterion.follow(optimizer)
+def steps(criterion: FAMLoss, net: nn.Module, count: int) -> list[Any]:
+    x, y = torch.linspace(-1, 1, 40).reshape(8, 5), torch.arange(8) % 4
+    taken = []
+    for _ in range(count):
+        criterion(net(x), y)
+        taken.append(float(criterion.last.strength))
+    return taken
+
+
+def test_the_strength_of_each_step() -> None:
+    net = network()
+    assert steps(FAMLoss(CE, net[2], 0.5), net, 2) == [0.5, 0.5]
+    assert steps(FAMLoss(CE, net[2], 0.5, every=3), net, 7) == [0.5, 0, 0, 0.5, 0, 0, 0.5]
+    assert steps(FAMLoss(CE, net[2], schedules.Warmup(0.5, 2)), net, 4) == [0.0, 0.25, 0.5, 0.5]
+    assert steps(FAMLoss(CE, net[2], lambda step: step), net, 3) == [0, 1, 2]
+    assert steps(FAMLoss(CE, net[2], lambda step: step, every=2), net, 4) == [0, 0, 2, 0]
+
+
+def test_a_strength_that_is_set() -> None:
+    net = network()
+    criterion = FAMLoss(CE, net[2], 0.5)
+    criterion.strength = schedules.Constant(0.25)
+    assert steps(criterion, net, 1) == [0.25]
+    with pytest.raises(TypeError, match="FAMLoss: strength must be a number or a callable"):
+        criterion.strength = "0.5"
+    assert criterion.strength(0) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(lambda step: "x", "the value of the strength schedule must be a number"), (lambda step: float("nan"), "finite"),
+     (lambda step: lambda: 0, "must be a number")],
+)  # fmt: skip
+def test_a_schedule_that_gives_no_number(value: Any, message: str) -> None:
+    net = network()
+    with pytest.raises((TypeError, ValueError), match=message):
+        steps(FAMLoss(CE, net[2], value), net, 1)
+
+
+@pytest.mark.parametrize(("every", "error"), [(0, ValueError), (True, TypeError), (1.5, TypeError)])
+def test_every(every: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="FAMLoss: every must be"):
+        FAMLoss(CE, nn.Linear(2, 2), 0.5, every=every)
+
+
+def test_the_state_comes_back() -> None:
+    """Step, averages of the schedule, random numbers: training goes on as if nothing had happened."""
+    torch.manual_seed(1)
+    net, (x, y) = network(), batch()
+    ratio = {"strength": schedules.TargetRatio(0.1, maximum=1.0), "method": "hutchinson"}
+    saved = FAMLoss(CE, net[0], **ratio)
+    other = FAMLoss(CE, net[0], strength=schedules.TargetRatio(0.1, maximum=1.0), method="hutchinson")
     for _ in range(3):
-        for _ in range(4):
-            (setting.loss() / 4).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert setting.strengths == pytest.approx([0.0] * 4 + [0.2] * 4 + [0.4] * 4)
-    assert setting.criterion.step == 3
+        saved(net(x), y)
+        other.reset()
+    other.load_state_dict(saved.state_dict())
+    z = net(x)
+    assert saved(z, y) == other(z, y) and saved.step == other.step == 4
+    fresh = FAMLoss(CE, net[0], strength=schedules.TargetRatio(0.1, maximum=1.0), method="hutchinson")
+    assert fresh(net(x), y) != saved.last.total
 
 
-def test_calls_are_steps_without_follow() -> None:
-    setting = Setting()
-    for _ in range(3):
-        setting.loss().backward()
-    assert setting.strengths == pytest.approx([0.0, 0.2, 0.4])
+def test_a_state_without_ours_lacks_nothing() -> None:
+    module = nn.ModuleDict({"net": network(), "loss": CE})
+    state = module.state_dict()
+    module["loss"] = FAMLoss(nn.CrossEntropyLoss(weight=torch.ones(4)), module["net"][2], 0.5)
+    assert set(module.load_state_dict(state, strict=False).missing_keys) == {"loss.criterion.weight"}
+    module["loss"] = FAMLoss(CE, module["net"][2], 0.5)
+    module.load_state_dict(state)
 
 
-class SAM(torch.optim.Optimizer):
-    """Foret et al. 2021, around another optimizer; both passes of a step belong to one update."""
-
-    def __init__(self, parameters: Any, base: torch.optim.Optimizer, rho: float) -> None:
-        super().__init__(parameters, {"rho": rho})
-        self.base = base
-
-    def step(self, closure: Any = None) -> Any:
-        closure().backward()
-        moved = []
-        with torch.no_grad():
-            for group in self.param_groups:
-                for p in group["params"]:
-                    moved.append((p, self.defaults["rho"] * p.grad / p.grad.norm()))
-                    p += moved[-1][1]
-        self.zero_grad()
-        closure().backward()
-        with torch.no_grad():
-            for p, by in moved:
-                p -= by
-        self.base.step()
-        self.zero_grad()
+def test_copies_start_with_an_empty_record() -> None:
+    net = network()
+    criterion = FAMLoss(CE, net[2], 0.5)
+    steps(criterion, net, 2)
+    for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert copied.last.total is None and copied.step == 2 and copied.strength == 0.5
 
 
-def test_sam_has_the_term_in_both_passes() -> None:
-    setting = Setting(0.5, every=2)
-    base = torch.optim.SGD(setting.layer.parameters(), lr=0.1)
-    optimizer = SAM(setting.layer.parameters(), base, 0.05)
-    setting.criterion.follow(base)
-    for _ in range(4):
-        optimizer.step(setting.loss)
-    assert setting.strengths == [0.5, 0.5, 0.0, 0.0] * 2
-    assert setting.criterion.step == 4
+def hook(criterion: FAMLoss) -> NoiseHook:
+    found = criterion.terms[0].hook
+    assert isinstance(found, NoiseHook)
+    return found
 
 
-def test_lbfgs_closures() -> None:
-    setting = Setting()
-    optimizer = torch.optim.LBFGS(setting.layer.parameters(), max_iter=5)
-    setting.criterion.follow(optimizer)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = setting.loss()
-        loss.backward()
-        return loss
-
-    calls = []
-    for _ in range(2):
-        optimizer.step(closure)
-        calls.append(len(setting.strengths))
-    assert calls[0] > 1 and setting.criterion.step == 2
-    assert set(setting.strengths[: calls[0]]) == {0.0}
-    assert setting.strengths[calls[0] :] == pytest.approx([0.2] * (calls[1] - calls[0]))
+def test_noise_has_the_strength_of_the_step_to_come() -> None:
+    net = network()
+    criterion = FAMLoss(CE, net[2], schedules.SwitchOff(0.5, 2), method="noise", every=2, normalize="fan_in")
+    seen = []
+    for _ in range(5):
+        seen.append((hook(criterion).value, hook(criterion).active))
+        steps(criterion, net, 1)
+    assert seen == [(0.5 / 6, True), (0.0, False), (0.0, False), (0.0, False), (0.0, False)]
+    criterion.strength = 0.25
+    criterion.step = 0
+    criterion.attach()
+    assert (hook(criterion).value, hook(criterion).active) == (0.25 / 6, True)
+    criterion.eval()
+    assert not hook(criterion).active
 
 
-def test_wrappers_and_by_hand() -> None:
-    class Wrapper:
-        def __init__(self, optimizer: Any) -> None:
-            self.optimizer = optimizer
-
-    setting = Setting()
-    optimizer = torch.optim.SGD(setting.layer.parameters(), lr=0.1)
-    expect(r"call follow\(None\) first", setting.criterion.advance)
-    setting.criterion.follow(optimizer)
-    setting.criterion.follow(Wrapper(Wrapper(optimizer)))  # in place of the first: one update is one step
-    setting.loss().backward()
-    optimizer.step()
-    assert setting.criterion.step == 1
-    setting.criterion.follow()
-    optimizer.step()
-    assert setting.criterion.step == 1
-    setting.criterion.advance()
-    assert setting.criterion.step == 2
-    with pytest.raises(TypeError, match=r"FAMLoss\.follow: optimizer must be a torch\.optim\.Optimizer"):
-        setting.criterion.follow(setting.layer)
+def test_noise_cannot_be_negative_or_follow_kappa() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="FAMLoss: strength must be at least 0 with method='noise'"):
+        FAMLoss(CE, layer, -0.1, method="noise")
+    with pytest.raises(TypeError, match=r"a number or a schedule of steps with method='noise'"):
+        FAMLoss(CE, layer, schedules.TargetRatio(0.1), method="noise")
 
 
-def test_noise_takes_the_strength_of_the_step() -> None:
-    setting = Setting(method="noise")
-    optimizer = torch.optim.SGD(setting.layer.parameters(), lr=0.1)
-    setting.criterion.follow(optimizer)
-    hook: Any = setting.criterion.terms[0].hook
-    values = []
-    for _ in range(3):
-        for _ in range(2):
-            values.append(hook.value)
-            setting.loss().backward()
-        optimizer.step()
-    assert values[:2] == [0.0, 0.0] and values[2] == values[3] > 0 and values[4] == values[5] > values[3]
-
-
-def test_copies_state_and_lifetime() -> None:
-    setting = Setting()
-    optimizer = torch.optim.SGD(setting.layer.parameters(), lr=0.1)
-    setting.criterion.follow(optimizer)
-    setting.loss().backward()
-    optimizer.step()
-    model = nn.ModuleList([setting.layer])
-    model.criterion = setting.criterion
-    copied: Any = copy.deepcopy(model)
-    copied.criterion(copied[0](setting.x), setting.y)
-    assert copied.criterion.step == 2 and setting.criterion.step == 1
-    other = Setting()
-    other.criterion.load_state_dict(setting.criterion.state_dict())
-    assert other.criterion.step == 1
-    alive = weakref.ref(setting.criterion)
-    del setting, model, copied
-    gc.collect()
-    assert alive() is None
-    optimizer.step()
+def test_a_loss_ends_the_noise_s_step() -> None:
+    net, (x, y) = network(), batch()
+    criterion = FAMLoss(CE, net[2], 0.5, method="noise")
+    first = net(x)
+    assert torch.equal(first, net(x))  # one draw until the loss
+    total = criterion(first, y)
+    torch.testing.assert_close(total, F.cross_entropy(first, y))
+    assert not torch.equal(first, net(x))
+    second = net(x)
+    criterion.reset()
+    assert not torch.equal(second, net(x))
