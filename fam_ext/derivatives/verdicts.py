@@ -94,7 +94,9 @@ SINCE: dict[str, tuple[str, str, str]] = {
 REFUSED |= {
     name: (why, way_out) for name, (first, why, way_out) in SINCE.items() if torch.__version__ < first
 }
-TRUSTED = (VERIFIED | SINCE.keys()) - REFUSED.keys()
+# of DistributedDataParallel, an identity, of which static_graph makes more: check_sinks
+_SINK = "_DDPSinkBackward"
+TRUSTED = (VERIFIED | SINCE.keys() | {_SINK}) - REFUSED.keys()
 
 _OWN = (
     "can be differentiated once only. Where the criterion is a FAMLoss itself, give one FAMLoss all layers, or add strength "
@@ -102,6 +104,23 @@ _OWN = (
 )
 
 _warned: set[str] = set()
+
+
+def check_sinks(caller: str, nodes: Iterable[Any]) -> None:
+    """Refuse DistributedDataParallel(static_graph=True) between a hidden layer and the loss.
+
+    The backward pass through its sink starts the only all-reduce of the first step, and the term's own passes come first: the
+    gradients of the loss would stay those of each rank.
+    """
+    for node in nodes:
+        if node.name().startswith(_SINK):
+            module = getattr(node, "ddp_weakref", lambda: None)()
+            if module is None or module.static_graph:
+                raise UnsupportedError(
+                    f"{caller}: the layer lies inside DistributedDataParallel(static_graph=True), whose gradients would not be "
+                    "averaged: the term's backward passes come before the loss's own. Leave static_graph out (with "
+                    "find_unused_parameters=True where a layer is skipped), or use method='noise', which needs no second pass"
+                )
 
 
 def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
