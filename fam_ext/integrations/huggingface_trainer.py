@@ -46,7 +46,7 @@ class FAMTrainerMixin(_Base):  # type: ignore[misc]
         UnsupportedError: in the first training step: the term was not taken, or labels are smoothed by Trainer as well.
 
     Example:
-        >>> import torch, transformers, fam_ext
+        >>> import tempfile, torch, transformers, fam_ext
         >>> from fam_ext.integrations.huggingface import FAMTrainerMixin
         >>> class FAMTrainer(FAMTrainerMixin, transformers.Trainer):
         ...     pass
@@ -54,9 +54,10 @@ class FAMTrainerMixin(_Base):  # type: ignore[misc]
         >>> model = transformers.BertForSequenceClassification(config)
         >>> criterion = fam_ext.FAMLoss(torch.nn.CrossEntropyLoss(), model.classifier, strength=0.1)
         >>> data = [{"input_ids": [i, 3], "labels": i % 2} for i in range(8)]
-        >>> arguments = transformers.TrainingArguments("out", max_steps=1, report_to="none", save_strategy="no", use_cpu=True,
-        ...     disable_tqdm=True)
+        >>> arguments = transformers.TrainingArguments(tempfile.mkdtemp(), max_steps=1, report_to="none", use_cpu=True,
+        ...     save_strategy="no", disable_tqdm=True)
         >>> trainer = FAMTrainer(model, arguments, train_dataset=data, criterion=criterion)
+        >>> trainer.remove_callback(transformers.PrinterCallback)
         >>> _ = trainer.train()
         >>> criterion.step
         1
