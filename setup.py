@@ -8,6 +8,7 @@ FORCE_CUDA=1                            CUDA kernels, or an error that says why 
 TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX    as torch reads them
 """
 
+import hashlib
 import json
 import os
 import shlex
@@ -87,7 +88,8 @@ def native():
     if os.environ.get("FAM_EXT_SANITIZE") == "1":
         ext.extra_link_args = [*ext.extra_link_args, *build_config.SANITIZE.split()]
     record = {"torch": str(torch.__version__), "python": sys.version.split()[0], "compiler": version}
-    record.update(simd=simd, cuda=cuda, arch_list=arch_list, no_cuda=no_cuda)
+    schemas = hashlib.sha256(Path("csrc/registration.cpp").read_bytes()).hexdigest()[:12]
+    record.update(schemas=schemas, simd=simd, cuda=cuda, arch_list=arch_list, no_cuda=no_cuda)
 
     class Build(cpp_extension.BuildExtension):
         def run(self):

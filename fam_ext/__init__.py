@@ -6,6 +6,7 @@ from fam_ext import functional, integrations, schedules, typing
 from fam_ext._version import __version__
 from fam_ext.correlation import correlation
 from fam_ext.errors import UnsupportedError
+from fam_ext.flatness_noise import FlatnessNoise
 from fam_ext.functional import relative_flatness
 from fam_ext.loss.fam_loss import FAMLoss
 from fam_ext.loss.relative_flatness import RelativeFlatness
@@ -15,6 +16,7 @@ from fam_ext.rescaling import rescale
 
 __all__ = [
     "FAMLoss",
+    "FlatnessNoise",
     "RelativeFlatness",
     "UnsupportedError",
     "__version__",

@@ -11,7 +11,7 @@ class UnsupportedError(RuntimeError):
         >>> try:
         ...     fam_ext.FAMLoss(torch.nn.CrossEntropyLoss(), torch.nn.ReLU(), 0.1)
         ... except fam_ext.UnsupportedError as error:
-        ...     print(str(error).split(",")[0])
+        ...     print(str(error)[:32])
         FAMLoss: layer must be nn.Linear
     """
 

@@ -15,9 +15,9 @@ FLOORS = (
     ("errors", "_checks", "_dtypes", "_version"),
     ("kernels", "ops", "derivatives", "schedules"),
     ("layers", "loss_hessians", "options"),
-    ("capture", "head", "hessian"),
+    ("capture", "head", "hessian", "flatness_noise"),
     ("loss", "functional"),
-    ("measurement", "correlation", "flatness_noise", "rescaling", "integrations"),
+    ("measurement", "integrations", "correlation", "rescaling"),
     ("__init__", "__main__", "typing"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS, 1) for name in names}

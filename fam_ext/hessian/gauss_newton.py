@@ -1,4 +1,4 @@
-"""Positive forms of relative flatness: generalized Gauss-Newton and Fisher matrices in factored of the Hessian.
+"""Positive forms of relative flatness: generalized Gauss-Newton and Fisher matrices in place of the Hessian.
 
 With f the criterion's input and Lambda_i = sum_k u_ik u_ik^T the Hessian of sample i's loss with respect to f_i, the Gauss-Newton
 matrix of the layer is sum_ik Gamma_ik Gamma_ik^T with Gamma_ik = sum_q s_ikq phi_iq^T, s_ik = (df/dz)^T u_ik, and
@@ -239,25 +239,35 @@ def _by_sample(layer: LinearMap, features: Tensor, s: Tensor, samples: int, shap
 def check_samples_apart(caller: str, layer: LinearMap, call: LayerCall, outputs: Tensor) -> bool:
     """Refuse where one sample's output depends on another one's z (batch_norm in training, contrastive losses).
 
-    False where nothing reached z, which tells nothing: a weight may be zero yet.
+    Two backward passes for each bit of the samples' numbers: any two samples are on different sides in one of them. False where
+    nothing reached z, which tells nothing: a weight may be zero yet.
     """
     samples = layer.samples(call.shape)
     if samples < 2:
         return True
     if outputs.shape[0] % samples:
         raise UnsupportedError(
-            f"{caller}: curvature='ggn' needs the criterion's input to detached whole samples along its first dimension; "
+            f"{caller}: curvature='ggn' needs the criterion's input to hold whole samples along its first dimension; "
             f"it has {outputs.shape[0]} rows for {samples} samples"
         )
-    half = samples // 2
-    rows = half * (outputs.shape[0] // samples)
-    noise = torch.Generator().manual_seed(0)
-    directions = torch.zeros_like(outputs)
-    directions[:rows] = torch.randn(directions[:rows].shape, generator=noise).to(directions)
-    (reached,) = torch.autograd.grad(outputs, call.edge, directions, retain_graph=True, allow_unused=True)
-    if reached is not None and bool((reached[half:] != 0).any()):
-        raise UnsupportedError(
-            f"{caller}: samples interact after the layer (batch_norm in training mode?), where curvature='ggn' and 'fisher' have "
-            "no per-sample form; pass hold_statistics=True, put those layers in eval() mode or use curvature='hessian'"
-        )
-    return reached is not None and bool((reached != 0).any())
+    noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+    number = torch.arange(samples, device=outputs.device)
+    anything = False
+    for bit in range((samples - 1).bit_length()):  # any two samples differ in one of them
+        for value in (0, 1):
+            given = (number >> bit) & 1 == value
+            rows = given.repeat_interleave(outputs.shape[0] // samples)
+            directions = torch.where(rows.reshape(-1, *(1,) * (outputs.dim() - 1)), noise, 0.0)
+            (reached,) = torch.autograd.grad(
+                outputs, call.edge, directions, retain_graph=True, allow_unused=True
+            )
+            if reached is None:
+                return False
+            if bool((reached[~given] != 0).any()):  # NaN counts as reached
+                raise UnsupportedError(
+                    f"{caller}: samples interact after the layer (batch_norm in training mode?), where curvature='ggn' and "
+                    "'fisher' have no per-sample form; pass hold_statistics=True, put those layers in eval() mode or use "
+                    "curvature='hessian'"
+                )
+            anything = anything or bool((reached != 0).any())
+    return anything

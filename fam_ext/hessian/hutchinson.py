@@ -32,7 +32,7 @@ def gram_root(weight: Tensor, columns: int) -> Tensor:
     """R with R R^T = W W^T for every group, (groups, n, r), to be multiplied with `columns` columns.
 
     W itself, or the Gram matrix's Cholesky factor where that makes fewer operations. Cholesky needs W to have full row rank with
-    room to spare; otherwise W serves, which is always right.
+    room to spare; otherwise it is W, which is always right.
     """
     _, neurons, fan_in = weight.shape
     # products of the columns with W; or the Gram matrix, its factor with the factor's derivative, and products with that
@@ -41,7 +41,8 @@ def gram_root(weight: Tensor, columns: int) -> Tensor:
     gram = weight @ weight.transpose(1, 2)
     factor, info = torch.linalg.cholesky_ex(gram)
     diagonal = factor.detach().diagonal(dim1=1, dim2=2)
-    floor = torch.finfo(weight.dtype).eps ** 0.5 * diagonal.amax(1)
+    # of a pivot at eps^(1/2) all digits are rounding, and its derivative is divided by it
+    floor = torch.finfo(weight.dtype).eps ** 0.25 * diagonal.amax(1)
     safe = (info == 0) & (diagonal.amin(1) > floor)
     return factor if bool(safe.all()) else weight  # the one number of a step that the host waits for
 
@@ -83,7 +84,8 @@ def draw(
 def hutchinson(probes: Sequence[Probe]) -> list[Tensor]:
     """Summands of the estimates of Tr(A Lambda) of every layer, (K, *z's shape or the weight's), with the same products for all.
 
-    One product serves all layers: directions of different layers are independent with mean zero, and so their mixed terms are.
+    One product is enough for all layers: directions of different layers are independent with mean zero, and
+    so their mixed terms are.
     """
     products = matvec([probe.hessian for probe in probes], [probe.directions for probe in probes])
     result = []

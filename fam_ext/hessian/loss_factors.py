@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fam_ext.hessian.hutchinson import rademacher
 from fam_ext.loss_hessians import CrossEntropy, LossHessian
+from fam_ext.ops.row_coefficients import clear_rows
 
 
 def output_factors(loss_hessian: LossHessian, outputs: Tensor, samples: int) -> Iterator[Tensor]:
@@ -19,16 +20,13 @@ def output_factors(loss_hessian: LossHessian, outputs: Tensor, samples: int) -> 
     for every row and class.
     """
     if isinstance(loss_hessian, CrossEntropy):
-        dim = 0 if outputs.dim() == 1 else 1
-        log_p = torch.log_softmax(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), dim)
-        c = loss_hessian.coefficients(outputs).unsqueeze(dim)
+        dim, log_p, root = _softmax(loss_hessian, outputs)
         p = log_p.exp()
         for k in range(outputs.shape[dim]):
             unit = torch.zeros_like(p)
             unit.select(dim, k).fill_(1)
-            half = _root(c) * (0.5 * log_p.narrow(dim, k, 1)).exp()
-            # an ignored row takes no part even where its numbers are not finite
-            yield from _row_by_row(torch.where(c == 0, 0.0, half * (unit - p)), samples, dim)
+            half = root * (0.5 * log_p.narrow(dim, k, 1)).exp()
+            yield from _row_by_row(half * (unit - p), samples, dim)
         return
     yield from _row_by_row(_root(loss_hessian.diagonal(outputs)), samples, None)
 
@@ -51,23 +49,25 @@ def sampled_factors(
     """Random u with E[u u^T] the criterion's Hessian over all rows, elements and positions together.
 
     Cross-entropy: sqrt(c) (e_y - p) with y drawn from p; elementwise: sqrt(h) times a random sign. Rows are independent and have
-    mean zero, so cross terms vanish in the mean.
+    mean zero, so cross terms vanish in the mean. Derivatives are right in the mean too: how likely a label is depends on the
+    outputs, so its factor holds sqrt(p_y / p_y), of which only the numerator has a derivative.
     """
     if not isinstance(loss_hessian, CrossEntropy):
         h = _root(loss_hessian.diagonal(outputs))
         for _ in range(probes):
             yield h * rademacher(h.shape, h, generator)
         return
-    dim = 0 if outputs.dim() == 1 else 1
-    p = torch.softmax(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), dim)
-    root = _root(loss_hessian.coefficients(outputs)).unsqueeze(dim)
-    rows = p.detach().movedim(dim, -1).reshape(-1, p.shape[dim])
+    dim, log_p, root = _softmax(loss_hessian, outputs)
+    p = log_p.exp()
+    classes_last = p.detach().movedim(dim, -1)
+    rows = classes_last.reshape(-1, p.shape[dim]).nan_to_num(nan=1.0)  # any label will do: the factor is NaN
     for _ in range(probes):
         drawn = torch.multinomial(rows, 1, generator=generator)
-        one_hot = (
-            torch.zeros_like(rows).scatter_(1, drawn, 1).reshape(p.movedim(dim, -1).shape).movedim(-1, dim)
-        )
-        yield torch.where(root == 0, 0.0, root * (one_hot - p))
+        label = drawn.reshape(*classes_last.shape[:-1], 1).movedim(-1, dim)
+        one_hot = torch.zeros_like(p).scatter_(dim, label, 1)
+        chance = log_p.gather(dim, label)
+        one = (0.5 * (chance - chance.detach())).exp()
+        yield root * one * (one_hot - p)
 
 
 def empirical_factors(
@@ -79,21 +79,28 @@ def empirical_factors(
     the mean; else one factor is exact.
     """
     classes: int | None = None  # their dimension: one term for all of them
-    residual = loss_hessian.residual(outputs)
     if isinstance(loss_hessian, CrossEntropy):
-        classes = 0 if outputs.dim() == 1 else 1
-        root = _root(loss_hessian.coefficients(outputs)).unsqueeze(classes)
+        classes, log_p, root = _softmax(loss_hessian, outputs)
+        residual = loss_hessian.residual(log_p)  # softmax and log_softmax of it are those of the outputs
     else:  # an elementwise loss: every element has the same coefficient
-        root = residual.new_full((), 1.0 / float(loss_hessian.denominator(outputs))).sqrt()
-    weighted = torch.where(
-        root == 0, 0.0, root * residual
-    )  # an ignored row counts nothing, whatever it holds
+        residual = loss_hessian.residual(outputs)
+        total = float(loss_hessian.denominator(outputs)) if loss_hessian.reduction == "mean" else 1.0
+        root = residual.new_full((), 1.0 / max(total, 1.0)).sqrt()
+    weighted = root * residual
     terms = [1 if d == classes else size for d, size in enumerate(outputs.shape)]
     if prod(terms) <= samples:
         yield weighted
         return
     for _ in range(probes):
         yield weighted * rademacher(terms, weighted, generator)
+
+
+def _softmax(loss_hessian: CrossEntropy, outputs: Tensor) -> tuple[int, Tensor, Tensor]:
+    """The dimension of the classes, log p, and sqrt(c) beside it. An ignored row counts nothing, whatever it holds."""
+    dim = 0 if outputs.dim() == 1 else 1
+    c = loss_hessian.coefficients(outputs)
+    z = clear_rows(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), c, dim)
+    return dim, torch.log_softmax(z, dim), _root(c).unsqueeze(dim)
 
 
 def _root(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ _BYTE_SIGNS = torch.tensor(
 
 
 class Draw(NamedTuple):
-    """eps / sqrt(2 strength) = a b^T of S samples, S = 1 where all share it. None of its tensors requires grad."""
+    """eps / sqrt(2 strength) = a b^T of S samples, S = 1 where all share it. What :func:`draw` returns requires no grad."""
 
     left: Tensor  # a, (S, groups, I); (at most DIFFERENT, groups, I) where the output is perturbed: sample i has row i % len
     channels: (
@@ -91,6 +91,17 @@ def draw(
     return Draw(left, of_channels, place.reshape(samples, groups, 1, *kernel))
 
 
+def along(features: Tensor, left: Tensor, signs: Tensor) -> Draw:
+    """The eps of a draw without b, whose a was multiplied with |phi| of these features, so that it applies to others, too.
+
+    b = u + (1 - u u^T) signs with u = phi / |phi|: b^T phi = |phi|, and E[b b^T] = 1. It is differentiable in phi, and must be:
+    what a |phi| has of the derivative of phi is that along u, and the rest comes from here.
+    """
+    phi = features.reshape(left.shape)
+    unit = F.normalize(phi, dim=2, eps=torch.finfo(phi.dtype).tiny)
+    return Draw(left, signs + (1 - (unit * signs).sum(2, keepdim=True)) * unit, None)
+
+
 def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """+1 and -1 with equal probability, of the device and dtype of `like`."""
     if type(like) is Tensor and like.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -99,7 +110,7 @@ def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None)
         bytes_ = torch.randint(
             0, 256, (-(-count // 8),), dtype=torch.int32, generator=generator, device="cpu"
         )
-        return F.embedding(bytes_, _BYTE_SIGNS).flatten()[:count].reshape(*shape).to(like.dtype)
+        return F.embedding(bytes_, _BYTE_SIGNS).flatten()[:count].reshape(tuple(shape)).to(like.dtype)
     bits = torch.randint(0, 2, tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
     return bits.mul_(2).sub_(1)
 
@@ -121,7 +132,8 @@ def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: flo
             return torch.addcmul(features, (length * scale).to(features.dtype), left)
         rows = _rows(layer, features, layer.inputs, len(drawn.left))
         left = (drawn.left * scale).to(features.dtype).expand(*rows.shape[:3])
-        perturbed = _add_rank_one(rows, left, drawn.channels.expand(*rows.shape[:3]))
+        right = drawn.channels.to(features.dtype).expand(*rows.shape[:3])
+        perturbed = (_AddRankOne.forward if right.requires_grad else _add_rank_one)(rows, left, right)
         return _whole(layer, perturbed, features.shape)
 
 

@@ -99,9 +99,11 @@ def products(
     derivative.
     """
     with corrections.corrected(correct):
+        # an upstream gradient that requires grad itself: else an operation that forbids a second derivative may leave no trace
+        one = torch.ones_like(loss).requires_grad_() if doubtful else None
         with torch.enable_grad():
             gradients = torch.autograd.grad(
-                loss, [h.origin for h in hessians], create_graph=True, allow_unused=True
+                loss, [h.origin for h in hessians], one, create_graph=True, allow_unused=True
             )
         for hessian, gradient in zip(hessians, gradients, strict=True):
             if gradient is not None and gradient.requires_grad:

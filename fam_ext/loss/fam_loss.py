@@ -62,6 +62,19 @@ class FAMLoss(TrainingCriterion):
     Raises:
         TypeError, ValueError: an argument does not fit.
         UnsupportedError: a number that is right cannot be given; the message says why and names a way out.
+
+    Example:
+        >>> import torch, fam_ext
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> criterion = fam_ext.FAMLoss(torch.nn.CrossEntropyLoss(), layer=model[2], strength=0.1)
+        >>> x, y = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
+        >>> loss = criterion(model(x), y)
+        >>> loss.backward()
+        >>> torch.allclose(loss.detach(), criterion.last.loss + 0.1 * criterion.last.flatness)
+        True
+        >>> criterion = criterion.eval()
+        >>> torch.equal(criterion(model(x), y), torch.nn.functional.cross_entropy(model(x), y))  # no term
+        True
     """
 
     def __init__(
@@ -201,6 +214,15 @@ class FAMLoss(TrainingCriterion):
         Raises:
             UnsupportedError: not CrossEntropyLoss on one nn.Linear with the measure "neuronwise" in closed form.
             TypeError, ValueError, IndexError: an argument does not fit.
+
+        Example:
+            >>> import torch, fam_ext
+            >>> head, features = torch.nn.Linear(8, 50), torch.randn(4, 8)
+            >>> tokens = torch.tensor([3, 49, 0, -100])
+            >>> criterion = fam_ext.FAMLoss(torch.nn.CrossEntropyLoss(), head, strength=0.1)
+            >>> loss = criterion.linear_cross_entropy(features, head.weight, tokens, head.bias)
+            >>> torch.allclose(loss, criterion(head(features), tokens))
+            True
         """
         arguments = (features, weight, target, bias, num_items)
         if torch.compiler.is_compiling():
@@ -310,7 +332,7 @@ class FAMLoss(TrainingCriterion):
                     raise UnsupportedError(
                         "FAMLoss: detached from its layer; call attach() first, or eval() for the plain loss"
                     )
-                if not hook.called and not hook.seen:
+                if hook.value and not hook.called and not hook.seen:
                     raise term.captures.not_called("FAMLoss")
         loss: Tensor = self.criterion(outputs, *targets, **kwargs)
         self._reset_noise()

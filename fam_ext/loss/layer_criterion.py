@@ -34,10 +34,10 @@ class LayerCriterion(nn.Module):
         self.attach()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
         if name == "criterion":  # it may be replaced later: the closed form must be the new one's
-            self._read_criterion()
-        elif name == "training":  # train(), eval(), or a tool that sets it itself
+            self._read_criterion(value)
+        super().__setattr__(name, value)
+        if name == "training":  # train(), eval(), or a tool that sets it itself
             self._activate(value)
 
     def _activate(self, training: bool) -> None:
@@ -45,16 +45,17 @@ class LayerCriterion(nn.Module):
         for term in self.__dict__.get("terms", ()):
             term.hook.active = training and term.handle is not None
 
-    def _read_criterion(self) -> None:
+    def _read_criterion(self, criterion: Any) -> None:
         """How to bind the criterion's arguments, where it has a closed form; else why not."""
-        self._bind: Any = None
-        self._no_closed_form = ""
+        bind: Any = None
+        why_not = ""
         try:
-            self._bind = loss_hessians.read(self.options.caller, self.criterion)
+            bind = loss_hessians.read(self.options.caller, criterion)
         except UnsupportedError as error:
             if self.options.method == "closed_form" or self.options.curvature != "hessian":
                 raise
-            self._no_closed_form = str(error)
+            why_not = str(error)
+        self._bind, self._no_closed_form = bind, why_not
 
     @property
     def layer(self) -> nn.Module:
@@ -95,7 +96,7 @@ class LayerCriterion(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("_attached")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._read_criterion()
+        self._read_criterion(self.criterion)
         if attached:
             self.attach()
 

@@ -22,8 +22,19 @@ class RelativeFlatness(LayerCriterion):
     layer's output lives, so that a trained model can be measured; `eval()` of this module stops that, and it cannot be called
     then. Called itself under torch.no_grad it gives the value without a graph: the Hessian is held, products are taken a few at
     a time within `max_bytes`, and nothing of them is kept. A model that was called under torch.no_grad can be measured on its
-    head only. With reduction="none" the result is per row (elementwise losses: per
-    element). `standard_error` is that of the latest estimate from several probes, else None.
+    head only. With reduction="none" the result is per row (elementwise losses: per element). `standard_error` is that of the
+    latest estimate from several probes, else None.
+
+    Example:
+        >>> import torch, fam_ext
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+        >>> flatness = fam_ext.RelativeFlatness(torch.nn.CrossEntropyLoss(), model[2])
+        >>> x, y = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
+        >>> outputs = model(x)
+        >>> kappa = flatness(outputs, y)
+        >>> by_sample = flatness(outputs, y, per_sample=True)
+        >>> torch.allclose(by_sample.sum(), kappa)
+        True
     """
 
     any_mode = True

@@ -105,8 +105,11 @@ class TrainingCriterion(LayerCriterion):
 
     def _activate(self, training: bool) -> None:
         """In evaluation mode and at strength 0 nothing is perturbed."""
-        on = training and not (self.__dict__.get("_noise") and self.terms[0].hook.value == 0)
-        super()._activate(on)
+        super()._activate(training)
+        if self.__dict__.get("_noise"):
+            for term in self.terms:
+                hook: Any = term.hook
+                hook.active = hook.active and hook.value != 0
 
     def _set_noise(self) -> None:
         """Tell the hooks the strength of the step to come."""

@@ -29,6 +29,8 @@ TRITON_EVIDENCE = "checked in Triton's interpreter and compiled ahead of time, n
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _RECORD = Path(__file__).parents[1] / "_build.json"
+# which csrc/registration.cpp this Python code belongs to, by its hash: a library of other schemas cannot be unloaded again
+SCHEMAS = "84022e7722ab"
 _REBUILD = "run `pip install --no-build-isolation .` again"
 
 
@@ -66,6 +68,8 @@ def _read_record() -> tuple[dict[str, Any], str | None]:
             record,
             f"compiled for Python {built_python}, this is Python {platform.python_version()}; {_REBUILD}",
         )
+    if record.get("schemas") != SCHEMAS:
+        return record, f"compiled from another version of fam_ext's sources; {_REBUILD}"
     here = torch.backends.cpu.get_cpu_capability()
     if not here.startswith({"AVX512": "AVX512", "AVX2": "AVX"}.get(simd, "")):
         return (
@@ -279,6 +283,15 @@ def info() -> Info:
     """Versions, what is compiled, and for each operation the backend taken on this machine's devices and why.
 
     Printing the answer, or `python -m fam_ext`, gives a table.
+
+    Example:
+        >>> import fam_ext
+        >>> facts = fam_ext.info()
+        >>> facts.versions["fam_ext"] == fam_ext.__version__
+        True
+        >>> backend, why = facts.operations["head_cross_entropy"]["cpu"]
+        >>> backend in ("native", "reference")
+        True
     """
     from fam_ext._version import __version__
 

@@ -63,6 +63,13 @@ def gram_trace(
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape or range.
         RuntimeError: a backend asked for by name that is not available.
+
+    Example:
+        >>> features, factors = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> gram_trace(features, factors, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # |phi_i|^2 |W^T s_i|^2
+        tensor([5., 0.])
+        >>> gram_trace(features[None], factors[None], torch.eye(2))  # one sample of two positions: |s^T phi|^2
+        tensor([11.])
     """
     for name, tensor in (("input", input), ("factors", factors), ("weight", weight)):
         _checks.check_floating(_NAME, name, tensor)
@@ -87,7 +94,8 @@ def gram_trace(
         if weighted and w.shape[2] < w.shape[1]:  # W^T s has fewer numbers than s
             s = torch.einsum("goi,kbgo...->kbgi...", w.to(acc), s.to(acc))
         elif weighted:
-            gram = w.to(acc) @ w.to(acc).transpose(1, 2)
+            wide = w.to(acc)  # once: two casts would round the weight's gradient twice
+            gram = wide @ wide.transpose(1, 2)
         form = _resolve(form, x, s, gram is not None, *window)
         if chosen == "reference":
             values = reference.gram_trace(x, s, gram, *window, form)
@@ -136,7 +144,11 @@ def choose_form(
 def _resolve(form: str, x: Tensor, s: Tensor, weighted: bool, kernel: Ints, *window: Ints) -> str:
     if form == "direct":
         return form
-    inputs, outputs = x[0, 0, 0].numel() if x.numel() else 0, s[0, 0, 0, 0].numel() if s.numel() else 0
+    inputs = outputs = 1
+    for size in x.shape[3:]:
+        inputs *= size
+    for size in s.shape[4:]:
+        outputs *= size
     factors = s.shape[0] if form == "auto" else 0
     chosen = choose_form(inputs, outputs, x.shape[2], kernel, s.shape[3], factors, weighted)
     if form == "gram" and chosen == "direct":

@@ -53,6 +53,13 @@ def patch_sqnorm(
     Raises:
         TypeError, ValueError: an argument of a wrong type, rank or range; a kernel beyond the padded input.
         RuntimeError: a backend asked for by name that is not available.
+
+    Example:
+        >>> signal = torch.tensor([[[1.0, 2.0, 3.0]]])
+        >>> patch_sqnorm(signal, kernel_size=2)
+        tensor([[[ 5., 13.]]])
+        >>> patch_sqnorm(signal, kernel_size=3, padding="same")
+        tensor([[[ 5., 14., 13.]]])
     """
     _checks.check_floating(_NAME, "input", input)
     if not 2 <= input.dim() <= 5:

@@ -308,6 +308,20 @@ def test_curvature_of_the_hidden_layer_agrees_with_float64() -> None:
         bench_curvature.check(problem, bench_curvature.EMPIRICAL, fisher, values, 1)
 
 
+def test_noise_reaches_its_own_way_alone_and_its_mean_is_the_hessians() -> None:
+    problem = bench_curvature.perceptron()
+    loss = float(problem.plain().detach())
+    steps, missing = bench_curvature.steps(problem)
+    assert not missing
+    torch.manual_seed(0)
+    assert float(steps[bench_curvature.PLAIN]()[0]) == loss
+    assert float(problem.plain().detach()) == loss
+    values = bench_curvature.references(problem, 1)
+    assert (
+        bench_curvature.check(problem, bench_curvature.NOISE, steps[bench_curvature.NOISE], values, 100) > 0.0
+    )
+
+
 def test_the_batch_s_own_labels_in_float64() -> None:
     """Sample by sample: the squared norm of W^T times the gradient of the weight."""
     problem = bench_curvature.perceptron()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import fam_ext
+
 ROOT = Path(__file__).parents[2]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -51,6 +53,17 @@ def test_example(module: str, name: str) -> None:
         pytest.importorskip("triton", reason="Triton is not installed")
     said = run(module, name)
     assert not said, said
+
+
+def test_every_public_name_has_an_example() -> None:
+    """Classes and functions of the package, of functional and of schedules."""
+    named = {name.split(".")[-1] for module, name in EXAMPLES if module.startswith("fam_ext.")}
+    public = [getattr(fam_ext, name) for name in fam_ext.__all__]
+    public += [getattr(fam_ext.functional, name) for name in fam_ext.functional.__all__]
+    public += [v for v in vars(fam_ext.schedules).values() if isinstance(v, type)]
+    ours = {v.__name__ for v in public if callable(v) and v.__module__.startswith("fam_ext")}
+    assert {"FAMLoss", "gram_trace", "TargetRatio"} < ours
+    assert not ours - named, "docstrings without an example"
 
 
 def test_a_wrong_example_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +154,28 @@ def test_the_command_prints_info(rich: bool) -> None:
     assert done.returncode == 0, done.stderr
     for text in (fam_ext.__version__, str(torch.__version__), *backends.OPERATIONS):
         assert text in done.stdout
+
+
+def test_the_schemas_of_python_and_of_the_library_are_the_same() -> None:
+    """A changed registration.cpp needs its hash in backends.py, so that a library from before is not loaded."""
+    source = Path(__file__).parents[2] / "csrc/registration.cpp"
+    assert hashlib.sha256(source.read_bytes()).hexdigest()[:12] == backends.SCHEMAS
+
+
+def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "_build.json"
+    fits = {
+        "built": True,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "simd": "default",
+    }
+    monkeypatch.setattr(backends, "_RECORD", record)
+    for schemas, reason in (
+        (backends.SCHEMAS, None),
+        ("another", "another version"),
+        (None, "another version"),
+    ):
+        record.write_text(json.dumps({**fits, "schemas": schemas}))
+        got = backends._read_record()[1]
+        assert got is None if reason is None else got is not None and reason in got

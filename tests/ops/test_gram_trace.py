@@ -243,6 +243,35 @@ def test_one_position_is_a_product_of_norms(backend):
     torch.testing.assert_close(value, x.square().sum(1) * (factors @ weight).square().sum(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padded_half_precision_gradients_are_summed_in_float32(mode, dtype, backend):
+    """A position stands in several places of the padded input: the sum of their gradients is rounded once."""
+    x, weight = make_input((2, 2, 9), dtype), make_input((3, 2, 3), dtype, seed=1)
+    options = {"padding": 8, "padding_mode": mode}
+    factors = make_input((2, 3, 23), dtype, seed=2)
+    for form in FORMS:
+        grad = run(x, factors, weight, options, backend=backend, form=form)[1]
+        want = exact(x, factors, weight, options)[1]
+        # cancelling sums: of the entries' size, one rounding at the end
+        assert (grad.double() - want).norm() <= torch.finfo(dtype).eps / 2 * want.norm()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**8, 2.0**16])
+@pytest.mark.parametrize("name", ["tokens", "2d-all"])
+def test_float16_gradients_under_a_loss_scale(name, scale, backend):
+    """The upstream gradient is known when gradients are rounded: no underflow that torch's own backward pass has not."""
+    x, factors, weight, options = tensors(name, None, torch.float16)
+    upstream = 1e-9 * scale * torch.linspace(0.5, 1, len(x))
+    for form in FORMS:
+        got = run(x, factors, weight, options, upstream, backend=backend, form=form)[1:]
+        wide = [t.float().requires_grad_() for t in (x, factors, weight)]
+        base = torch.autograd.grad(oracle(*(t.double() for t in wide), options), wide, upstream.double())
+        for g, b in zip(got, base, strict=True):
+            exact_error = (b.half().double() - b.double()).norm()
+            assert (g.double() - b.double()).norm() <= 1.5 * exact_error
+
+
 def test_autocast_does_not_reach_inside(backend):
     inputs = [t.requires_grad_() for t in tensors("2d", None, torch.float32)[:3]]
     plain = gram_trace(*inputs, padding=1, backend=backend)

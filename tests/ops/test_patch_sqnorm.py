@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from allocations import peak_memory
 from hypothesis import given, settings
 from inputs import DTYPES, LAYOUTS, make_input, needs_native
-from patch_problems import CASES, check, problems, run
+from patch_problems import CASES, check, oracle, problems, run
+from tolerance import relative_error
 from torch import nn
 
 from fam_ext.ops.patch_sqnorm import patch_sqnorm
@@ -188,62 +189,43 @@ def test_reference_has_second_derivatives():
     assert torch.autograd.gradgradcheck(lambda x: patch_sqnorm(x, 3, backend="reference"), x)
 
 
-X = torch.zeros(2, 6, 5, 7)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 2.0**8, 2.0**16])
+def test_half_precision_gradient_under_a_loss_scale(scale, dtype, backend):
+    """The upstream gradient is known when the input's is rounded: no entry underflows that torch keeps, and none overflows."""
+    x = make_input((4, 6, 9, 9), dtype)
+    upstream = 1e-6 * scale * make_input((4, 1, 9, 9), seed=1).abs()
+    _, exact = oracle(x, (3, 3), (1, 1), (1, 1), (1, 1), 1, upstream)
+    assert (exact.abs().max() > 1e-3) == (scale > 1) and exact.abs().max() < torch.finfo(torch.float16).max
+    leaf = x.detach().requires_grad_()
+    squares = F.conv2d(leaf.float().square(), torch.ones(1, 6, 3, 3), padding=1)
+    (base,) = torch.autograd.grad(squares, leaf, upstream)
+    _, grad = run(x, ((3, 3), (1, 1), (1, 1), (1, 1), 1), backend, upstream)
+    error, of_torch = ((g.double() - exact).norm() / exact.norm() for g in (grad, base))
+    assert error <= 1.5 * of_torch
+    assert ((grad == 0) & (base != 0)).sum() == 0
 
 
-@pytest.mark.parametrize(
-    ("args", "kwargs", "error", "match"),
-    [
-        ((X.long(), 3), {}, TypeError, "input must be a float32"),
-        (([1.0], 3), {}, TypeError, "input must be a float32"),
-        ((X[0, 0, 0], 3), {}, ValueError, "input must be .*spatial.*shape \\(7,\\)"),
-        ((X[None, None], 3), {}, ValueError, "input must be"),
-        ((X[0, 0], 3), {}, ValueError, "kernel_size must be .*unsqueeze.*got 3"),
-        ((X[0, 0], (3,)), {}, ValueError, "kernel_size must be .*got \\(3,\\)"),
-        ((X, (3,)), {}, ValueError, "kernel_size must be an integer or 2 integers"),
-        ((X, 0), {}, ValueError, "kernel_size must be at least 1, got 0"),
-        ((X, 3.0), {}, TypeError, "kernel_size must be an integer"),
-        ((X, (3, 1.5)), {}, TypeError, "kernel_size must be made of integers"),
-        ((X, True), {}, TypeError, "kernel_size must be an integer"),
-        ((X, (6, 3)), {}, ValueError, "kernel_size must be small enough .*axis 0: extent 6, size 5"),
-        ((X, 3), {"dilation": 3}, ValueError, "kernel_size must be small enough .*extent 7, size 5"),
-        ((X[:, :, :0], 1), {}, ValueError, "kernel_size must be small enough"),
-        ((X, 3), {"stride": 0}, ValueError, "stride must be at least 1"),
-        ((X, 3), {"stride": (1, 1, 1)}, ValueError, "stride must be an integer or 2"),
-        ((X, 3), {"dilation": (1, -1)}, ValueError, "dilation must be at least 1"),
-        ((X, 3), {"padding": -1}, ValueError, "padding must be at least 0"),
-        ((X, 3), {"padding": "full"}, ValueError, "padding must be one of 'same', 'valid'"),
-        ((X, 3), {"padding": "same", "stride": 2}, ValueError, "stride must be 1 with padding='same'"),
-        ((X, 3), {"groups": 4}, ValueError, "groups must be a positive divisor of the 6 channels.*got 4"),
-        ((X, 3), {"groups": 0}, ValueError, "groups must be a positive divisor"),
-        ((X, 3), {"groups": 2.0}, TypeError, "groups must be an integer"),
-        ((X, 3), {"padding_mode": "mirror"}, ValueError, "padding_mode must be one of"),
-        (
-            (X, 3),
-            {"padding": 5, "padding_mode": "reflect"},
-            ValueError,
-            "padding must be at most 4 .*'reflect'",
-        ),
-        (
-            (X, 3),
-            {"padding": 6, "padding_mode": "circular"},
-            ValueError,
-            "padding must be at most 5 .*'circular'",
-        ),
-        ((X, 3), {"backend": "cuda"}, ValueError, "backend must be one of"),
-    ],
-)
-def test_bad_arguments(args, kwargs, error, match):
-    with pytest.raises(error, match="patch_sqnorm: " + match):
-        patch_sqnorm(*args, **kwargs)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padded_half_precision_gradients_are_summed_in_float32(mode, dtype, backend):
+    """With replicate a corner stands in 81 places of the padded input: their sum is rounded once."""
+    x = make_input((2, 2, 9, 9), dtype)
+    case = (3, 1, 8, 1, 1, mode)
+    wide = x.double().requires_grad_()
+    upstream = torch.rand(2, 1, 23, 23)
+    (exact,) = torch.autograd.grad(patch_sqnorm(wide, *case, backend="reference"), wide, upstream.double())
+    _, grad = run(x, case, backend, upstream)
+    assert relative_error(grad, exact, elementwise=True) <= torch.finfo(dtype).eps
 
 
-@needs_native
-def test_operator_checks_its_own_arguments():
-    op, backward = torch.ops.fam_ext.patch_sqnorm, torch.ops.fam_ext.patch_sqnorm_backward
-    ones = [1, 1]
-    for kernel, groups in (([3], 1), ([0, 3], 1), ([6, 3], 1), ([3, 3], 4), ([3, 3], 0)):
-        with pytest.raises(ValueError, match="patch_sqnorm: "):
-            op(X, kernel, ones, [0, 0], ones, groups)
-    with pytest.raises(ValueError, match="patch_sqnorm_backward: grad must have shape"):
-        backward(torch.zeros(2, 1, 5, 7), X, [3, 3], ones, [0, 0], ones, 1)
+@pytest.mark.parametrize("stride", [1, 150], ids=["dense", "sparse"])
+def test_kernels_far_larger_than_the_input(stride, backend):
+    """Most of their taps see padding only, and are passed over."""
+    for case in (
+        ((301,), (stride,), (310,), (1,), 2),
+        ((80, 70), (stride, 3), (120, 160), (3, 2), 1),
+        ((1, 65, 2), (1, stride, 2), (0, 200, 1), (1, 5, 1), 1),
+    ):
+        x = make_input((2, 4, 3, 5, 7)[: 2 + len(case[0])])
+        check(x, case, backend)

@@ -1,0 +1,214 @@
+"""The hook that perturbs a layer: which calls share a draw, what repeats one, and when it does nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fam_ext import FAMLoss, UnsupportedError
+from fam_ext.layers.linear_map import LinearMap
+from fam_ext.loss.noise_hook import NoiseHook
+
+CONV = "conv"
+
+
+def hooked(kind: str = "linear", **options: Any) -> tuple[nn.Module, NoiseHook]:
+    layer: nn.Module = nn.Conv1d(3, 2, 2) if kind == CONV else nn.Linear(3, 2)
+    hook = NoiseHook(LinearMap("FAMLoss", layer), **options)
+    if kind == CONV:
+        layer.register_forward_hook(hook, with_kwargs=True)
+    else:
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
+    hook.active = True
+    hook.set(0.1, torch.device("cpu"))
+    return layer, hook
+
+
+def x(kind: str = "linear") -> Tensor:
+    return torch.randn(4, 3, 5) if kind == CONV else torch.randn(4, 3)
+
+
+def plain(layer: nn.Module, features: Tensor) -> Tensor:
+    """What the layer returns without the hook."""
+    clean = copy.deepcopy(layer)
+    return clean(features)
+
+
+KINDS = pytest.mark.parametrize("kind", ["linear", CONV])
+
+
+@KINDS
+def test_calls_of_a_step_share_a_draw_and_the_next_step_has_another(kind: str) -> None:
+    layer, hook = hooked(kind)
+    features = x(kind)
+    first, second = layer(features), layer(features)
+    assert torch.equal(first, second) and not torch.allclose(first, plain(layer, features))
+    drawn = hook.drawn
+    assert hook.called and hook.seen and drawn is not None
+    hook.finish()
+    assert not hook.called and hook.seen and hook.drawn is None and hook.kept is drawn
+    assert not torch.equal(layer(features), first)
+
+
+@KINDS
+def test_noise_is_one_linear_map_of_the_features(kind: str) -> None:
+    """z + W eps phi with one eps for the step: twice the features, twice the noise; the strength's root."""
+    layer, hook = hooked(kind, shared=True)
+    features = x(kind)
+
+    alive = []  # the draw is that of the first call as long as its graph lives
+
+    def noise(t: Tensor) -> Tensor:
+        alive.append(layer(t))
+        return alive[-1].detach() - plain(layer, t).detach()
+
+    once = noise(features)
+    torch.testing.assert_close(noise(2 * features), 2 * once)
+    if kind == CONV:
+        torch.testing.assert_close(noise(features.flip(0)), once.flip(0))  # shared: the same for every sample
+    hook.set(0.4, torch.device("cpu"))
+    torch.testing.assert_close(noise(features), 2 * once)  # sqrt(strength)
+
+
+@KINDS
+def test_inactive(kind: str) -> None:
+    layer, hook = hooked(kind)
+    features = x(kind)
+    state = torch.get_rng_state()
+    for turn_off in ("active", "training"):
+        hook.active, layer.training = turn_off != "active", turn_off != "training"
+        assert torch.equal(layer(features), plain(layer, features))
+    assert torch.equal(torch.get_rng_state(), state) and not hook.seen
+
+
+def test_a_call_whose_graph_is_gone_is_forgotten() -> None:
+    """A look at the output, without a loss: the next call is a step of its own, of any size."""
+    layer, hook = hooked()
+    z = layer(x())
+    assert hook._token() is not None
+    del z
+    gc.collect()
+    first = hook.drawn
+    kept = layer(torch.randn(7, 3))
+    assert hook.drawn is not first and hook.drawn.samples == 7 and kept.requires_grad
+
+
+def test_other_samples_in_one_step_are_refused() -> None:
+    layer, hook = hooked()
+    z = layer(x())
+    with pytest.raises(UnsupportedError, match=r"one has 7 samples where an earlier one had 4.*reset"):
+        layer(torch.randn(7, 3))
+    hook.finish()
+    layer(torch.randn(7, 3))
+    shared, _ = hooked(shared=True)
+    z = shared(x())
+    assert shared(torch.randn(7, 3)).shape == (7, 2) and z.requires_grad
+
+
+@KINDS
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_call_is_repeated_as_it_was(kind: str, use_reentrant: bool) -> None:
+    """The gradients are those without checkpointing; the step's loss may be taken in between."""
+    layer, hook = hooked(kind)
+    features = x(kind).requires_grad_()
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(7)
+        z = checkpoint(layer, features, use_reentrant=use_reentrant) if checkpointed else layer(features)
+        loss = z.tanh().square().sum()
+        hook.finish()  # what the criterion does
+        gradients.append(
+            torch.autograd.grad(loss, features) if not use_reentrant else backward(loss, features)
+        )
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def backward(loss: Tensor, features: Tensor) -> tuple[Tensor]:
+    features.grad = None
+    loss.backward()
+    assert features.grad is not None
+    return (features.grad.clone(),)
+
+
+def test_every_call_takes_as_many_random_numbers() -> None:
+    layer, hook = hooked()
+    features = x()
+    torch.manual_seed(0)
+    layer(features)
+    after_one = torch.get_rng_state()
+    hook.finish()
+    z = layer(features)
+    torch.manual_seed(0)
+    layer(features)  # shares the draw of the call before
+    assert torch.equal(torch.get_rng_state(), after_one) and z.requires_grad
+
+
+def test_a_generator_of_the_user_s() -> None:
+    layer, hook = hooked(generator=torch.Generator())
+    features, state = x(), torch.get_rng_state()
+    outputs = []
+    for _ in range(2):
+        hook.generator.manual_seed(3)
+        outputs.append(layer(features))
+        hook.finish()
+    assert torch.equal(*outputs) and torch.equal(torch.get_rng_state(), state)
+
+
+@KINDS
+def test_the_input_by_keyword(kind: str) -> None:
+    layer, hook = hooked(kind, generator=torch.Generator())
+    features = x(kind)
+    outputs = []
+    for call in (lambda: layer(features), lambda: layer(input=features)):
+        hook.generator.manual_seed(3)
+        outputs.append(call())
+        hook.finish()
+    assert torch.equal(*outputs)
+
+
+def test_strengths_as_a_number_and_as_a_tensor() -> None:
+    _, hook = hooked()
+    tensor = hook.tensor
+    hook.set(0.7, torch.device("cpu"))
+    assert hook.value == 0.7 and hook.tensor is tensor
+    torch.testing.assert_close(tensor, torch.tensor(0.7))
+    hook.set(0.7, torch.device("meta"))
+    assert hook.tensor.is_meta
+
+
+def test_copies_are_inert() -> None:
+    layer, hook = hooked()
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        (other,) = copied._forward_pre_hooks.values()
+        assert other is not hook and other.layer is None and not other.active
+        assert torch.equal(
+            copied(torch.ones(1, 3)), nn.functional.linear(torch.ones(1, 3), layer.weight, layer.bias)
+        )
+
+
+def test_a_layer_without_a_share_leaves_the_others_their_noise() -> None:
+    """Shares of 0: nothing is perturbed there, and everything elsewhere."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    y = torch.tensor([0, 1, 1, 0])
+    criterion = FAMLoss.for_model(
+        nn.CrossEntropyLoss(), net, strength={"0": 0.0, "*": 0.5}, layer="*", method="noise"
+    )
+    silent, loud = (term.hook for term in criterion.terms)
+    assert not silent.active and loud.active
+    features = x()
+    hidden = net[1](net[0](features))
+    assert torch.equal(hidden, net[0](features).tanh()) and not silent.seen
+    perturbed = net[2](hidden)
+    assert not torch.allclose(perturbed, nn.functional.linear(hidden, net[2].weight, net[2].bias))
+    criterion(perturbed, y)
+    criterion.eval()
+    assert not loud.active
+    criterion.train()
+    assert loud.active and not silent.active

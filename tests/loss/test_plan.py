@@ -1,0 +1,119 @@
+"""Plans: which method is chosen and why, what a coupling check may teach later, and how graphs are told apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hidden_problems import convolution, coupled_samples, mlp, tokens
+from torch import nn
+
+from fam_ext import UnsupportedError
+from fam_ext.hessian import coupling
+from fam_ext.loss import plan
+from fam_ext.loss.plan import CouplingMemory, Plan, plan_products, signature
+from fam_ext.options import Options
+
+
+def planned(case: Any, per_sample: bool = False, layers: int = 1, **options: Any) -> list[Plan]:
+    with case.products():
+        each = [(CouplingMemory(), case.hessian, [])] * layers
+        return plan_products(Options("test", **options), each, per_sample)
+
+
+def test_readable() -> None:
+    assert str(Plan("exact", "rows", 4, "asked for")) == "exact (rows independent), 4 products: asked for"
+    assert str(Plan("closed_form", reason="a head")) == "closed_form, 0 products: a head"
+
+
+def test_few_products_are_taken_exactly() -> None:
+    assert planned(mlp()) == [Plan("exact", "rows", 2, "at most 32 products")]
+    assert planned(tokens()) == [Plan("exact", "samples", 4, "at most 32 products")]
+    assert planned(coupled_samples())[0].level == "batch"
+
+
+def test_many_products_are_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "EXACT_PRODUCTS", 15)
+    (estimate,) = planned(convolution(), probes=3)
+    assert estimate == Plan("hutchinson", "samples", 3, "the exact value takes 16 products")
+    several = planned(mlp(), layers=8)  # 2 products each, 16 of all
+    assert {p.method for p in several} == {"hutchinson"} and "16 products for all layers" in several[0].reason
+    assert planned(convolution(), method="exact")[0].products == 16
+
+
+def test_memory_decides_too() -> None:
+    (estimate,) = planned(mlp(), max_bytes=1)
+    assert (
+        estimate.method == "hutchinson"
+        and estimate.reason == "the exact value's graph takes more than max_bytes=1"
+    )
+    with pytest.raises(
+        UnsupportedError, match=r"test: method='exact' takes 2 Hessian products here.*max_bytes=1"
+    ):
+        planned(mlp(), method="exact", max_bytes=1)
+    case = mlp()
+    case.hessian.detached = True  # products leave nothing
+    assert planned(case, method="exact", max_bytes=1)[0].method == "exact"
+
+
+def test_what_is_asked_for() -> None:
+    assert planned(mlp(), method="hutchinson", probes=2) == [Plan("hutchinson", "rows", 2, "asked for")]
+    assert planned(mlp(), method="hutchinson", per_sample_probes=False)[0].level == "batch"
+    for case, level in ((coupled_samples(), "rows"), (convolution(), "samples")):
+        assert planned(case, method="hutchinson", per_sample_probes=True)[0].level == level
+    assert planned(coupled_samples(), method="exact", per_sample_probes=True)[0].level == "batch"
+    assert planned(mlp(), measure="layerwise_eigenvalue") == [Plan("lanczos", None, 0, "an eigenvalue")]
+
+
+def test_shares_by_sample_need_samples_apart() -> None:
+    assert planned(mlp(), per_sample=True)[0].level == "rows"
+    with pytest.raises(
+        UnsupportedError, match="samples interact after the layer, kappa has no shares by sample"
+    ):
+        planned(coupled_samples(), per_sample=True)
+
+
+def test_ways_past_the_calls_are_told() -> None:
+    case = mlp()
+    case.hessian.past_calls = case.hessian.on_weight = True
+    (estimate,) = planned(case, method="hutchinson")
+    assert (
+        estimate.level == "batch" and "the loss depends on it past the layer's own calls" in estimate.reason
+    )
+
+
+def test_results_are_checked_again_at_powers_of_two() -> None:
+    memory = CouplingMemory()
+    again = [use for use in range(1, 20) if memory.should_recheck("graph")]
+    assert again == [1, 2, 4, 8, 16]
+    assert memory.should_recheck("another graph")
+
+
+def test_a_wider_coupling_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of zero tell nothing yet; a level only widens; "batch" is not checked again."""
+    shown, checks = iter([None, "rows", "samples", "rows", "batch"]), []
+
+    def level(hessian: Any, check: int) -> str | None:
+        checks.append(check)
+        return next(shown)
+
+    monkeypatch.setattr(coupling, "coupling_level", level)
+    memory, options, case = CouplingMemory(), Options("test"), tokens()
+    got = [memory.level(options, case.hessian, [], False) for _ in range(12)]
+    assert got == ["batch", "rows", "samples", "samples", "samples", *["batch"] * 7][: len(got)]
+    assert len(checks) == 5 and checks == sorted(checks)
+    fresh = CouplingMemory()
+    monkeypatch.setattr(coupling, "coupling_level", lambda *args: None)
+    assert fresh.level(options, case.hessian, [], True) == "samples"  # what shares by sample will be
+
+
+def test_signatures() -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    norm = nn.BatchNorm1d(3)
+    training, evaluation = norm(x).grad_fn, norm.eval()(x).grad_fn
+    assert signature(training) != signature(evaluation)
+    assert signature(x.tanh().grad_fn) == signature(x.tanh().grad_fn) == "TanhBackward0"
+    assert plan.graph_key(mlp().hessian, [training], "exact") != plan.graph_key(
+        mlp().hessian, [evaluation], "exact"
+    )
