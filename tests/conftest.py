@@ -53,6 +53,11 @@ def pytest_sessionstart() -> None:
         )
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """A file's constants, some of which stand in the names of its tests, are the same in every process that shares them."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a slow test come first: where several processes share the files, none is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
