@@ -53,8 +53,9 @@ def gram_trace(
         stride, padding, dilation, groups, padding_mode: of a convolution, as in torch.nn.ConvNd.
         weighted: False puts the identity in place of G: |Gamma_i|_F^2, and the weight gives its shape only.
         form: "auto" (fewer counted operations, see :func:`choose_form`), "direct" or "gram".
-        max_bytes: bound on what the native backend holds at a time beyond the results, but for what one sample takes.
-        backend: "auto", "reference", "native" or "triton".
+        max_bytes: bound on what native and triton hold at a time beyond the results, but for what one sample takes.
+        backend: "auto", "reference" (plain PyTorch), "native" (the same products over chunks of samples, gradients of its own,
+            nothing compiled) or "triton" (kernels that never store the products of positions).
 
     Returns:
         (B,), or (K, B) for stacked factors; float64 where a tensor is, else float32. Nonnegative up to rounding. Only the
@@ -63,6 +64,12 @@ def gram_trace(
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape or range.
         RuntimeError: a backend asked for by name that is not available.
+
+    >>> x, s, w = torch.ones(2, 3, 4), torch.ones(2, 3, 5), torch.ones(5, 4)  # 2 samples of 3 tokens, a layer 4 -> 5
+    >>> gram_trace(x, s, w)  # Gamma is 3 everywhere, W^T Gamma 15: 16 squares
+    tensor([3600., 3600.])
+    >>> gram_trace(x, s, w, weighted=False)
+    tensor([180., 180.])
     """
     for name, tensor in (("input", input), ("factors", factors), ("weight", weight)):
         _checks.check_floating(_NAME, name, tensor)
@@ -116,6 +123,11 @@ def choose_form(
     N = inputs and Q = outputs positions, C channels, I = C times the kernel's volume, O neurons, K factors: "direct" takes
     3 K Q I O (+ 2 K O^2 I with a weight), the Gram form 2 K Q^2 O (+ 3 K Q O^2) and the products of patches: 2 Q^2 I, or 2 N^2 C
     where products of positions are summed over the kernel's offsets along each axis. A number that is moved counts as 16.
+
+    >>> choose_form(16, 16, 512, (1,), 512, factors=1, weighted=True)
+    'gram_shifts'
+    >>> choose_form(4096, 4096, 64, (1,), 64, factors=1, weighted=True)
+    'direct'
     """
     volume = 1
     for k in kernel:

@@ -39,7 +39,7 @@ def patch_sqnorm(
     Args:
         input: (B, C, *spatial) with 1 to 3 spatial axes, any strides, float32, float64, bfloat16 or float16,
             or the rows (N, I) of a linear layer with kernel_size=(). A single sample is input.unsqueeze(0).
-        kernel_size, stride, dilation: one integer, or one per spatial axis.
+        kernel_size, stride, dilation: one integer, or one per spatial axis; these and the padding at most 2**24.
         padding: one integer or one per spatial axis, "valid", or "same" (stride 1; the larger half of an odd
             total comes last).
         groups: channel groups; each has its own norm.
@@ -53,6 +53,11 @@ def patch_sqnorm(
     Raises:
         TypeError, ValueError: an argument of a wrong type, rank or range; a kernel beyond the padded input.
         RuntimeError: a backend asked for by name that is not available.
+
+    >>> patch_sqnorm(torch.ones(1, 2, 4), 3, padding=1)  # 2 channels, 2 or 3 positions inside the input
+    tensor([[[4., 6., 6., 4.]]])
+    >>> patch_sqnorm(torch.tensor([[3.0, 4.0]]), ())  # a row of a linear layer
+    tensor([[25.]])
     """
     _checks.check_floating(_NAME, "input", input)
     if not 2 <= input.dim() <= 5:
