@@ -138,8 +138,11 @@ class Problem:
         """The reverse of `store`."""
         return kept.permute(0, 1, 3, 4, 2) if self._rows else kept
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(samples, x (b, g, C, *in), s (b, g, K, O, Q)), in the accumulation dtype except for Triton's kernels."""
+    def chunks(self) -> Iterator[tuple[slice | None, Tensor, Tensor]]:
+        """(samples, or None for all of them, x (b, g, C, *in), s (b, g, K, O, Q)), ready for the products."""
+        if self._chunk >= self.x.shape[0]:
+            yield None, self._of_chunk(self.x), self._factors(self._of_chunk(self.s))
+            return
         for first in range(0, self.x.shape[0], self._chunk):
             part = slice(first, first + self._chunk)
             yield part, self._of_chunk(self.x[part]), self._factors(self._of_chunk(self.s[:, part]))
@@ -170,13 +173,16 @@ class Problem:
         if self.gram is None:
             return t
         t = t.to(self.dtype)
-        if self.groups == 1:
-            for order, back in _ROW_ORDERS:
+        if self.groups > 1:
+            each = self.gram.unsqueeze(1).expand(t.shape[0], -1, t.shape[2], -1, -1)
+            each = each.reshape(-1, self.neurons, self.neurons)
+        else:
+            for order, back in _ROW_ORDERS if t.stride(3) == 1 else ():
                 rows = t.permute(order)
                 if rows.is_contiguous():
                     return rows.view(-1, self.neurons).mm(self.gram[0]).view(rows.shape).permute(back)
-        each = self.gram.unsqueeze(1).expand(t.shape[0], -1, t.shape[2], -1, -1)
-        return each.reshape(-1, self.neurons, self.neurons).bmm(t.reshape(-1, *t.shape[3:])).view(t.shape)
+            each = self.gram.expand(t.shape[0] * t.shape[2], -1, -1)
+        return each.bmm(t.reshape(-1, self.neurons, t.shape[4])).view(t.shape)
 
 
 def together(t: Tensor) -> Tensor:
@@ -189,13 +195,13 @@ def positions_first(t: Tensor) -> Tensor:
     return t.permute(0, 1, 4, 2, 3).flatten(0, 1)
 
 
-def put(whole: Tensor, axis: int, part: slice, value: Tensor) -> Tensor:
-    """`whole` with `value` as its `part` along `axis`; `value` itself where that is all of it and laid out alike."""
-    target = whole[part] if axis == 0 else whole[:, part]
-    value = value.reshape(target.shape)
-    if value.dtype == whole.dtype and target.shape == whole.shape:
+def put(whole: Tensor, axis: int, part: slice | None, value: Tensor) -> Tensor:
+    """`whole` with `value` as its `part` along `axis`; `value` itself where it is all of it (part None) and laid out alike."""
+    if part is None and value.dtype == whole.dtype:
+        value = value.reshape(whole.shape)
         strides = zip(whole.shape, whole.stride(), value.stride(), strict=True)
         if all(size == 1 or a == b for size, a, b in strides):
             return value.as_strided(whole.shape, whole.stride())
-    target.copy_(value)
+    target = whole if part is None else whole[part] if axis == 0 else whole[:, part]
+    target.copy_(value.reshape(target.shape))
     return whole

@@ -55,14 +55,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     window = (kernel_size, stride, padding, dilation)
     p = Problem("gram_trace", input, factors, gram, window, form, max_bytes)
-    values = input.new_zeros(factors.shape[:2], dtype=p.dtype)
+    values = (
+        input.new_zeros(factors.shape[:2], dtype=p.dtype)
+        if p.empty
+        else input.new_empty(factors.shape[:2], dtype=p.dtype)
+    )
     saved = input.new_empty(p.kept_shape if keep else (0,), dtype=p.dtype)
     if p.empty:
         return values, saved.zero_()
     with p.products():
         for part, x, s in p.chunks():
             of_chunk, product = _chunk_forward(p, x, s)
-            values[:, part] = of_chunk.T
+            values = put(values, 1, part, of_chunk)
             if keep and product is not None:
                 saved = put(saved, 0, part, p.store(product))
             del x, s, product  # before the next chunk takes as much
@@ -70,16 +74,16 @@ def _forward(
 
 
 def _chunk_forward(p: Problem, x: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Values of a chunk (b, K), and what is kept of it."""
+    """Values of a chunk (K, b), and what is kept of it."""
     if p.form == "gram_tiles":
         phi = p.windows.patches(x).flatten(0, 1).transpose(1, 2)
         left, right = positions_first(p.times_gram(s)), positions_first(s)
         each: Tensor = _kernels().pair_trace(phi, left, right)  # (b g, K)
-        return each.view(-1, p.groups, p.factors).sum(1), None
+        return each.view(-1, p.groups, p.factors).sum(1).T, None
     product = _kept(p, x, s)
     other = p.times_gram(product if p.form == "direct" else s)
     terms = product * other if p.gram is None else other.mul_(product)
-    return terms.sum((1, 3, 4)), product
+    return terms.permute(2, 0, 1, 3, 4).sum((2, 3, 4)), product
 
 
 def _kept(p: Problem, x: Tensor, s: Tensor) -> Tensor:
@@ -127,10 +131,11 @@ def _backward(
     if not p.empty:
         with p.products():
             for part, x, s in p.chunks():
-                product = p.load(saved[part]) if form != "gram_tiles" else None
+                product = p.load(saved if part is None else saved[part]) if form != "gram_tiles" else None
                 if product is None and (grad_factors or grad_gram):
                     product = _kept(p, x, s)
-                upstream = 2 * grad[:, part].to(p.dtype).T[:, None, :, None, None]
+                of_chunk = grad if part is None else grad[:, part]
+                upstream = 2 * of_chunk.to(p.dtype).T[:, None, :, None, None]
                 needs = (grad_input, grad_factors, grad_gram)
                 d_x, d_s, d_g = _chunk_backward(p, x, s, product, upstream, *needs)
                 if d_x is not None:
@@ -138,7 +143,7 @@ def _backward(
                 if d_s is not None:
                     d_factors = put(d_factors, 1, part, d_s.permute(2, 0, 1, 3, 4))
                 if d_g is not None:
-                    d_gram += d_g
+                    d_gram = d_g if part is None else d_gram.add_(d_g)
                 del x, s, product, d_x, d_s  # before the next chunk takes as much
     return d_input, d_factors, d_gram if gram is None else d_gram.to(gram.dtype)
 

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 Ints = Sequence[int]
@@ -54,24 +55,20 @@ class Windows:
         self._trivial = [k == s == 1 and p == 0 and n == m for n, m, k, s, p, _ in axes]
         self.pointwise = all(self._trivial)
         self._axes = [] if self.pointwise else [_runs(*axis) for axis in axes]
-        self._shift_runs = [self._along(axis) for axis in range(len(self._axes))]
+        self._shift_steps = [[self._along(axis, back) for axis in range(len(self._axes))] for back in (0, 1)]
 
-    def _along(self, axis: int) -> list[tuple[Index, Index]]:
-        """At every offset along one axis, its outputs and inputs at both positions of a product (n, *positions, *positions)."""
+    def _along(self, axis: int, back: int) -> tuple[bool, list[tuple[Index, Index]]]:
+        """The sums over the offsets along one axis, of products (n, *positions, *positions) of inputs; `back` is the transpose.
+
+        (target, source) of every offset, and whether the first of them fills all of the sums.
+        """
         before, between = (_ALL,) * (1 + axis), (_ALL,) * (len(self._axes) - 1)
-        runs = [run for run in self._axes[axis] if run is not None and not self._trivial[axis]]
-        return [((*before, o, *between, o), (*before, i, *between, i)) for o, i in runs]
-
-    def _border(self) -> Iterator[Index]:
-        """The parts of columns (b, g, C, volume, *out) where an output sees padding; they may overlap."""
-        for number, runs in enumerate(itertools.product(*self._axes)):
-            for axis, (run, size) in enumerate(zip(runs, self.outputs, strict=True)):
-                first, last = (0, 0) if run is None else (run[0].start, run[0].stop)
-                rest = (_ALL,) * axis
-                if first > 0:
-                    yield (_ALL, _ALL, _ALL, number, *rest, slice(0, first))
-                if last < size:
-                    yield (_ALL, _ALL, _ALL, number, *rest, slice(last, size))
+        size = (self.inputs if back else self.outputs)[axis]
+        parts = [run[::-1] if back else run for run in self._axes[axis] if run is not None]
+        everything = (slice(0, size), slice(0, size, 1))
+        parts.sort(key=lambda part: part[0] not in everything)
+        fills = bool(parts) and parts[0][0] in everything
+        return fills, [((*before, t, *between, t), (*before, s, *between, s)) for t, s in parts]
 
     def _offsets(self) -> Iterator[tuple[Index, Index]]:
         """At every offset that some output sees inside the input: its part of columns (b, g, C, volume, *out), and of x."""
@@ -85,9 +82,7 @@ class Windows:
         """(b, g, C, *in) -> (b, g, I, Q); a view where the kernel is one position."""
         if self.pointwise:
             return x.flatten(3)
-        columns = x.new_empty((*x.shape[:3], self.volume, *self.outputs))
-        for at_columns in self._border():
-            columns[at_columns] = 0
+        columns = x.new_zeros((*x.shape[:3], self.volume, *self.outputs))
         for at_columns, at_inputs in self._offsets():
             columns[at_columns] = x[at_inputs]
         return columns.flatten(4).flatten(2, 3)
@@ -121,16 +116,16 @@ class Windows:
     def _shifts(self, pairs: Tensor, transpose: bool) -> Tensor:
         """Sums over the offsets, one axis at a time: (n, *in, *in) -> (n, *out, *out), or the transpose of that map."""
         rank = len(self._axes)
-        for axis, runs in enumerate(self._shift_runs):
+        for axis, (fills, steps) in enumerate(self._shift_steps[transpose]):
             if self._trivial[axis]:
                 continue
-            sizes = list(pairs.shape)
-            sizes[1 + axis] = sizes[1 + rank + axis] = (self.inputs if transpose else self.outputs)[axis]
-            sums = pairs.new_zeros(sizes)
-            for outputs, inputs in runs:
-                if transpose:
-                    sums[inputs].add_(pairs[outputs])
-                else:
-                    sums[outputs].add_(pairs[inputs])
+            if fills:
+                sums = pairs[steps[0][1]].clone(memory_format=torch.contiguous_format)
+            else:
+                sizes = list(pairs.shape)
+                sizes[1 + axis] = sizes[1 + rank + axis] = (self.inputs if transpose else self.outputs)[axis]
+                sums = pairs.new_zeros(sizes)
+            for target, source in steps[fills:]:
+                sums[target].add_(pairs[source])
             pairs = sums
         return pairs
