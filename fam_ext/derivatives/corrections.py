@@ -169,7 +169,6 @@ CORRECTED: dict[str, Correction] = {
 # torch's are right, and slow on a matrix that leaves the cache
 FASTER: dict[str, Correction] = {"LogSoftmaxBackward0": Correction(log_softmax.gradient, ("result",))}
 REPLACED = {**CORRECTED, **FASTER}
-LEAST = log_softmax.LEAST  # numbers, for what is faster to be so
 
 
 def needs_correction(node: Any) -> bool:

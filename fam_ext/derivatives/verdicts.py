@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fam_ext.derivatives import corrections
+from fam_ext.derivatives import corrections, log_softmax
 from fam_ext.derivatives.nodes import readable
 from fam_ext.derivatives.verified import VERIFIED
 from fam_ext.errors import UnsupportedError
@@ -134,7 +134,7 @@ def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
         name = full.rstrip("0123456789")
         replaced = full in corrections.REPLACED
         if replaced and full in corrections.FASTER:
-            replaced = prod(node._input_metadata[0].shape) >= corrections.LEAST
+            replaced = prod(node._input_metadata[0].shape) >= log_softmax.LEAST
         if name in TRUSTED and not replaced:
             continue
         if corrections.needs_correction(node):

@@ -43,9 +43,10 @@ class NoiseHook:
             None  # of the same value: a number that changes would make torch.compile compile again
         )
         self.drawn: noise.Draw | None = None
-        self.kept: noise.Draw | None = (
-            None  # of the step before, whose backward pass may call the layer again
-        )
+        self.later: noise.Draw | None = None  # what calls after the first one take, where that differs
+        # of the step before, whose backward pass may call the layer again
+        self.kept: tuple[noise.Draw | None, noise.Draw | None] = (None, None)
+        self._first: Tensor | None = None  # the features of a first call whose draw is made for them alone
         self._token: Any = None
 
     def set(self, strength: float, device: torch.device) -> None:
@@ -58,7 +59,8 @@ class NoiseHook:
 
     def finish(self) -> None:
         """A loss has been taken: the next call draws anew."""
-        self.drawn, self.kept, self._token = None, self.drawn, None
+        self.kept = (self.drawn, self.later)
+        self.drawn, self.later, self._token, self._first = None, None, None, None
         self.called = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,22 +108,35 @@ class NoiseHook:
         self.called = self.seen = True
         if torch.compiler.is_compiling():
             if self.drawn is None:
-                self.drawn = fresh
-            return self.drawn
+                self.drawn, self._first = fresh, features
+                return fresh
+            return self._of_later_calls(fresh)
         if torch._C._current_graph_task_id() != -1:  # checkpointing: called again in the backward pass
-            return self.drawn or self.kept or fresh
+            first, later = (self.drawn, self.later) if self.drawn is not None else self.kept
+            repeats_the_first = first is None or torch.equal(first.left, fresh.left)
+            return fresh if repeats_the_first else later or first or fresh
         without_loss = (
             self._token is not None and self._token() is None
         )  # the graph of the earlier call is gone
         if self.drawn is None or without_loss:
-            self.drawn, self._token = fresh, None
+            self.drawn, self.later, self._token, self._first = fresh, None, None, features
+            return fresh
         elif self.drawn.samples != fresh.samples:
             raise UnsupportedError(
                 f"FAMLoss: method='noise' has one draw for all calls of a layer in a step, and this one has {fresh.samples} "
                 f"samples where an earlier one had {self.drawn.samples}; share one draw in the batch "
                 "(per_sample_probes=False), or call criterion.reset() after a forward pass that no loss follows"
             )
-        return self.drawn
+        return self._of_later_calls(fresh)
+
+    def _of_later_calls(self, fresh: noise.Draw) -> noise.Draw:
+        """The first call's draw; one that was made for its features alone (b = phi / |phi|) takes the second's signs too."""
+        assert self.drawn is not None
+        if self.drawn.channels is not None or self._first is None:
+            return self.drawn
+        if self.later is None:
+            self.later = noise.along(self._first, self.drawn.left, fresh.left)
+        return self.later
 
     def _remember(self, perturbed: Tensor) -> None:
         """Tie the draw to the graph of its first call."""

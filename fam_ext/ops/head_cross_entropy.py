@@ -77,10 +77,8 @@ def head_cross_entropy(
         (tensor(1.9661), tensor([0.5564, 0.5230]))
     """
     # C++ would take a tensor for a number, and anything for True or False
-    plain = (
-        type(strength) in (float, int) and type(curvature_grad) is bool and not nn.parameter.is_lazy(weight)
-    )
-    if plain and backend in ("auto", "native"):
+    plain = type(strength) in (float, int) and type(curvature_grad) is bool and backend in ("auto", "native")
+    if plain and not torch.compiler.is_compiling() and not nn.parameter.is_lazy(weight):
         found = ordinary_call(
             logits, features, weight, target, class_weight, ignore_index, label_smoothing, reduction, strength, curvature_grad
         )  # fmt: skip

@@ -6,6 +6,7 @@ import ast
 import graphlib
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -160,9 +161,17 @@ def result(variant: str, median: float, spread: float = 0.01, baseline: float = 
 
 
 def test_pytest_benchmark_keeps_runs_and_compares_them(tmp_path: Path) -> None:
+    # pytest-benchmark times nothing in a worker of pytest-xdist, which this process may be
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+
     def python(*arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -53,11 +53,32 @@ def test_the_mean_holds_strength_times_kappa(shared: bool) -> None:
     assert F.cosine_similarity(by_draw.mean(0).flatten(), gradient.flatten(), dim=0) > 0.8
 
 
+def test_calls_with_other_features_share_the_draw_of_the_weight() -> None:
+    """E<dz1, dz2> of one Delta = W eps: 2 strength |W|^2 <phi1, phi2>, whatever the lengths of the features."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2, bias=False).double()
+    first, second = torch.randn(1, 3).double(), torch.randn(1, 3).double()
+    criterion = FAMLoss(nn.MSELoss(), layer, 0.1, method="noise")
+    products, squares = [], []
+    for _ in range(4000):
+        a, b = layer(first) - first @ layer.weight.T, layer(second) - second @ layer.weight.T
+        products.append((a * b).sum().detach())
+        squares.append(b.square().sum().detach())
+        criterion.reset()
+    norm = 2 * 0.1 * layer.weight.detach().square().sum()
+    for values, expected in (
+        (products, norm * (first * second).sum()),
+        (squares, norm * second.square().sum()),
+    ):
+        stacked = torch.stack(values)
+        assert abs(stacked.mean() - expected) < 4.5 * stacked.std() / len(values) ** 0.5
+
+
 def test_one_draw_for_all_calls_of_a_step() -> None:
     layer, x = nn.Linear(3, 2), torch.randn(4, 3)
     criterion = FAMLoss(nn.MSELoss(), layer, 0.1, method="noise")
     first, second = layer(x), layer(x)
-    assert torch.equal(first, second)
+    torch.testing.assert_close(first, second)
     criterion(first, second.detach())
     assert not torch.equal(layer(x), first)
 

@@ -179,8 +179,16 @@ def test_a_layer_that_a_step_skips_counts_nothing(options: dict[str, Any], crite
     alone(net(x), y)
     assert alone.last.flatness != 0
     alone.detach()
-    both = FAMLoss(ce, [net.first, net.second], 0.5, **options, generator=torch.Generator().manual_seed(0))
-    one = FAMLoss(ce, net.first, 0.5, **options, generator=torch.Generator().manual_seed(0))
+    both = FAMLoss(
+        ce,
+        [net.first, net.second],
+        0.5,
+        **options,
+        generator=torch.Generator(torch.get_default_device()).manual_seed(0),
+    )
+    one = FAMLoss(
+        ce, net.first, 0.5, **options, generator=torch.Generator(torch.get_default_device()).manual_seed(0)
+    )
     both(net(x), y)
     one(net(x), y)
     both.options.generator and both.options.generator.manual_seed(1)

@@ -326,8 +326,8 @@ X, W, B = torch.zeros(7, 5), torch.zeros(4, 5), torch.zeros(4)
         ({"weight": W[:, :4]}, ValueError, r"input must be of shape \(\*rows, 4\), got .*\(7, 5\)"),
         ({"weight": W[0]}, ValueError, r"weight must be of shape \(V, I\)"),
         ({"weight": W[:0]}, ValueError, "weight must be .*at least one class"),
-        ({"target": Y.int()}, TypeError, "target must be an int64 tensor of class indices, got a int32"),
-        ({"target": [0] * 7}, TypeError, "target must be an int64 tensor"),
+        ({"target": Y.int()}, TypeError, "target must be .*class indices of int64.*got a int32"),
+        ({"target": [0] * 7}, TypeError, "target must be .*tensor"),
         ({"target": Y[:6]}, ValueError, r"target must be of shape \(7,\), got"),
         (
             {"target": torch.rand(7, 4)},

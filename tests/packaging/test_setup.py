@@ -134,7 +134,14 @@ def test_unknown_simd_level_is_refused(unpacked: Path) -> None:
 
 def record(**changes: object) -> dict[str, object]:
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"built": True, "torch": str(torch.__version__), "python": python, "simd": "default", **changes}
+    return {
+        "built": True,
+        "torch": str(torch.__version__),
+        "python": python,
+        "simd": "default",
+        "schemas": backends.SCHEMAS,
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(
