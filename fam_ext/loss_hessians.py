@@ -77,10 +77,6 @@ class LossHessian:
         """What reduction="mean" divides the sum by: how much this call counts in the mean over a data set."""
         return float(outputs.numel())
 
-    def residual(self, outputs: Tensor) -> Tensor:
-        """dl/dz of every term l of the loss, without its coefficient, in the outputs' shape; only where `fisher` is true."""
-        raise NotImplementedError
-
     def diagonal(self, outputs: Tensor) -> Tensor:
         """h in the shape of the outputs, reduction included."""
         raise NotImplementedError
@@ -162,15 +158,6 @@ class CrossEntropy(LossHessian):
             return valid.sum()
         return self.weight[torch.where(valid, target, 0).long()].mul(valid).sum()
 
-    def residual(self, outputs: Tensor) -> Tensor:
-        dim = 0 if outputs.dim() == 1 else 1
-        p = torch.softmax(outputs.to(accumulation_dtype(outputs)), dim)
-        assert self.target is not None
-        if self.target.is_floating_point():
-            return p - self.target
-        valid = self.target.long().clamp(min=0).unsqueeze(dim)  # an ignored row has coefficient 0
-        return p - torch.zeros_like(p).scatter_(dim, valid.clamp(max=p.shape[dim] - 1), 1.0)
-
     def coefficients(self, outputs: Tensor) -> Tensor:
         """c_i, of the shape of an index target."""
         target = self.target
@@ -232,10 +219,6 @@ class BinaryCrossEntropy(LossHessian):
     def fisher(self) -> bool:
         return self.weight is None and self.pos_weight is None
 
-    def residual(self, outputs: Tensor) -> Tensor:
-        assert self.target is not None
-        return torch.sigmoid(outputs.to(accumulation_dtype(outputs))) - self.target
-
     def diagonal(self, outputs: Tensor) -> Tensor:
         acc = accumulation_dtype(outputs, self.target, self.weight, self.pos_weight)
         z = outputs.to(acc)
@@ -251,10 +234,6 @@ class BinaryCrossEntropy(LossHessian):
 class PoissonNLL(LossHessian):
     def fisher(self) -> bool:
         return True
-
-    def residual(self, outputs: Tensor) -> Tensor:
-        assert self.target is not None
-        return torch.exp(outputs.to(accumulation_dtype(outputs))) - self.target
 
     def diagonal(self, outputs: Tensor) -> Tensor:
         return self._reduced(torch.exp(outputs.to(accumulation_dtype(outputs, self.target))), outputs)

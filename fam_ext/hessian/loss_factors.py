@@ -8,8 +8,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fam_ext._dtypes import accumulation_dtype
 from fam_ext.hessian.hutchinson import rademacher
-from fam_ext.loss_hessians import CrossEntropy, LossHessian
+from fam_ext.loss_hessians import BinaryCrossEntropy, CrossEntropy, LossHessian
 from fam_ext.ops.row_coefficients import clear_rows
 
 
@@ -81,9 +82,9 @@ def empirical_factors(
     classes: int | None = None  # their dimension: one term for all of them
     if isinstance(loss_hessian, CrossEntropy):
         classes, log_p, root = _softmax(loss_hessian, outputs)
-        residual = loss_hessian.residual(log_p)  # softmax and log_softmax of it are those of the outputs
+        residual = _residual(loss_hessian, log_p)  # softmax and log_softmax of it are those of the outputs
     else:  # an elementwise loss: every element has the same coefficient
-        residual = loss_hessian.residual(outputs)
+        residual = _residual(loss_hessian, outputs)
         total = float(loss_hessian.denominator(outputs)) if loss_hessian.reduction == "mean" else 1.0
         root = residual.new_full((), 1.0 / max(total, 1.0)).sqrt()
     weighted = root * residual
@@ -107,3 +108,19 @@ def _root(x: Tensor) -> Tensor:
     """sqrt with a derivative of zero, not infinity, at zero."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def _residual(loss_hessian: LossHessian, outputs: Tensor) -> Tensor:
+    """dl/dz of every term l of the loss, without its coefficient, in the outputs' shape; for losses with a Fisher matrix."""
+    target, z = loss_hessian.target, outputs.to(accumulation_dtype(outputs))
+    assert target is not None
+    if isinstance(loss_hessian, CrossEntropy):
+        dim = 0 if outputs.dim() == 1 else 1
+        p = torch.softmax(z, dim)
+        if target.is_floating_point():
+            return p - target
+        valid = target.long().clamp(min=0, max=p.shape[dim] - 1)  # an ignored row has coefficient 0
+        return p - torch.zeros_like(p).scatter_(dim, valid.unsqueeze(dim), 1.0)
+    if isinstance(loss_hessian, BinaryCrossEntropy):
+        return torch.sigmoid(z) - target
+    return torch.exp(z) - target
