@@ -72,7 +72,8 @@ def test_chunks_of_samples(form: str) -> None:
         )
         factors = torch.cat([f for _, _, f in parts])  # (b, g, K, O, Q)
         assert torch.equal(factors.float(), s.permute(1, 2, 0, 3, 4).float())
-        assert [part.start for part, _, _ in parts] == list(range(0, 4, len(parts[0][1])))
+        starts = [0 if part is None else part.start for part, _, _ in parts]  # None: all samples
+        assert starts == list(range(0, 4, len(parts[0][1])))
         sizes.append(len(parts[0][1]))
     assert sizes[0] == 4 >= sizes[1] >= sizes[2] == 1
 
@@ -115,7 +116,7 @@ def test_put() -> None:
     assert module.put(whole, 0, slice(1, 3), torch.ones(2, 3)) is whole and whole.sum() == 6
     assert module.put(whole, 1, slice(0, 1), torch.full((4,), 2.0)) is whole and (whole[:, 0] == 2).all()
     everything = torch.ones(4, 3)
-    assert module.put(whole, 0, slice(0, 4), everything).data_ptr() == everything.data_ptr()
+    assert module.put(whole, 0, None, everything).data_ptr() == everything.data_ptr()
     transposed = torch.ones(3, 4).t()
-    assert module.put(whole, 0, slice(0, 4), transposed) is whole  # laid out otherwise: copied
-    assert module.put(whole, 0, slice(0, 4), everything.double()) is whole and (whole == 1).all()
+    assert module.put(whole, 0, None, transposed) is whole  # laid out otherwise: copied
+    assert module.put(whole, 0, None, everything.double()) is whole and (whole == 1).all()
