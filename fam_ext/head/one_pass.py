@@ -26,9 +26,14 @@ from fam_ext.options import Options
 NAME = "FAMLoss.linear_cross_entropy"
 
 
+def has_hooks(criterion: Any) -> bool:
+    """Whether hooks stand on the criterion, which see its calls and may change its loss; a function has none."""
+    return bool(getattr(criterion, "_forward_hooks", None) or getattr(criterion, "_forward_pre_hooks", None))
+
+
 def applies(criterion: Any, loss_hessian: object, outputs: object) -> bool:
     """Whether the operation stands for criterion and term; a hook on the criterion (None: a function) would miss its call."""
-    if criterion is not None and (criterion._forward_hooks or criterion._forward_pre_hooks):
+    if has_hooks(criterion):
         return False
     if not isinstance(loss_hessian, CrossEntropy) or not isinstance(outputs, Tensor) or outputs.dim() < 2:
         return False
@@ -171,7 +176,7 @@ def _checked(
         raise UnsupportedError(f"{NAME}: the layer must be one nn.Linear, got {described}")
     if not isinstance(loss_hessian, CrossEntropy):
         raise UnsupportedError(f"{NAME}: the criterion must be CrossEntropyLoss, got {criterion}")
-    if getattr(criterion, "_forward_hooks", None) or getattr(criterion, "_forward_pre_hooks", None):
+    if has_hooks(criterion):
         raise UnsupportedError(f"{NAME}: the criterion has forward hooks, which would not run; remove them")
     if options.measure != "neuronwise":
         raise UnsupportedError(f"{NAME}: measure must be 'neuronwise', got {options.measure!r}")

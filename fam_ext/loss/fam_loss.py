@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext.errors import UnsupportedError
 from fam_ext.head import one_pass
 from fam_ext.layers.find import select_layers, select_with_strengths
 from fam_ext.loss.layer_criterion import outside_graph
 from fam_ext.loss.num_items import summed
-from fam_ext.loss.one_call import LossCall, head_calls, loss_and_terms
+from fam_ext.loss.one_call import LossCall, check_attached, head_calls, loss_and_terms
 from fam_ext.loss.plan import CLOSED_FORM, UNUSED
 from fam_ext.loss.step_record import StepRecord
 from fam_ext.loss.training_criterion import TrainingCriterion
@@ -370,12 +369,9 @@ class FAMLoss(TrainingCriterion):
         """The loss of the network that the hooks have perturbed."""
         strength = self._strength_now()
         if strength:
+            check_attached("FAMLoss", self.terms)
             for term in self.terms:
                 hook: Any = term.hook
-                if term.handle is None:
-                    raise UnsupportedError(
-                        "FAMLoss: detached from its layer; call attach() first, or eval() for the plain loss"
-                    )
                 if hook.value and not hook.called and not hook.seen:
                     raise term.captures.not_called("FAMLoss")
         loss: Tensor = self.criterion(outputs, *targets, **kwargs)

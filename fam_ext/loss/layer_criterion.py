@@ -104,11 +104,6 @@ class LayerCriterion(nn.Module):
         layers = ", ".join(str(term.module) for term in self.terms)
         return f"layer={layers}, measure={self.options.measure}"
 
-    def hooked(self) -> bool:
-        """Whether hooks stand on the criterion, which see its calls and may change its loss."""
-        criterion: Any = self._modules.get("criterion")  # None: a function
-        return criterion is not None and bool(criterion._forward_hooks or criterion._forward_pre_hooks)
-
     def _bind_arguments(
         self, targets: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> loss_hessians.LossHessian | None:

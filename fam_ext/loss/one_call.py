@@ -16,6 +16,7 @@ from fam_ext.capture.calls import CapturedCall, check_tensor, layer_weight
 from fam_ext.derivatives import verdicts
 from fam_ext.errors import LayerNotCalled, NoClosedForm, UnsupportedError
 from fam_ext.head.closed_form import check_class_dim, flatness
+from fam_ext.head.one_pass import has_hooks
 from fam_ext.hessian.estimate import Estimate
 from fam_ext.hessian.products import LayerCall
 from fam_ext.loss.hidden import HiddenCall, difference_term, hessian_terms, positive_terms
@@ -48,6 +49,15 @@ class LossCall(NamedTuple):
     per_sample: bool = False
 
 
+def check_attached(caller: str, terms: Sequence[LayerTerm]) -> None:
+    """Refuse a training step without the hooks."""
+    for term in terms:
+        if term.handle is None:
+            raise UnsupportedError(
+                f"{caller}: detached from its layer; call attach() first, or eval() for the plain loss"
+            )
+
+
 def head_calls(
     options: Options, terms: Sequence[LayerTerm], call: LossCall, no_closed_form: str
 ) -> list[HeadCall | None]:
@@ -55,11 +65,7 @@ def head_calls(
 
     `no_closed_form` explains why the criterion has none, where it has none.
     """
-    for term in terms:
-        if term.handle is None:
-            raise UnsupportedError(
-                f"{options.caller}: detached from its layer; call attach() first, or eval() for the plain loss"
-            )
+    check_attached(options.caller, terms)
     if not options.closed_form:
         return [None] * len(terms)
     return [_head_or_hidden(options, term, call.outputs, call.loss_hessian, no_closed_form) for term in terms]
@@ -174,7 +180,7 @@ def loss_and_terms(
 def _check_hooks(caller: str, call: LossCall, loss: Any) -> None:
     """Refuse a hook on the criterion that changes its loss: the closed form is that of the criterion alone."""
     criterion = call.criterion
-    if not (getattr(criterion, "_forward_hooks", None) or getattr(criterion, "_forward_pre_hooks", None)):
+    if not has_hooks(criterion):
         return
     with torch.no_grad():
         alone = criterion.forward(call.outputs, *call.targets, **call.kwargs)
