@@ -240,7 +240,7 @@ def check_samples_apart(caller: str, layer: LinearMap, call: LayerCall, outputs:
     """Refuse where one sample's output depends on another one's z (batch_norm in training, contrastive losses).
 
     Two backward passes for each bit of the samples' numbers: any two samples are on different sides in one of them. False where
-    nothing reached z, which tells nothing: a weight may be zero yet.
+    nothing reached z, which tells nothing: a weight may be zero yet; and where NaN or inf did, of a bad batch or a diverged step.
     """
     samples = layer.samples(call.shape)
     if samples < 2:
@@ -263,11 +263,14 @@ def check_samples_apart(caller: str, layer: LinearMap, call: LayerCall, outputs:
             )
             if reached is None:
                 return False
-            if bool((reached[~given] != 0).any()):  # NaN counts as reached
+            finite = reached.isfinite()
+            if bool((reached[~given][finite[~given]] != 0).any()):
                 raise UnsupportedError(
                     f"{caller}: samples interact after the layer (batch_norm in training mode?), where curvature='ggn' and "
                     "'fisher' have no per-sample form; pass hold_statistics=True, put those layers in eval() mode or use "
                     "curvature='hessian'"
                 )
+            if not bool(finite.all()):
+                return False
             anything = anything or bool((reached != 0).any())
     return anything

@@ -273,6 +273,19 @@ def test_outputs_that_nothing_of_the_layer_reaches() -> None:
     assert not check(case)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_tell_nothing(bad: float) -> None:
+    """As in a step that diverged: no reason to stop, nor to be sure."""
+    case = coupled([], 4)
+    case.outputs = case.outputs * bad
+    assert not check(case)
+    case = coupled([(0, 1)], 4)
+    scale = torch.ones(4, 1).index_fill(0, torch.tensor(3), bad)
+    case.outputs = case.outputs * scale.to(case.outputs)
+    with pytest.raises(UnsupportedError, match="samples interact"):  # seen in the samples that are finite
+        check(case)
+
+
 def test_outputs_that_are_no_whole_samples() -> None:
     case = coupled([], 4)
     case.outputs = case.outputs.flatten()[:7]
