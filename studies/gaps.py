@@ -73,10 +73,12 @@ def one(setting: dict[str, Any], steps: int) -> dict[str, Any]:
         )
         train_scores = scores(model, data.train_x, data.train_y)
         test_scores = scores(model, data.test_x, data.test_y)
-        numbers = measured(model, data)
-        layers = layer_names(model, "all")
-        pairs = list(itertools.pairwise(layers))
-        attacked = measured(fam_ext.rescale(model, pairs[-1:], FACTOR, inputs=data.train_x[:10]), data)
+        numbers = dict.fromkeys((*LAYER_MEASURES, *NETWORK_MEASURES), math.nan)
+        attacked = dict(numbers)
+        if math.isfinite(train_scores["nll"]):  # a network that diverged has no measures
+            numbers = measured(model, data)
+            pairs = list(itertools.pairwise(layer_names(model, "all")))
+            attacked = measured(fam_ext.rescale(model, pairs[-1:], FACTOR, inputs=data.train_x[:10]), data)
     return {
         **setting,
         **numbers,
@@ -141,7 +143,9 @@ def summary(path: Path, folder: Path) -> str:
     if rows:
         changes = {
             name: statistics.median(
-                float(row[f"rescaled_{name}"]) / float(row[name]) for row in rows if float(row[name])
+                float(row[f"rescaled_{name}"]) / float(row[name])
+                for row in rows
+                if float(row[name]) and not math.isnan(float(row[name]))
             )
             for name in names
         }

@@ -162,7 +162,7 @@ class CapturedCalls:
         """The capture that `outputs` belongs to, its features, and the layout of `outputs` (None: z itself)."""
         node = outputs.grad_fn
         capture: CapturedCall | None = None if node is None else node.metadata.get((self, outputs.output_nr))  # type: ignore[attr-defined]
-        found: row_map.RowMap | None = None
+        rows: row_map.RowMap | None = None
         steps: list[Any] = []
         blocked = None
         if capture is None and node is None:
@@ -185,20 +185,21 @@ class CapturedCalls:
                 raise self._explain(caller, outputs, capture, alive, blocked)
         if not outputs.is_inference() and outputs._version not in (0, capture.output_version):
             raise NoClosedForm(
-                f"{caller}: outputs were modified in place after the layer returned them; the layer is no head of this criterion "
-                "then. Use an out-of-place operation and regularize the layer whose own output the criterion receives"
+                f"{caller}: outputs were modified in place after the layer returned them; the criterion does not "
+                "receive the layer's own output then. Use an out-of-place operation and regularize the layer whose own output the "
+                "criterion receives"
             )
         if steps:
             try:
                 dim = class_dim % len(capture.shape)
-                found = row_map.replay(steps, capture.shape, dim, outputs.device)
+                rows = row_map.replay(steps, capture.shape, dim, outputs.device)
             except row_map.NoRowMap as error:
                 raise self._refusal(caller, str(error)) from None
         features = capture.take(caller)
         capture.used[0] = True
         if not apart:
             self.done()
-        return capture, features, found
+        return capture, features, rows
 
     def only(self, outputs: Tensor) -> CapturedCall | None:
         """The call that returned `outputs`, this very tensor, where no other waits for a loss and nothing was changed since."""
@@ -241,8 +242,8 @@ class CapturedCalls:
     ) -> UnsupportedError:
         if len(alive) > 1:
             return NoClosedForm(
-                f"{caller}: the layer was called {len(alive)} times since the last loss and all of its outputs are alive; one "
-                "weight used several times is no head. Call the criterion after each forward call, or reset() it to drop "
+                f"{caller}: the layer was called {len(alive)} times since the last loss and all of its outputs are alive; the "
+                "closed form is that of a weight used once. Call the criterion after each forward call, or reset() it to drop "
                 "calls that no loss follows"
             )
         if capture is not None:

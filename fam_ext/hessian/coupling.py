@@ -21,7 +21,8 @@ def coupling_level(hessian: LayerHessian, check: int = 0) -> str | None:
 
     A random direction on half of the samples must leave the products at the other samples at exactly zero; then one on half of
     the positions of every sample those at the other positions. None where all products are zero, some are not finite, or there
-    are no rows: such numbers tell nothing. Two rows that only each other are coupled with can lie in one half: another `check` takes other halves.
+    are no rows: such numbers tell nothing. Two rows that only each other are coupled with can lie in one half: another `check`
+    takes other halves.
     """
     if hessian.on_weight:
         return "batch"

@@ -180,7 +180,12 @@ def positive_terms(
     loss_hessian.check(caller, outputs)
     options.check_fisher(loss_hessian)
     # second derivatives: what torch has none of is corrected
-    correct = [node for node in _all_between(hidden) if corrections.needs_correction(node)]
+    between = _all_between(hidden)
+    correct = [
+        node
+        for node in between
+        if not verdicts.check_sink(caller, node) and corrections.needs_correction(node)
+    ]
     held = options.hold_statistics is not False and any("BatchNorm" in node.name() for node in correct)
     with torch.autocast(outputs.device.type, enabled=False), corrections.corrected(correct, held):
         groups: dict[int, list[HiddenCall]] = {}  # by number of samples, which factors depend on

@@ -79,11 +79,11 @@ def head_cross_entropy(
     # C++ would take a tensor for a number, and anything for True or False
     plain = type(strength) in (float, int) and type(curvature_grad) is bool and backend in ("auto", "native")
     if plain and not torch.compiler.is_compiling() and not nn.parameter.is_lazy(weight):
-        found = ordinary_call(
+        pair = ordinary_call(
             logits, features, weight, target, class_weight, ignore_index, label_smoothing, reduction, strength, curvature_grad
         )  # fmt: skip
-        if found is not None:
-            return found
+        if pair is not None:
+            return pair
     name = "head_cross_entropy"
     _check(name, logits, features, weight, target, class_weight)
     _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
@@ -123,13 +123,13 @@ def ordinary_call(
         classes, fan_in = weight.shape
         pairwise = choose_form(logits.numel() // classes, fan_in, classes) == "pairwise"
         mean = {"mean": True, "sum": False}[reduction]
-        found: tuple[Tensor, Tensor] | None = _ordinary(
+        pair: tuple[Tensor, Tensor] | None = _ordinary(
             logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean, strength, curvature_grad,
             pairwise,
         )  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None  # reduction="none", or what the checks name
-    return found
+    return pair
 
 
 def _check(

@@ -107,7 +107,9 @@ def test_numbers_that_are_not_finite_tell_nothing(bad: float) -> None:
     assert linear(4, loss=lambda z: (bad * z.exp()).sum()) is None
     scale = torch.ones(4, 1, dtype=torch.float64).index_fill(0, torch.tensor(2), bad)
     assert linear(4, loss=lambda z: (scale * z.exp()).sum()) is None
-    assert linear(4, loss=lambda z: (scale * z).exp().sum() + (z[0] * z[1] * z[3]).sum()) == "batch"  # seen in finite ones
+    assert (
+        linear(4, loss=lambda z: (scale * z).exp().sum() + (z[0] * z[1] * z[3]).sum()) == "batch"
+    )  # seen in finite ones
 
 
 def pair_of_samples(z: Tensor) -> Tensor:

@@ -398,7 +398,9 @@ def test_a_batch_of_nan_gives_nan_and_leaves_the_next_step_alone(
     """What a loss scaler skips: neither an error, nor another coupling of the samples from then on."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    criterion = FAMLoss(nn.CrossEntropyLoss(), model[0], 0.1, generator=torch.Generator().manual_seed(1), **options)
+    criterion = FAMLoss(
+        nn.CrossEntropyLoss(), model[0], 0.1, generator=torch.Generator().manual_seed(1), **options
+    )
     x, y = torch.randn(6, 4).double(), torch.randint(0, 3, (6,))
     for step in range(4):
         bad = step in bad_steps
