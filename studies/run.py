@@ -4,6 +4,7 @@
     python studies/run.py --quick              # all of its code on a small scale, within a minute
     python studies/run.py --part comparison --grid full --minutes 60
     python studies/run.py --part summary       # tables and plots of what is finished
+    python studies/run.py --part cost --grid full   # what a step of each method costs, on a machine that does nothing else
 
 Every finished run is a row in studies/results; started again, the study goes on where it stopped.
 """
@@ -24,7 +25,7 @@ sys.path.append(
     str(Path(__file__).resolve().parents[1])
 )  # the package `studies`; an installed fam_ext goes first
 
-from studies import comparison, figures, gaps
+from studies import comparison, cost, figures, gaps
 from studies.data import LOADERS, SERIES, TABLES, load, split
 from studies.methods import METHODS
 from studies.store import RESULTS, Run, Store, Task, best
@@ -136,18 +137,58 @@ def correlate(folder: Path, quick: bool, minutes: float | None) -> bool:
 
 def summarize(grid: Grid, folder: Path) -> str:
     """Tables and plots of what is finished; returns the text."""
-    scores = comparison.collect(folder, grid.tasks, "test_accuracy")
-    times = comparison.collect(folder, grid.tasks, "step_ms")
-    lines = comparison.compare(scores, times, BASELINE)
+    everything = comparison.collect(folder, grid.tasks, "test_accuracy")
+    main_methods = [m for m in CORE_METHODS if m in grid.methods] or list(grid.methods)
+    scores = comparison.finished(everything, main_methods, grid.seeds)
+    parts = []
+    for title, tasks in (
+        ("All tasks", list(scores)),
+        ("Clean labels", [t for t in scores if t.noise == 0]),
+        ("Wrong labels", [t for t in scores if t.noise > 0]),
+    ):
+        chosen_tasks = {t: scores[t] for t in tasks}
+        if chosen_tasks:
+            parts.append(f"### {title} ({len(tasks)})\n\n{comparison.table(chosen_tasks, BASELINE)}")
+    tried = {m for of_task in everything.values() for m in of_task}
+    more = comparison.finished(everything, [m for m in METHODS if m in tried], grid.seeds)
+    if more and tried - set(main_methods):
+        parts.append(f"### All methods ({len(more)} tasks)\n\n{comparison.table(more, BASELINE)}")
+    parts.append(f"### Each task\n\n{comparison.by_task(scores)}")
+    parts.append(_calibration(main_methods, folder, list(scores)))
+    lines = comparison.compare(scores, BASELINE)
     comparison.write_csv(folder / "methods.csv", comparison.Line._fields, lines)
-    for number in ("test_accuracy", "test_nll", "test_ece", "train_nll", "kappa_all", "step_ms"):
+    for number in ("test_accuracy", "test_nll", "test_ece", "train_nll", "kappa_all"):
         header, rows = comparison.means(comparison.collect(folder, grid.tasks, number))
         comparison.write_csv(folder / f"{number}.csv", header, rows)
     figures.rank_plot(scores, folder / "ranks.png")
     figures.difference_plot(scores, BASELINE, folder / "differences.png")
-    text = f"{comparison.table(lines, BASELINE)}\n\n{gaps.summary(folder / 'gaps.csv', folder)}\n"
+    curves = {
+        name: comparison.gains(folder, grid.tasks, name, BASELINE)
+        for name in tried
+        if name.startswith("fam_")
+    }
+    figures.strength_plot(curves, folder / "strength.png")
+    parts.append(gaps.summary(folder / "gaps.csv", folder))
+    text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "summary.md").write_text(text)
     return text
+
+
+def _calibration(methods: Sequence[str], folder: Path, tasks: Sequence[Task]) -> str:
+    """Mean negative log-likelihood and calibration error over tasks, clean | wrong labels."""
+    rows = [
+        "| method | NLL clean | NLL wrong labels | ECE clean | ECE wrong labels |",
+        "|---|---|---|---|---|",
+    ]
+    numbers = [comparison.collect(folder, tasks, number) for number in ("test_nll", "test_ece")]
+    for method in methods:
+        cells = []
+        for scores in numbers:
+            for noisy in (False, True):
+                part = {t: s for t, s in scores.items() if (t.noise > 0) is noisy}
+                cells.append(f"{comparison.mean_over_tasks(part, method):.3f}")
+        rows.append(f"| {method} | {' | '.join(cells)} |")
+    return "### Negative log-likelihood and calibration error, means over tasks\n\n" + "\n".join(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -155,7 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a small grid into a folder of its own")
-    parser.add_argument("--part", choices=("all", "comparison", "correlation", "summary"), default="all")
+    parser.add_argument(
+        "--part", choices=("all", "comparison", "correlation", "cost", "summary"), default="all"
+    )
     parser.add_argument("--grid", choices=("core", "full"), default="core")
     parser.add_argument("--sets", nargs="+", choices=LOADERS, help="only tasks on these data sets")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these methods")
@@ -176,6 +219,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if finished and options.part in ("all", "correlation"):
         left = None if options.minutes is None else options.minutes - (time.monotonic() - start) / 60
         finished = correlate(folder, options.quick, left)
+    if options.part == "cost":
+        networks = (
+            [("digits", "mlp")]
+            if options.quick
+            else [("mnist", "mlp"), ("digits", "cnn"), ("digits", "transformer")]
+        )
+        costs = [
+            c
+            for d, n in networks
+            for c in cost.measure(d, n, grid.methods, BASELINE, 5 if options.quick else 60)
+        ]
+        print(cost.table(folder, costs))
+        return
     print(summarize(grid, folder))
     if not finished:
         print("Not finished: run the same command again to go on.")

@@ -186,8 +186,8 @@ class CapturedCalls:
         if not outputs.is_inference() and outputs._version not in (0, capture.output_version):
             raise NoClosedForm(
                 f"{caller}: outputs were modified in place after the layer returned them; the criterion does not "
-                "receive the layer's own output then. Use an out-of-place operation and regularize the layer whose own output the "
-                "criterion receives"
+                "receive the layer's own output then. Use an out-of-place operation and regularize the layer whose own output "
+                "the criterion receives"
             )
         if steps:
             try:

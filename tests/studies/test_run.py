@@ -31,7 +31,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     part = start(tmp_path, "--minutes", "0.0001", "--part", "comparison")
     assert "Not finished" in part.stdout
     done = start(tmp_path, "--part", "comparison")
-    assert "Not finished" not in done.stdout and "| fam_all_fisher | 2 |" in done.stdout
+    assert "Not finished" not in done.stdout and "### All tasks (2)" in done.stdout
     runs = {path: path.read_text() for path in (tmp_path / "runs").iterdir()}
     assert len(runs) == 2
     for text in runs.values():
