@@ -121,7 +121,6 @@ class FAMLoss(TrainingCriterion):
             and len(self.terms) == 1
         )
         self._ordinary = self._one_pass and curvature in ("hessian", "ggn") and backend in ("auto", "native")
-        self.left_out: dict[str, str] = {}
         self._guess: str | None = None
 
     @classmethod
@@ -164,6 +163,8 @@ class FAMLoss(TrainingCriterion):
         made = cls(criterion, list(selection.layers.values()), strength, **options)
         for term, share in zip(made.terms, shares, strict=False):
             term.set_share(share)
+        for term, name in zip(made.terms, selection.layers, strict=True):
+            term.name = name
         made.left_out, made._guess = selection.left_out, selection.guess
         if made._noise:
             made._set_noise()

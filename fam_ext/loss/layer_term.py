@@ -35,6 +35,7 @@ class LayerTerm:
         self.set_share(1.0)
         self.hook: LayerHook | NoiseHook = LayerHook()
         self.handle: Any = None
+        self.name = ""  # in the model, where it was chosen by name
         self.plan: Plan | None = None
         self.memory = CouplingMemory()
         self.why_not_closed: NoClosedForm | None = None  # of the latest loss
