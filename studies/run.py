@@ -12,6 +12,7 @@ Every finished run is a row in studies/results; started again, the study goes on
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,15 +76,22 @@ def grids() -> dict[str, Grid]:
 
 
 def chosen(store: Store, method: str, grid: Grid) -> Mapping[str, float] | None:
-    """The configuration that did best on the tuning seed's validation part; None before all of them were tried."""
+    """The configuration that did best on the tuning seed's validation part; None before all of them were tried.
+
+    One whose training failed on a seed of the tests is left for the next best: what a failed training looks like does not take
+    test data. Where all of them failed the best one stays.
+    """
     tuned = [run for run in store.of(method, "tune") if run.number < grid.configurations]
-    return best(tuned) if len(tuned) == grid.configurations else None
+    if len(tuned) < grid.configurations:
+        return None
+    failed = store.failed(method, math.log(load(store.task.data).classes))
+    return best([run for run in tuned if run.hyper not in failed] or tuned)
 
 
 def wanted(grid: Grid, folder: Path) -> Iterator[tuple[Store, Task, str, str, int]]:
     """Runs that are not there yet, task after task: first the configurations of a method, then its tests.
 
-    A test of a configuration that is no longer the best one, after more of them were tried, is wanted again.
+    A test of a configuration that is no longer the best one, after more of them were tried or it failed, is wanted again.
     """
     for task in grid.tasks:
         store = Store(folder, task)
@@ -91,10 +99,21 @@ def wanted(grid: Grid, folder: Path) -> Iterator[tuple[Store, Task, str, str, in
             for number in range(grid.configurations):
                 if store.get(method, "tune", number) is None:
                     yield store, task, method, "tune", number
-            for number in range(grid.seeds):
-                test, hyper = store.get(method, "test", number), chosen(store, method, grid)
-                if test is None or (hyper is not None and test.hyper != hyper):
-                    yield store, task, method, "test", number
+            yield from ((store, task, method, "test", number) for number in outdated(store, method, grid))
+
+
+def outdated(store: Store, method: str, grid: Grid) -> Iterator[int]:
+    """Seeds whose test is not there, or is of another configuration than the chosen one, which a failure may change."""
+    number = 0
+    while number < grid.seeds:
+        hyper, before = chosen(store, method, grid), len(store.every)
+        test = store.get(method, "test", number)
+        if test is None or (hyper is not None and test.hyper != hyper):
+            yield number
+            if len(store.every) > before and chosen(store, method, grid) != hyper:
+                number = 0  # the first seeds had the old one
+                continue
+        number += 1
 
 
 def take(store: Store, task: Task, name: str, phase: str, number: int, grid: Grid) -> None:

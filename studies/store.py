@@ -39,11 +39,13 @@ class Run(NamedTuple):
 
 
 class Store:
-    """The runs of one task."""
+    """The runs of one task. A later row replaces an earlier one of the same method, phase and number."""
 
     def __init__(self, folder: Path, task: Task) -> None:
+        self.task = task
         self.path = folder / "runs" / f"{task}.csv"
         self.rows: dict[tuple[str, str, int], Run] = {}
+        self.every: list[Run] = []  # also those that were replaced
         if self.path.exists():
             with open(self.path, newline="") as file:
                 for row in csv.DictReader(file):
@@ -61,12 +63,18 @@ class Store:
 
     def _keep(self, run: Run) -> None:
         self.rows[run.method, run.phase, run.number] = run
+        self.every.append(run)
 
     def get(self, method: str, phase: str, number: int) -> Run | None:
         return self.rows.get((method, phase, number))
 
     def of(self, method: str, phase: str) -> list[Run]:
         return [run for run in self.rows.values() if (run.method, run.phase) == (method, phase)]
+
+    def failed(self, method: str, guessing: float) -> list[Mapping[str, float]]:
+        """Configurations that on some seed ended no better than guessing on their own training labels, or diverged."""
+        runs = [run for run in self.every if run.method == method]
+        return [run.hyper for run in runs if not run.numbers["train_nll"] < 0.95 * guessing]
 
     def add(self, run: Run) -> None:
         """Append a row; the file is complete after every run."""
