@@ -4,12 +4,14 @@
 #   ENV=/path/to/python    an interpreter that already holds torch, setuptools and pip: nothing is downloaded, and nothing is
 #                          written to its environment (the package goes to .venv-env, which sees its packages)
 #   DEMO_ARGS, TEST_ARGS, BENCH_ARGS, STUDY_ARGS   passed to the demo, pytest, bench/run.py and studies/run.py
+#   FUZZ_ARGS=100000       the number of random calls; 100000:500 starts at seed 500
 #   FAM_EXT_BUILD, FAM_EXT_SIMD, FAM_EXT_CUDA, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CXX in the environment: see setup.py
 # Tests run in as many processes as there are cores, each with one thread, where pytest-xdist is installed: TEST_ARGS="-n 0 --pdb"
 # runs them in one. `make test-torch TORCH=torch==2.14.1` tests with another torch in .venv-torch-2.14.1 (tools/test_torch.sh).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ENV ?=
+FUZZ_ARGS ?= 20000
 VENV := $(if $(ENV),.venv-env,.venv)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -20,7 +22,7 @@ SOURCES := setup.py tools/build_config.py $(shell find csrc -type f)
 WANTED := $(VENV) $(ENV) $(FAM_EXT_BUILD) $(FAM_EXT_SIMD) $(FAM_EXT_CUDA) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
 .DEFAULT_GOAL := help
-.PHONY: help study demo test test-torch test-triton sanitize lint bench bench-tools bench-readme clean setup FORCE
+.PHONY: help study demo test test-torch test-triton fuzz sanitize lint bench bench-tools bench-readme clean setup FORCE
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -34,6 +36,9 @@ test: lint  ## lint, then run all tests (TEST_ARGS="-k name")
 
 test-torch:  ## run the library's tests with another torch (TORCH=torch==2.14.1 FAM_EXT_BUILD=0 TEST_ARGS="-k name")
 	bash tools/test_torch.sh "$(PYTHON)" "$(TORCH)" $(TEST_ARGS)
+
+fuzz: setup $(VENV)/.tools  ## call the public functions at random and compare with float64 (FUZZ_ARGS=100000)
+	FAM_EXT_FUZZ=$(FUZZ_ARGS) $(PYTEST) tests/fuzz --dist load $(TEST_ARGS)
 
 sanitize: setup $(VENV)/.tools  ## run the operations' tests under the address and undefined-behaviour sanitizers (TEST_ARGS="-k name")
 	bash tools/sanitize.sh $(PY) $(TEST_ARGS)

@@ -141,6 +141,8 @@ def check_between(function: str, argument: str, value: object, low: float, high:
     """Raise TypeError or ValueError unless `value` is a real number from `low` to `high`; an infinite bound is no bound."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         bad_type(function, argument, "a number", value)
+    if value != math.inf and value > sys.float_info.max:  # type: ignore[operator]
+        bad_value(function, argument, "within the range of a float", value)
     if not low <= float(value) <= high:
         expected = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         bad_value(function, argument, expected, value)
@@ -166,7 +168,7 @@ def check_broadcasts(function: str, argument: str, value: Tensor, shape: Sequenc
 
 def check_choice(function: str, argument: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # an array would be compared element by element
         bad_value(function, argument, "one of " + ", ".join(repr(c) for c in choices), value)
 
 

@@ -115,7 +115,8 @@ def summands(
     held = not options.curvature_grad
     if held:
         outputs, norms = outputs.detach(), norms.detach()
-    if accumulation_dtype(outputs, norms, weight) == torch.float64:  # no part may be formed in float32
+    # no part may be formed in float32
+    if accumulation_dtype(outputs, norms, weight, *loss_hessian.tensors()) == torch.float64:
         outputs, norms, weight = outputs.double(), norms.double(), weight.double()
     if isinstance(loss_hessian, CrossEntropy):
         c = loss_hessian.coefficients(outputs)
@@ -156,6 +157,8 @@ def flatness(
     consists of (None: all, in order).
     """
     with torch.autocast(device_type=outputs.device.type, enabled=False):
+        if accumulation_dtype(outputs, features, weight, *loss_hessian.tensors()) == torch.float64:
+            features = features.double()
         if layer.linear:
             phi = features.reshape(-1, features.shape[-1])
             layer_rows = phi.shape[0]

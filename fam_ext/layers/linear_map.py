@@ -195,8 +195,9 @@ class LinearMap:
             return out
         padding = m.padding
         if m.padding_mode != "zeros":
-            x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
-            padding = 0
+            # one input position stands in several places: in bfloat16 the sum of its gradients would lose digits
+            wide = F.pad(x.to(accumulation_dtype(x)), m._reversed_padding_repeated_twice, mode=m.padding_mode)
+            x, padding = wide.to(x.dtype), 0
         convolve: Any = _CONVOLVE[self.spatial - 1]
         out = convolve(x, weight, None, m.stride, padding, m.dilation, groups)
         return out

@@ -103,6 +103,8 @@ def _head_call(
         class_dim, rows = row_map
     layer.check_call(caller, features, weight, call.shape)
     check_class_dim(caller, loss_hessian, class_dim, outputs)
+    if loss_hessian.target is None:  # kappa may not need it, but the criterion does
+        _checks.bad_type(caller, "target", "a tensor", None)
     loss_hessian.check(caller, outputs)
     if features.device != outputs.device:
         _checks.bad_value(caller, "outputs", f"on the layer's device ({features.device})", outputs)

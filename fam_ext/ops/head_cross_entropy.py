@@ -76,7 +76,7 @@ def head_cross_entropy(
         >>> kappa, weight.grad[0]  # |phi|^2 v = 5 * 0.3932
         (tensor(1.9661), tensor([0.5564, 0.5230]))
     """
-    # C++ would take a tensor for a number, and anything for True or False
+    # C++ would take anything for True or False
     plain = type(strength) in (float, int) and type(curvature_grad) is bool and backend in ("auto", "native")
     if plain and not torch.compiler.is_compiling() and not nn.parameter.is_lazy(weight):
         pair = ordinary_call(
@@ -117,6 +117,8 @@ def ordinary_call(
     """The compiled operation on arguments it recognizes as right; None for all others, which are to be checked first."""
     if _ordinary is None or torch.compiler.is_compiling():
         return None
+    if type(ignore_index) is not int or type(label_smoothing) not in (float, int):
+        return None  # C++ would take a tensor for a number
     try:
         if ignore_index >= 0 and target.is_floating_point():
             return None
