@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks, loss_hessians
 from fam_ext.errors import UnsupportedError
+from fam_ext.layers import adapters
 from fam_ext.loss import flattened
 from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
@@ -27,7 +28,8 @@ class LayerCriterion(nn.Module):
         super().__init__()
         self.options = options
         self.criterion = criterion
-        modules: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        given: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        modules = [adapters.active_copy(module) for module in given]
         if not modules or len({id(m) for m in modules}) != len(modules):
             _checks.bad_value(options.caller, "layer", "a module or a sequence of different modules", layer)
         # a tuple of plain objects: parameters(), state_dict() and train() must not reach the model
