@@ -111,9 +111,9 @@ class FAMTrainerMixin(_Base):  # type: ignore[misc]
             loss = self.fam_criterion(logits, target, num_items=num_items_in_batch)
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # the ranks' gradients are averaged, their losses are to be summed
+            # the ranks' gradients are averaged, their losses are to be summed; tensor-parallel ranks share one loss
+            sharing = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
+            loss = loss * (self.accelerator.num_processes // sharing)
         if not return_outputs:
             return loss
         if not isinstance(outputs, dict):
