@@ -363,9 +363,14 @@ _MODULES: dict[type[nn.Module], Callable[[Any], Callable[..., LossHessian]]] = {
 }
 
 
+def uncompiled(criterion: Any) -> Any:
+    """What torch.compile has wrapped, which is a submodule of its wrapper; else `criterion`."""
+    return (getattr(criterion, "_modules", None) or {}).get("_orig_mod", criterion)
+
+
 def read(caller: str, criterion: object) -> Callable[..., LossHessian]:
     """How to bind the arguments of `criterion` after its input. Raises UnsupportedError for one without a closed form."""
-    inner = getattr(criterion, "_orig_mod", criterion)  # torch.compile(criterion)
+    inner = uncompiled(criterion)
     if isinstance(inner, nn.Module):
         for kind, bind in _MODULES.items():
             if (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
 from fam_ext.integrations.huggingface_trainer import FAMTrainerMixin as FAMTrainerMixin
+from fam_ext.layers import adapters
 from fam_ext.loss.fam_loss import FAMLoss
 
 NAME = "patch_causal_lm"
@@ -239,13 +240,16 @@ def patch_causal_lm(model: nn.Module, strength: Any, **options: Any) -> CausalLM
             NAME, "model", "a transformers.PreTrainedModel (for a PeftModel pass its get_base_model())", model
         )
     untyped: Any = model
-    head = untyped.get_output_embeddings()
+    head = adapters.active_copy(untyped.get_output_embeddings())
     if isinstance(head, nn.Linear) and "forward" in vars(head):
         raise UnsupportedError(
             f"{NAME}: the forward of the model's output embedding has been replaced, by an earlier patch perhaps: restore() it"
         )
     if type(head) is not nn.Linear:
-        raise UnsupportedError(f"{NAME}: the model's output embedding must be an nn.Linear, got {head}")
+        raise UnsupportedError(
+            f"{NAME}: the model's output embedding must be an nn.Linear, got {type(head).__module__}."
+            f"{type(head).__qualname__}; take FAMLoss of the logits instead"
+        )
     if model.loss_function is not ForCausalLMLoss:
         raise UnsupportedError(
             f"{NAME}: the model's loss_function must be transformers' ForCausalLMLoss, got {model.loss_function}"

@@ -32,7 +32,8 @@ class FAMTrainerMixin(_Base):  # type: ignore[misc]
 
     - the loss is the sum over the items of an update, of all micro-batches and ranks, divided by their number, and kappa is of
       that loss (Trainer's `num_items_in_batch`). Where the number is not known, or the criterion has none (class weights, a loss
-      of your own), it is the mean of the micro-batches' losses, as in Trainer;
+      of your own), it is the mean of the micro-batches' losses, as in Trainer. The load-balancing loss of a mixture of experts is
+      added as a mean over micro-batches;
     - a step of schedules and `every` is an update (FAMLoss.follow);
     - "fam_loss", "fam_flatness" (kappa) and "fam_strength" of the latest micro-batch are logged with Trainer's own numbers, which
       all of its loggers get;
@@ -43,7 +44,7 @@ class FAMTrainerMixin(_Base):  # type: ignore[misc]
 
     Raises:
         TypeError: `criterion` is neither a FAMLoss nor a patch.
-        UnsupportedError: in the first training step: the term was not taken, or labels are smoothed by Trainer as well.
+        UnsupportedError: the trainer smooths labels as well, or its loss is another one; in training: a step took no term.
 
     Example:
         >>> import tempfile, torch, transformers, fam_ext
@@ -75,6 +76,11 @@ class FAMTrainerMixin(_Base):  # type: ignore[misc]
             raise UnsupportedError(
                 f"{NAME}: label_smoothing_factor and compute_loss_func would form another loss than the criterion's; use "
                 "CrossEntropyLoss(label_smoothing=), or patch_causal_lm(..., label_smoothing=)"
+            )
+        loss_type = getattr(self.args, "loss_type", "nll")  # of TRL's SFTConfig
+        if loss_type != "nll":
+            raise UnsupportedError(
+                f"{NAME}: loss_type={loss_type!r} is another loss than the criterion's; leave it at 'nll'"
             )
         shifts = getattr(self, "_loss_shifts_labels", None)  # Trainer's own judgement, where it has one
         self._fam_shifts = _is_causal_lm(self) if shifts is None else bool(shifts)
@@ -111,9 +117,15 @@ class FAMTrainerMixin(_Base):  # type: ignore[misc]
             loss = self.fam_criterion(logits, target, num_items=num_items_in_batch)
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # the ranks' gradients are averaged, their losses are to be summed
+            # the ranks' gradients are averaged, their losses are to be summed; tensor-parallel ranks share one loss
+            sharing = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
+            loss = loss * (self.accelerator.num_processes // sharing)
+        balance = None if self._patched or not isinstance(outputs, dict) else outputs.get("aux_loss")
+        if (
+            balance is not None
+        ):  # of mixtures of experts, a mean over the micro-batch: the model adds it to a loss of its own only
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.model.config.router_aux_loss_coef * balance.to(loss.device) / steps
         if not return_outputs:
             return loss
         if not isinstance(outputs, dict):

@@ -1,9 +1,14 @@
-"""Low-rank adapters (LoRA, as PEFT wraps layers): the effective weight W + sum scaling * B A is what relative flatness is of."""
+"""Low-rank adapters, as PEFT wraps layers: the effective weight is what relative flatness is of.
+
+LoRA: W + scaling * B A (Hu et al. 2021). DoRA (Liu et al. 2024): each row of that scaled to a magnitude that is trained, its own
+norm held constant in the gradient.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fam_ext.errors import UnsupportedError
@@ -47,6 +52,35 @@ def effective_weight(module: Any) -> Tensor:
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
-        low = module.lora_B[name].weight @ module.lora_A[name].weight  # (O, I)
-        weight = weight + module.scaling[name] * (low.t() if input_first else low)
+        change = module.scaling[name] * module.lora_B[name].weight @ module.lora_A[name].weight  # (O, I)
+        if name in getattr(module, "lora_magnitude_vector", ()):
+            base = module.base_layer.weight.t() if input_first else module.base_layer.weight
+            norm = torch.linalg.norm(base + change, dim=1).detach()
+            scale = (module.lora_magnitude_vector[name].weight / norm).unsqueeze(1)
+            change = (scale - 1) * base + scale * change
+        weight = weight + (change.t() if input_first else change)
     return weight
+
+
+def active_copy(module: Any) -> Any:
+    """What runs in the place of a module that PEFT trains in full (modules_to_save): the active adapter's copy; else `module`.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> active_copy(layer) is layer
+    True
+    """
+    if not isinstance(module, nn.Module):
+        return module
+    copies = module._modules.get("modules_to_save")
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    untyped: Any = module
+    active = [] if getattr(module, "disable_adapters", False) else active_names(module)
+    chosen = next((name for name in active if name in copies), None)
+    return untyped.original_module if chosen is None else copies[chosen]
+
+
+def active_names(module: Any) -> list[str]:
+    """The adapters of a module of PEFT that are in use."""
+    active = getattr(module, "active_adapters", None) or getattr(module, "active_adapter", None) or ()
+    return [active] if isinstance(active, str) else list(active)

@@ -16,7 +16,8 @@ from fam_ext.layers import adapters
 from fam_ext.layers.linear_map import is_layer
 from fam_ext.schedules import check_strength
 
-_WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")  # torch.compile, DistributedDataParallel, PEFT
+_COPY = ".modules_to_save."  # PEFT's copy of a module that it trains in full; its adapter's name follows
 # attributes that models of many libraries keep their last layer under
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "fc", "head", "heads", "output_layer", "out_proj")
 
@@ -144,24 +145,33 @@ def find_layers(
 
 
 def _bare(name: str) -> str:
-    for prefix in _WRAPPERS:
-        while name.startswith(prefix):
-            name = name.removeprefix(prefix)
-    return name
+    """The name that the layer has in the model inside of wrappers, PEFT's copies included."""
+    shorter = True
+    while shorter:
+        prefix = next((p for p in _WRAPPERS if name.startswith(p)), "")
+        name, shorter = name.removeprefix(prefix), prefix != ""
+    before, copied, after = name.partition(_COPY)
+    return ".".join([before, *after.split(".")[1:]]) if copied else name
 
 
 def _by_name(caller: str, modules: dict[str, nn.Module], layer: object) -> str | None:
     """The name of a module that `layer` names exactly or is; None for a pattern."""
     if isinstance(layer, nn.Module):
+        wanted = adapters.active_copy(layer)
         for name, module in modules.items():
-            if module is layer:
+            if module is wanted:
                 return name
         _checks.bad_value(caller, "layer", "a module of the model", layer)
     if not isinstance(layer, str):
         _checks.bad_type(
             caller, "layer", "a name, a glob pattern, a module, several of these, or None", layer
         )
-    return next((name for name in modules if layer and layer in (name, _bare(name))), None)
+    if layer == "":
+        return None
+    own = layer if layer in modules else next((name for name in modules if layer == _bare(name)), None)
+    if own is None or (copy := adapters.active_copy(modules[own])) is modules[own]:
+        return own
+    return next(name for name, module in modules.items() if module is copy)
 
 
 def _by_pattern(
@@ -200,8 +210,7 @@ def _replaced(modules: dict[str, nn.Module], name: str) -> str | None:
         copies = getattr(wrapper, "modules_to_save", None)
         if not isinstance(copies, nn.ModuleDict) or getattr(wrapper, "disable_adapters", False):
             continue
-        active: Any = getattr(wrapper, "active_adapters", None) or getattr(wrapper, "active_adapter", ())
-        active = [active] if isinstance(active, str) else list(active)
+        active = adapters.active_names(wrapper)
         if parts[k] == "original_module" and any(a in copies for a in active):
             return "PEFT uses a copy in its place (modules_to_save)"
         if parts[k] == "modules_to_save" and k + 1 < len(parts) and parts[k + 1] not in active:

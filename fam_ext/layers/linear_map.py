@@ -74,6 +74,7 @@ class LinearMap:
             raise UnsupportedError(
                 f"{caller}: layer must be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d or transformers' Conv1D, got "
                 f"{type(base).__module__}.{type(base).__qualname__}"
+                + ("; for layers of a PeftModel use for_model" if hasattr(base, "get_base_model") else "")
             )
         if isinstance(base, _NEVER_CALLED):
             raise UnsupportedError(

@@ -310,13 +310,17 @@ class FAMLoss(TrainingCriterion):
             self._finish(StepRecord(plain.detach(), None, 0.0))
             return plain
         options, term = self.options, self.terms[0]
+        criterion: Any = self._modules.get("criterion")  # None: a function
+        if self._flattened is not None:
+            criterion = self._flattened.func
+            outputs, targets = self._flattened.arguments(outputs, targets)
         loss_hessian: Any = None
         if self._bind is not None and (options.closed_form or options.curvature != "hessian"):
             loss_hessian = self._bind(*targets, **kwargs)
         one_operation = (  # the one gate: whether head_cross_entropy stands for criterion and term
             self._one_pass
             and isinstance(strength, float)
-            and one_pass.applies(self._modules.get("criterion"), loss_hessian, outputs)
+            and one_pass.applies(criterion, loss_hessian, outputs)
         )
         taken = None
         if one_operation and self._ordinary:
@@ -324,7 +328,8 @@ class FAMLoss(TrainingCriterion):
                 options, term.layer, term.captures, outputs, loss_hessian, strength, term.factor
             )
         if taken is None:
-            call = LossCall(self.criterion, outputs, targets, kwargs, loss_hessian, closure)
+            criterion = self.criterion if criterion is None else criterion
+            call = LossCall(criterion, outputs, targets, kwargs, loss_hessian, closure)
             heads = head_calls(options, self.terms, call, self._no_closed_form)
             head = heads[0]
             if head is None or not one_operation:

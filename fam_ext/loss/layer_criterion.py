@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fam_ext import _checks, loss_hessians
 from fam_ext.errors import UnsupportedError
+from fam_ext.layers import adapters
+from fam_ext.loss import flattened
 from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.one_call import hidden_calls
@@ -28,7 +30,8 @@ class LayerCriterion(nn.Module):
         super().__init__()
         self.options = options
         self.criterion = criterion
-        modules: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        given: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        modules = [adapters.active_copy(module) for module in given]
         if not modules or len({id(m) for m in modules}) != len(modules):
             _checks.bad_value(options.caller, "layer", "a module or a sequence of different modules", layer)
         # a tuple of plain objects: parameters(), state_dict() and train() must not reach the model
@@ -51,13 +54,55 @@ class LayerCriterion(nn.Module):
         """How to bind the criterion's arguments, where it has a closed form; else why not."""
         bind: Any = None
         why_not = ""
+        self._flattened = flattened.read(criterion)
         try:
-            bind = loss_hessians.read(self.options.caller, criterion)
+            bind = loss_hessians.read(
+                self.options.caller, criterion if self._flattened is None else self._flattened.func
+            )
         except UnsupportedError as error:
             if self.options.method == "closed_form" or self.options.curvature != "hessian":
                 raise
             why_not = str(error)
         self._bind, self._no_closed_form = bind, why_not
+
+    @property
+    def reduction(self) -> Any:
+        """The criterion's, where it has one; may be set, as libraries do for a loss by sample."""
+        return self.criterion.reduction
+
+    @reduction.setter
+    def reduction(self, value: str) -> None:
+        if not hasattr(self.criterion, "reduction"):
+            raise AttributeError(f"{self.options.caller}: the criterion has no reduction")
+        self.criterion.reduction = value
+
+    @property
+    def activation(self) -> Any:
+        """The criterion's map from outputs to probabilities, where it has one (fastai)."""
+        return self.criterion.activation
+
+    @property
+    def decodes(self) -> Any:
+        """The criterion's map from probabilities to classes, where it has one (fastai)."""
+        return self.criterion.decodes
+
+    @property
+    def y_int(self) -> Any:
+        """Whether the criterion's targets are class indices, where it tells (fastai's MixUp asks)."""
+        return self.criterion.y_int
+
+    @property
+    def _orig_mod(self) -> Any:
+        """The criterion, for skorch: it unwraps a compiled criterion by this name to see which activation its loss implies."""
+        return loss_hessians.uncompiled(self.criterion)
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        """As nn.Module's, for the tensors of a loss inside a criterion that is no module, too."""
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        inner = None if isinstance(self.criterion, nn.Module) else getattr(self.criterion, "func", None)
+        if isinstance(inner, nn.Module):
+            inner._apply(function)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def layer(self) -> nn.Module:
@@ -95,7 +140,12 @@ class LayerCriterion(nn.Module):
         self.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bind": None, "_attached": self.terms[0].handle is not None}
+        return {
+            **self.__dict__,
+            "_bind": None,
+            "_flattened": None,
+            "_attached": self.terms[0].handle is not None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("_attached")

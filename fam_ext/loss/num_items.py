@@ -10,7 +10,7 @@ from torch import nn
 
 from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
-from fam_ext.loss_hessians import SUPPORTED
+from fam_ext.loss_hessians import SUPPORTED, uncompiled
 from fam_ext.options import Options
 
 _WAY_OUT = "pass a criterion with reduction='sum', and divide by num_items yourself"
@@ -34,7 +34,7 @@ def summed(options: Options, criterion: Any, known: Any, kwargs: dict[str, Any])
             f"{caller}: num_items with method='finite_difference', whose closure forms a loss of its own; {_WAY_OUT}, in the "
             "closure too"
         )
-    inner = getattr(criterion, "_orig_mod", criterion)  # torch.compile(criterion)
+    inner = uncompiled(criterion)
     inner = getattr(inner, "func", inner) if isinstance(getattr(inner, "func", None), nn.Module) else inner
     if known is None:
         raise UnsupportedError(

@@ -102,8 +102,12 @@ class RelativeFlatness(LayerCriterion):
     def _measure(
         self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], per_sample: bool, closure: Any
     ) -> Tensor:
+        criterion = self.criterion
+        if self._flattened is not None:
+            criterion = self._flattened.func
+            outputs, targets = self._flattened.arguments(outputs, targets)
         loss_hessian = self._bind_arguments(targets, kwargs)
-        call = LossCall(self.criterion, outputs, targets, kwargs, loss_hessian, closure, per_sample)
+        call = LossCall(criterion, outputs, targets, kwargs, loss_hessian, closure, per_sample)
         heads = head_calls(self.options, self.terms, call, self._no_closed_form)
         _, (kappa, self.standard_error) = loss_and_terms(
             self.options, self.terms, heads, call, need_loss=False

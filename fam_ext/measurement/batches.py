@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks, loss_hessians
 from fam_ext.errors import UnsupportedError
+from fam_ext.loss import flattened
 
 NAME = "measure"
 
@@ -80,6 +81,10 @@ class Mean:
 
 def batch_weight(criterion: Any, outputs: Any, targets: Any) -> tuple[float, float | None]:
     """(weight of a batch's loss in the data set's, its share of the total); the total is None for sums, where it is 1."""
+    inside = flattened.read(criterion)
+    if inside is not None:
+        criterion = inside.func
+        outputs, (targets,) = inside.arguments(outputs, (targets,))
     try:
         loss_hessian: loss_hessians.LossHessian | None = loss_hessians.read(NAME, criterion)(targets)
     except UnsupportedError:

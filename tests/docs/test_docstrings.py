@@ -12,6 +12,11 @@ import pytest
 import fam_ext
 
 ROOT = Path(__file__).parents[2]
+NEEDS = {
+    "fam_ext.kernels": "triton",
+    "fam_ext.integrations.huggingface": "transformers",
+    "fam_ext.integrations.lightning": "lightning",
+}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -49,8 +54,9 @@ def run(module: str, name: str) -> str:
 
 @pytest.mark.parametrize(("module", "name"), EXAMPLES, ids=lambda value: value or "module")
 def test_example(module: str, name: str) -> None:
-    if module.startswith("fam_ext.kernels"):
-        pytest.importorskip("triton", reason="Triton is not installed")
+    for start, package in NEEDS.items():
+        if module.startswith(start):
+            pytest.importorskip(package, reason=f"{package} is not installed")
     said = run(module, name)
     assert not said, said
 

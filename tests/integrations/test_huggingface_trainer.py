@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +270,32 @@ def _tokenizer(folder: Path) -> Any:
     words = {"[UNK]": 0, **{f"w{n}": n for n in range(1, VOCABULARY)}}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[UNK]", eos_token="[UNK]")
+
+
+def test_a_mixture_of_experts_keeps_its_balancing_loss(tmp_path: Path) -> None:
+    """The model adds it to a loss of its own, which FAMLoss of the logits takes the place of."""
+    config = transformers.MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, num_local_experts=3, output_router_logits=True, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config)
+    by_hand = copy.deepcopy(model)
+    data = texts(4)
+    ids, labels = (torch.stack([row[k] for row in data]) for k in ("input_ids", "labels"))
+    criterion = FAMLoss(nn.CrossEntropyLoss(), by_hand.lm_head, STRENGTH)
+    for rows in (slice(0, 2), slice(2, 4)):
+        outputs = by_hand(ids[rows])
+        count = (labels[:, 1:] != -100).sum()
+        loss = criterion(outputs.logits[:, :-1].flatten(0, 1), labels[rows, 1:].flatten(), num_items=count)
+        (loss + 0.5 * outputs.aux_loss / 2).backward()
+    with torch.no_grad():
+        for p in by_hand.parameters():
+            p -= 0.1 * p.grad
+    trainer = FAMTrainer(
+        model, arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+                         train_sampling_strategy="sequential"),
+        train_dataset=data, criterion=head_of_logits(model),
+    )  # fmt: skip
+    trainer.train()
+    torch.testing.assert_close(parameters(model), parameters(by_hand), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,114 @@
+"""TRL's SFTTrainer through FAMTrainerMixin, on texts of different lengths: the update of a loop written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from inputs import expect
+from torch import Tensor, nn
+
+from fam_ext import FAMLoss
+from fam_ext.integrations.huggingface import FAMTrainerMixin, patch_causal_lm
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+datasets = pytest.importorskip("datasets", reason="TRL needs datasets")
+tokenizers = pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+STRENGTH, RATE, WORDS = 0.05, 0.1, 30
+
+
+class FAMSFTTrainer(FAMTrainerMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
+    pass
+
+
+def language_model() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).double()
+
+
+def tokenizer() -> Any:
+    words = {"[PAD]": 0, "[EOS]": 1, **{f"w{n}": n for n in range(2, WORDS)}}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[PAD]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", eos_token="[EOS]")
+
+
+def texts() -> list[str]:
+    torch.manual_seed(1)
+    return [" ".join(f"w{k}" for k in torch.randint(2, WORDS, (3 + n,)).tolist()) for n in range(8)]
+
+
+def data() -> Any:
+    """With a fingerprint of its own: datasets would pickle the table for one."""
+    return datasets.Dataset(datasets.table.InMemoryTable.from_pydict({"text": texts()}), fingerprint="texts")
+
+
+def configured(folder: Path, **options: Any) -> Any:
+    given: dict[str, Any] = {
+        "output_dir": str(folder), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2,
+        "learning_rate": RATE, "optim": "sgd", "max_grad_norm": 0.0, "report_to": "none", "use_cpu": True, "bf16": False,
+        "save_strategy": "no", "disable_tqdm": True, "lr_scheduler_type": "constant", "logging_steps": 1,
+        "gradient_checkpointing": False, "train_sampling_strategy": "sequential", "dataset_num_proc": None,
+    }  # fmt: skip
+    return trl.SFTConfig(**{**given, **options})
+
+
+def by_hand() -> dict[str, Tensor]:
+    """Two updates of four texts each; kappa from the definition."""
+    model, rows = language_model(), tokenizer()(texts())["input_ids"]
+    for start in (0, 4):
+        features, target = [], []
+        for ids in rows[start : start + 4]:
+            whole = torch.tensor([*ids, 1])  # TRL adds the token that ends a text
+            features.append(model.model(whole[None]).last_hidden_state[0, :-1])
+            target.append(whole[1:])
+        phi, weight = torch.cat(features), model.lm_head.weight
+        kappa = (phi.square().sum(1) * oracle.softmax_trace(phi @ weight.T, weight)).mean()
+        total = F.cross_entropy(phi @ weight.T, torch.cat(target)) + STRENGTH * kappa
+        with torch.no_grad():
+            parameters = list(model.parameters())
+            for p, g in zip(parameters, torch.autograd.grad(total, parameters), strict=True):
+                p -= RATE * g
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_updates_are_those_of_a_loop_by_hand(patched: bool, tmp_path: Path) -> None:
+    model = language_model()
+    criterion: Any = FAMLoss(nn.CrossEntropyLoss(), model.lm_head, STRENGTH)
+    if patched:
+        criterion.detach()
+        criterion = patch_causal_lm(model, STRENGTH)
+    trainer = FAMSFTTrainer(
+        model, configured(tmp_path), train_dataset=data(),
+        processing_class=tokenizer(), criterion=criterion,
+    )  # fmt: skip
+    trainer.train()
+    got = {name: p.detach() for name, p in model.named_parameters()}
+    torch.testing.assert_close(got, by_hand(), rtol=1e-9, atol=1e-12)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(logged) == 2 and all(row["fam_flatness"] > 0 for row in logged)
+    assert trainer.fam_criterion.step == 2
+
+
+def test_another_loss_of_trl_is_refused(tmp_path: Path) -> None:
+    model = language_model()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), model.lm_head, STRENGTH)
+    for options in ({"loss_type": "dft"}, {"label_smoothing_factor": 0.1}):
+        arguments = configured(tmp_path, **options)
+        expect(
+            "would form another loss|is another loss than the criterion's",
+            lambda arguments=arguments: FAMSFTTrainer(  # type: ignore[misc]
+                model, arguments, train_dataset=data(), processing_class=tokenizer(), criterion=criterion
+            ),
+        )
