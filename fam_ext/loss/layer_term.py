@@ -58,7 +58,8 @@ class LayerTerm:
             if on_input(self.layer):
                 self.handle = module.register_forward_pre_hook(self.hook, with_kwargs=True)
             else:
-                self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
+                # ahead of FSDP2's hook, which frees the weight
+                self.handle = module.register_forward_hook(self.hook, with_kwargs=True, prepend=True)
         else:
             self.hook = LayerHook(self.captures, owner.any_mode)
             self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
