@@ -260,8 +260,8 @@ def _shifted(logits: Tensor, parts: Split) -> tuple[Tensor, Tensor, Tensor, Tens
     y is the likeliest class counted from this process's first one, (N, 1), and own tells whether it is one of its classes.
     """
     size = logits.shape[1]
-    padded = F.pad(logits.detach(), (0, 1), value=-torch.inf)  # a process may have no class
-    top, y = padded.max(1, keepdim=True)
+    columns = logits if size else F.pad(logits, (0, 1), value=-torch.inf)  # a process may have no class
+    top, y = columns.detach().max(1, keepdim=True)
     largest = top.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parts.group)
     first = torch.where((top == largest) & (y < size), y + parts.begin, _NONE)
@@ -269,10 +269,9 @@ def _shifted(logits: Tensor, parts: Split) -> tuple[Tensor, Tensor, Tensor, Tens
     y = first - parts.begin
     own = (y >= 0) & (y < size)
     y = torch.where(own, y, 0)
-    columns = F.pad(logits, (0, 1))
     at_top = parts.shared(parts.total(torch.where(own, columns.gather(1, y), 0.0)))
-    e = torch.exp(logits - at_top)
-    e = torch.where((torch.arange(size, device=logits.device) == y) & own, 0.0, e)
+    e = torch.exp(columns - at_top)
+    e = e.scatter(1, y, torch.where(own, 0.0, e.gather(1, y)))[:, :size]
     rest = parts.total(e.sum(1, keepdim=True)) + (
         largest - largest
     )  # nan where the largest logit is not finite

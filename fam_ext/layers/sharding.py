@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
 
 _STATES = "torch.distributed._composable_state"
@@ -85,21 +86,33 @@ def gather(modules: tuple[Any, ...]) -> None:
 
     An optimizer's step frees them where no backward pass has: they would be old then.
     """
-    if not _follows_optimizers:
+    if modules and not _follows_optimizers:
         _follows_optimizers.append(register_optimizer_step_post_hook(_free))
     for module in modules:
         module.unshard()
         _gathered.add(module)
 
 
-def _free(*_: Any) -> None:
-    if (
-        torch._C._current_graph_task_id() != -1
-    ):  # an optimizer that steps within the backward pass, which needs them
+def exchange(module: nn.Module, *given: Any) -> tuple[Any, ...]:
+    """Parameters of `module` that were given, whole where FSDP2 shards them; anything else as it is."""
+    if not any(is_dtensor(value) for value in given):
+        return given
+    names = {id(parameter): name for name, parameter in module._parameters.items() if parameter is not None}
+    gather(owners(module))
+    return tuple(getattr(module, names[id(value)]) if id(value) in names else value for value in given)
+
+
+def _free(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Free what an optimizer's step has made old; within a backward pass, as some optimizers step, FSDP2 does it."""
+    if torch._C._current_graph_task_id() != -1:
         return
+    updated: set[int] | None = None
     for module in list(_gathered):
-        module.reshard()
-    _gathered.clear()
+        whole = [group for group in _groups(module._get_fsdp_state()) if group.is_unsharded]
+        if whole and updated is None:
+            updated = {id(p) for settings in optimizer.param_groups for p in settings["params"]}
+        if any(id(p.sharded_param) in (updated or ()) for group in whole for p in group.fsdp_params):
+            module.reshard()
 
 
 @contextmanager
@@ -121,14 +134,19 @@ def held() -> Iterator[None]:
     finally:
         for (owner, name), value in zip(settings, before, strict=True):
             setattr(owner, name, value)
-        for state in states:  # a pass has gathered what lies after the layer
+        for group in groups:  # a pass may have begun to gather what lies before the layer
+            if getattr(group, "_all_gather_result", None) is not None:
+                group.wait_for_unshard()
+        for state in states:  # and has gathered what lies after it
             if any(group.is_unsharded and id(group) not in whole for group in _groups(state)):
                 _gathered.add(state._modules[0])
 
 
 def check_whole(caller: str, weight: Tensor) -> None:
     """Refuse a weight whose memory was freed after the layer's call."""
-    if is_dtensor(weight) or not weight.numel() or weight.untyped_storage().nbytes():
+    if is_dtensor(weight) or not weight.numel() or not _checks.readable(weight):
+        return
+    if weight.untyped_storage().nbytes():
         return
     raise UnsupportedError(
         f"{caller}: the layer's weight, of shape {tuple(weight.shape)}, was freed after its forward pass, as FSDP1 does outside "
@@ -191,6 +209,8 @@ def is_flat(parameter: object) -> bool:
 
 def check_flat(caller: str, leaves: Iterable[Any]) -> None:
     """Refuse FSDP1 between a hidden layer and the loss: its hooks free weights in the term's own backward passes."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
     if any(is_flat(leaf) for leaf in leaves):
         raise UnsupportedError(
             f"{caller}: the layer lies inside FSDP1 (FullyShardedDataParallel), whose hooks free weights in the backward "

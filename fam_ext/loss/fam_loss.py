@@ -271,6 +271,7 @@ class FAMLoss(TrainingCriterion):
         bias: Tensor | None,
         num_items: int | Tensor | None,
     ) -> Tensor:
+        weight, bias = sharding.exchange(self.terms[0].module, weight, bias)
         loss = one_pass.FeatureLoss(
             self.options,
             [term.layer for term in self.terms],

@@ -218,7 +218,7 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
         term.captures.gather()
     parameters = [list(term.module.parameters()) for term in terms]
     walks = graph_walk.find(loss, [term.captures for term in terms], parameters)
-    sharding.check_flat(caller, [getattr(node, "variable", None) for node in walks[0].nodes])
+    sharding.check_flat(caller, (getattr(node, "variable", None) for node in walks[0].nodes))
     hidden = []
     for term, walk in zip(terms, walks, strict=True):
         if walk.calls or walk.past_calls:

@@ -32,6 +32,13 @@ def test_confident_predictions_in_float32(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", runs.LAYOUTS)
+def test_a_criterion_made_before_the_split(layout: str) -> None:
+    expected = runs.step(runs.Network(), "mean")
+    for of_rank in runs.results(2):
+        torch.testing.assert_close(of_rank["made first", layout], expected, **EXACT)
+
+
+@pytest.mark.parametrize("layout", runs.LAYOUTS)
 def test_tokens_and_shares_by_sample(layout: str) -> None:
     expected = runs.tokens(runs.Network(), layout)
     for of_rank in runs.results(2):

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import fam_ext
 from fam_ext import FAMLoss, RelativeFlatness
 from fam_ext.errors import UnsupportedError
 
@@ -72,11 +81,11 @@ def shard_and_replicate(network: nn.Module) -> nn.Module:
     return shard(["first", "second", "head"], mesh=mesh)(network)
 
 
-def flat(groups: Sequence[str]) -> Wrap:
+def flat(groups: Sequence[str], **options: Any) -> Wrap:
     """FSDP1 around these layers, and around the network."""
 
     def wrap(network: nn.Module) -> nn.Module:
-        cpu: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": True}
+        cpu: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": True, **options}
         for name in groups:
             setattr(network, name, FullyShardedDataParallel(getattr(network, name), **cpu))
         return FullyShardedDataParallel(network, **cpu)
@@ -206,19 +215,24 @@ def other_ways(rank: int) -> dict[str, Any]:
         results[f"accumulation {method}"] = steps(network, shard(EACH)(network), method, rank, accumulate=2)
     conv = ConvNetwork()
     results["convolution"] = steps(conv, shard(["first", "head"])(conv), "noise", rank)
-    results["old weights"] = old_weights(rank)
+    results["old weights"] = {layer: old_weights(rank, layer) for layer in ("first", "second", "head")}
+    results["features"] = from_features(rank)
+    results["made first"] = {method: made_first(rank, method) for method in ("head", "exact", "noise in all")}
+    network = Network()
+    results["measured"] = measured(network, shard(EACH)(network))
     results["low precision"] = low_precision(rank)
     results["FSDP1"] = {groups: {m: by_fsdp1(rank, groups, m) for m in METHODS} for groups in ("", "head")}
+    results["FSDP1, kept"] = by_fsdp1(rank, "head", "head", sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
     results["draws"] = draws(rank)
     return results
 
 
-def old_weights(rank: int) -> list[float]:
+def old_weights(rank: int, layer: str) -> list[float]:
     """A value that no backward pass follows; the value after an optimizer's step, and the one of a plain network."""
     network = Network()
     model: Any = shard(EACH)(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    measure = RelativeFlatness(nn.CrossEntropyLoss(), network.head)
+    measure = RelativeFlatness(nn.CrossEntropyLoss(), network.get_submodule(layer))
     x, y = batch()
     nn.functional.cross_entropy(model(x), y).backward()
     before = measure(model(x), y)
@@ -227,8 +241,49 @@ def old_weights(rank: int) -> list[float]:
     measure.detach()
     plain = Network()
     plain.load_state_dict({name: full(p) for name, p in network.named_parameters()})
-    expected = RelativeFlatness(nn.CrossEntropyLoss(), plain.head)(plain(x), y)
+    expected = RelativeFlatness(nn.CrossEntropyLoss(), plain.get_submodule(layer))(plain(x), y)
     return [before.item(), after.item(), expected.item()]
+
+
+def from_features(rank: int) -> list[Tensor]:
+    """The weights after steps of linear_cross_entropy, with a head in a group of its own that is not called."""
+    network = Network()
+    network.head, head = nn.Identity(), network.head
+    network.last = head
+    model: Any = shard(["first", "second", "last"])(network)
+    criterion = FAMLoss(nn.CrossEntropyLoss(), head, 0.4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    x, y = batch()
+    rows = slice(rank * HALF, (rank + 1) * HALF)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        criterion.linear_cross_entropy(model(x[rows]), head.weight, y[rows], head.bias).backward()
+        optimizer.step()
+    return [full(p) for p in network.parameters()]
+
+
+def made_first(rank: int, method: str) -> list[Tensor]:
+    """A criterion that is older than the groups."""
+    network = Network()
+    criterion = criterion_for(network, method, rank)
+    model: Any = shard(EACH)(network)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    x, y = batch()
+    rows = slice(rank * HALF, (rank + 1) * HALF)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        criterion(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return [full(p) for p in network.parameters()]
+
+
+def measured(network: nn.Module, model: nn.Module) -> dict[str, float]:
+    """Every measure of an inner layer and of the head, over the same batches on every process."""
+    x, y = batch()
+    data = list(zip(x.split(4), y.split(4), strict=True))
+    measures = ("neuronwise", "trace", "layerwise_eigenvalue", "largest_eigenvalue")
+    report = fam_ext.measure(model, data, ["second", "head"], nn.CrossEntropyLoss(), measures, progress=False)
+    return report.as_dict()
 
 
 def low_precision(rank: int) -> list[float]:
@@ -245,10 +300,10 @@ def low_precision(rank: int) -> list[float]:
     return [value.item(), expected.item()]
 
 
-def by_fsdp1(rank: int, groups: str, method: str) -> Any:
+def by_fsdp1(rank: int, groups: str, method: str, **options: Any) -> Any:
     """The weights after the steps, or the refusal."""
     network = Network()
-    model = flat(groups.split())(network)
+    model = flat(groups.split(), **options)(network)
     try:
         steps(network, model, method, rank)
     except UnsupportedError as error:
@@ -275,8 +330,23 @@ def draws(rank: int) -> Tensor:
 
 def replicas(rank: int) -> dict[str, list[Tensor]]:
     """Four processes: shards and replicas of shards."""
-    results = {}
+    results = {f"both dimensions {split}": both_dimensions(rank, split) for split in (False, True)}
     for method in ("head", "exact", "ggn", "noise"):
         network = Network()
         results[method] = steps(network, shard_and_replicate(network), method, rank, ranks=4)
     return results
+
+
+def both_dimensions(rank: int, split_outputs: bool) -> list[Tensor]:
+    """Four processes: a head whose classes two of them split, in groups of FSDP2 over the other dimension of the mesh."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    network = Network()
+    by_class = (
+        ColwiseParallel(use_local_output=False)
+        if split_outputs
+        else ColwiseParallel(output_layouts=Replicate())
+    )
+    parallelize_module(network, mesh["tensor"], {"head": by_class})
+    model = shard(EACH, mesh=mesh["data"])(network)
+    with loss_parallel() if split_outputs else nullcontext():
+        return steps(network, model, "head", mesh["data"].get_local_rank())

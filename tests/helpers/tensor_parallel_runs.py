@@ -127,6 +127,7 @@ def heads(rank: int) -> dict[Any, Any]:
     for layout in LAYOUTS:
         results["confident", layout] = confident(split(layout, Network(20.0).float()), layout)
         results["tokens", layout] = tokens(split(layout), layout)
+        results["made first", layout] = made_first(layout)
     results["refused"] = refusals()
     results["noise"] = {(layout, case): noise(split(layout), *case) for layout, case in NOISE_CASES}
     results["sums"] = sums(rank)
@@ -156,6 +157,19 @@ def tokens(model: Any, layout: str) -> list[Tensor]:
         value.square().sum().backward()
     measure.detach()
     return [value.detach(), *(whole(p.grad) for p in model.parameters() if p.grad is not None)]
+
+
+def made_first(layout: str) -> list[Tensor]:
+    """A step with a criterion that is older than the split, whose hook sees the output before it is communicated."""
+    model: Any = Network()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), model.head, 0.4)
+    split(layout, model)
+    x, y = batch("mean")
+    with context(layout):
+        loss = criterion(model(x), y)
+        loss.backward()
+    kappa: Any = criterion.last.flatness
+    return [whole(loss), kappa, *(whole(p.grad) for p in model.parameters())]
 
 
 def error_of(run: Callable[[], Any]) -> str:
@@ -194,8 +208,8 @@ def refusals() -> dict[Any, str]:
 
     def early() -> None:
         network = Network()
-        FAMLoss(nn.CrossEntropyLoss(), network.head, 0.4, method="noise")
-        split("classes", network)(x)
+        criterion = FAMLoss(nn.CrossEntropyLoss(), network.head, 0.4, method="noise")
+        criterion(split("classes", network)(x), y)
 
     found |= {
         name: error_of(run)

@@ -63,11 +63,32 @@ def test_noise_on_the_output_of_a_convolution(ways: Any) -> None:
         torch.testing.assert_close(of_rank["convolution"], expected, **EXACT)
 
 
-def test_weights_that_no_backward_pass_frees_are_new_after_an_optimizer_step(ways: Any) -> None:
+@pytest.mark.parametrize("layer", ["first", "second", "head"])
+def test_weights_that_no_backward_pass_frees_are_new_after_an_optimizer_step(ways: Any, layer: str) -> None:
     for of_rank in ways:
-        before, after, expected = of_rank["old weights"]
+        before, after, expected = of_rank["old weights"][layer]
         assert after == pytest.approx(expected, rel=1e-9)
         assert abs(before - after) > 1e-3 * abs(before)
+
+
+def test_linear_cross_entropy_gathers_a_head_that_is_not_called(ways: Any) -> None:
+    expected = sharded_runs.alone(sharded_runs.Network(), "head")
+    for of_rank in ways:
+        torch.testing.assert_close(of_rank["features"], expected, **EXACT)
+
+
+@pytest.mark.parametrize("method", ["head", "exact", "noise in all"])
+def test_a_criterion_made_before_the_groups(ways: Any, method: str) -> None:
+    expected = sharded_runs.alone(sharded_runs.Network(), method)
+    for of_rank in ways:
+        torch.testing.assert_close(of_rank["made first"][method], expected, **EXACT)
+
+
+def test_measure(ways: Any) -> None:
+    network = sharded_runs.Network()
+    expected = sharded_runs.measured(network, network)
+    for of_rank in ways:
+        assert of_rank["measured"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_weights_gathered_in_low_precision(ways: Any) -> None:
@@ -82,6 +103,8 @@ def test_fsdp1(ways: Any, method: str) -> None:
     expected = sharded_runs.alone(sharded_runs.Network(), method)
     for of_rank in ways:
         torch.testing.assert_close(of_rank["FSDP1"][""][method], expected, **EXACT)
+        if method == "head":
+            torch.testing.assert_close(of_rank["FSDP1, kept"], expected, **EXACT)
         apart = of_rank["FSDP1"]["head"][method]
         if "noise" in method:
             torch.testing.assert_close(apart, expected, **EXACT)
@@ -108,7 +131,8 @@ def test_samples_of_different_ranks_have_draws_of_their_own(ways: Any) -> None:
 def test_shards_and_their_replicas() -> None:
     for of_rank in in_processes(4, sharded_runs.replicas):
         for method, weights in of_rank.items():
-            expected = sharded_runs.alone(sharded_runs.Network(), method, ranks=4)
+            parts = ("head", 2) if "both dimensions" in method else (method, 4)
+            expected = sharded_runs.alone(sharded_runs.Network(), *parts)
             torch.testing.assert_close(weights, expected, **EXACT)
 
 
