@@ -49,7 +49,7 @@ def check_dense(function: str, argument: str, value: object) -> None:
     elif nn.parameter.is_lazy(value):
         kind = "an uninitialized parameter (run one batch through the model first)"
     elif any(t.__name__ == "DTensor" for t in type(value).__mro__):
-        kind = "a DTensor (gather it with full_tensor() first)"
+        kind = "a DTensor (gather it first: of FSDP2 by unshard() of its module, else by full_tensor())"
     elif value.is_nested:
         kind = "a nested tensor (pad it, or take its values())"
     elif value.layout is not torch.strided:

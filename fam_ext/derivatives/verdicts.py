@@ -96,7 +96,9 @@ REFUSED |= {
 }
 # of DistributedDataParallel, an identity, of which static_graph makes more: check_sink
 _SINK = "_DDPSinkBackward"
-TRUSTED = (VERIFIED | SINCE.keys()) - REFUSED.keys()
+# an identity that tells FSDP2 that the backward pass has left a group (fam_ext.layers.sharding)
+_FSDP = "RegisterPostBackwardFunctionBackward"
+TRUSTED = (VERIFIED | SINCE.keys() | {_FSDP}) - REFUSED.keys()
 
 _OWN = (
     "can be differentiated once only. Where the criterion is a FAMLoss itself, give one FAMLoss all layers, or add strength "

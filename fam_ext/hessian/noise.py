@@ -120,7 +120,7 @@ def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: flo
 
     `strength` is at least 0; as a 0-d tensor it may change without torch.compile compiling again.
     """
-    scale = _amplitude(strength)
+    scale = amplitude(strength)
     if features.numel() == 0:
         return features
     with _without_autocast(features):
@@ -144,7 +144,7 @@ def perturb_output(
 
     `weight` is the one that the layer used, in the module's layout. `strength` as in :func:`perturb_input`.
     """
-    scale = _amplitude(strength)
+    scale = amplitude(strength)
     if output.numel() == 0:
         return output
     assert drawn.channels is not None and drawn.place is not None
@@ -165,7 +165,7 @@ def perturb_output(
         return _whole(layer, perturbed, output.shape)
 
 
-def _amplitude(strength: float | Tensor) -> float | Tensor:
+def amplitude(strength: float | Tensor) -> float | Tensor:
     if isinstance(strength, Tensor):
         return (2 * strength.detach()).sqrt()
     if not (math.isfinite(strength) and strength >= 0):

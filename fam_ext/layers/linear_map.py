@@ -288,7 +288,11 @@ class LinearMap:
             ).double()
             z = self.apply(x, weight.double()).movedim(self.class_dim, -1).reshape(-1, self.outputs)[0]
             expected = z if bias is None else z + bias.double()
-        scale = weight.double().norm() * x.norm() + expected.abs().max()
+        self.check_row(caller, got, expected, weight.double().norm() * x.norm(), eps)
+
+    def check_row(self, caller: str, got: Tensor, expected: Tensor, scale: Tensor, eps: float) -> None:
+        """Refuse a row of the layer's output that differs from `expected`, of numbers of size `scale` and precision `eps`."""
+        scale = scale + expected.abs().max()
         error = (got.double() - expected).abs()
         if bool(got.isfinite().all()) and bool((error > 8 * eps * scale + 1e-30).any()):
             raise UnsupportedError(

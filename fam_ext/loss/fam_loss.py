@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext.head import one_pass
+from fam_ext.layers import sharding
 from fam_ext.layers.find import select_layers, select_with_strengths
 from fam_ext.loss.layer_criterion import outside_graph
 from fam_ext.loss.num_items import summed
@@ -271,6 +272,7 @@ class FAMLoss(TrainingCriterion):
         bias: Tensor | None,
         num_items: int | Tensor | None,
     ) -> Tensor:
+        weight, bias = sharding.exchange(self.terms[0].module, weight, bias)
         loss = one_pass.FeatureLoss(
             self.options,
             [term.layer for term in self.terms],
@@ -332,7 +334,7 @@ class FAMLoss(TrainingCriterion):
             call = LossCall(criterion, outputs, targets, kwargs, loss_hessian, closure)
             heads = head_calls(options, self.terms, call, self._no_closed_form)
             head = heads[0]
-            if head is None or not one_operation:
+            if head is None or not one_operation or sharding.is_dtensor(head.weight):
                 value, (kappa, error) = loss_and_terms(options, self.terms, heads, call)
                 loss: Any = value
                 if items is not None:
@@ -341,9 +343,10 @@ class FAMLoss(TrainingCriterion):
                 if self._guess is not None:
                     self._warn_of_a_guess(self._guess)
                 if isinstance(strength, TargetRatio):
-                    strength = strength.update(loss, kappa)
-                total: Tensor = loss + strength * kappa
-                self._finish(StepRecord(total.detach(), kappa.detach(), strength, loss.detach(), error))
+                    strength = strength.update(sharding.local(loss), kappa)
+                total = sharding.add(options.caller, loss, strength * kappa)
+                alone = sharding.local(loss.detach())
+                self._finish(StepRecord(total.detach(), kappa.detach(), strength, alone, error))
                 return total
             taken = one_pass.from_logits(
                 options, outputs, head.features, head.weight, head.rows, loss_hessian, strength, term.factor

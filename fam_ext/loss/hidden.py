@@ -14,6 +14,7 @@ from fam_ext.hessian import eigenvalue, finite_difference, gauss_newton, hutchin
 from fam_ext.hessian.estimate import Estimate
 from fam_ext.hessian.exact import exact
 from fam_ext.hessian.products import LayerCall, LayerHessian, products
+from fam_ext.layers import sharding
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.plan import AT_ONCE, Plan, first_products, graph_key, plan_products, signature
 from fam_ext.loss_hessians import SUPPORTED, LossHessian
@@ -261,6 +262,12 @@ def difference_term(term: LayerTerm, closure: Any, per_sample: bool) -> Estimate
     if term.layer.module is not term.module:
         raise UnsupportedError(
             f"{options.caller}: method='finite_difference' is not for adapters; merge them first"
+        )
+    sharding.check_local(options.caller, term.layer.module.weight)
+    if term.captures.owners:
+        raise UnsupportedError(
+            f"{options.caller}: method='finite_difference' is not for weights that FSDP2 shards; use another method, or "
+            "DistributedDataParallel"
         )
     if not callable(closure):
         raise UnsupportedError(

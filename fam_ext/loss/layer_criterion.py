@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks, loss_hessians
 from fam_ext.errors import UnsupportedError
-from fam_ext.layers import adapters
+from fam_ext.layers import adapters, sharding
 from fam_ext.loss import flattened
 from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
@@ -167,7 +167,8 @@ class LayerCriterion(nn.Module):
     def weight_product(self, loss: Tensor, direction: Tensor) -> Tensor:
         """H D of one loss for the first layer, without graph; both in canonical layout (fam_ext.layers.linear_map)."""
         (hidden,) = hidden_calls(self.options, self.terms[:1], loss)
-        return weight_product(self.options, loss, hidden, direction)
+        with sharding.held():
+            return weight_product(self.options, loss, hidden, direction)
 
 
 @torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]

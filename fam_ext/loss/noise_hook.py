@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fam_ext.capture.calls import layer_weight
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian import noise
+from fam_ext.hessian import noise, split_noise
+from fam_ext.layers import sharding
 from fam_ext.layers.linear_map import LinearMap
 
 _KEY = "fam_ext_noise"  # in the metadata of an autograd node
@@ -68,7 +69,14 @@ class NoiseHook:
         if not self.active or not module.training or _exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
-        perturbed = noise.perturb_input(layer, self._draw(features), features, self._strength())
+        if sharding.is_dtensor(features):
+            split_noise.is_split("FAMLoss", features)
+            like = features.to_local().new_empty(features.shape)  # of the whole width
+            drawn = self._draw(like, features.device_mesh.get_group())
+            perturbed = split_noise.perturb("FAMLoss", drawn, features, self._strength())
+        else:
+            self._check_plain(module)
+            perturbed = noise.perturb_input(layer, self._draw(features), features, self._strength())
         self._remember(perturbed)
         if args:
             return (perturbed, *args[1:]), kwargs
@@ -79,6 +87,7 @@ class NoiseHook:
         if not self.active or not module.training or _exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
+        self._check_plain(module)
         drawn = self._draw(features)
         perturbed = noise.perturb_output(
             layer, drawn, features, layer_weight(module), output, self._strength()
@@ -102,9 +111,22 @@ class NoiseHook:
         compiling = torch.compiler.is_compiling()
         return self.tensor if compiling and self.tensor is not None else self.value
 
-    def _draw(self, features: Tensor) -> noise.Draw:
+    @staticmethod
+    def _check_plain(module: nn.Module) -> None:
+        weight = module._parameters.get("weight")
+        if sharding.is_dtensor(weight):
+            raise UnsupportedError(
+                f"FAMLoss: the layer's weight is split by tensor parallelism, {sharding.describe(weight)}, and its input is not "
+                "yet where method='noise' sees it; make the criterion after parallelize_module, or call its detach() and "
+                "attach()"
+            )
+
+    def _draw(self, features: Tensor, group: Any = None) -> noise.Draw:
+        """`group`: processes that share one draw."""
         generator = self.generator
         fresh = noise.draw(self._layer(), features, generator, self.shared)
+        if group is not None:
+            fresh = split_noise.same_on_all(fresh, group)
         self.called = self.seen = True
         if torch.compiler.is_compiling():
             if self.drawn is None:
@@ -126,6 +148,11 @@ class NoiseHook:
                 f"FAMLoss: method='noise' has one draw for all calls of a layer in a step, and this one has {fresh.samples} "
                 f"samples where an earlier one had {self.drawn.samples}; share one draw in the batch "
                 "(per_sample_probes=False), or call criterion.reset() after a forward pass that no loss follows"
+            )
+        if group is not None and self.drawn.channels is None:
+            raise UnsupportedError(
+                "FAMLoss: under tensor parallelism method='noise' is not for a layer of one row per sample that is called "
+                "several times before a loss; share one draw in the batch (per_sample_probes=False)"
             )
         return self._of_later_calls(fresh)
 
