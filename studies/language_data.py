@@ -18,14 +18,18 @@ from torch import Tensor
 
 CONTEXT = 64
 # (training, validation, test) packages, and how many tokens of each: no package lies in two of them
-PRE_TRAINING = (("email", "http", "multiprocessing", "importlib", "xmlrpc", "concurrent"), ("asyncio",), ("unittest", "urllib", "logging"))  # fmt: skip
+PRE_TRAINING = (
+    ("email", "http", "multiprocessing", "importlib", "xmlrpc", "concurrent"),
+    ("asyncio",),
+    ("unittest", "urllib", "logging"),
+)
 FINE_TUNING = (("torch.optim",), ("torch.distributions",), ("torch.nn.modules", "torch.sparse"))
 TOPICS = ("asyncio", "email", "xml", "idlelib", "tkinter", "multiprocessing", "torch.optim", "torch.distributions",
           "torch.nn.modules", "torch.utils.data")  # fmt: skip
 
 
 class Windows(NamedTuple):
-    """Texts as rows of tokens, and the label of each where they are classified. Training tokens of a language model are one row."""
+    """Texts as rows of tokens, with labels where they are classified. A language model's training tokens are one row."""
 
     train: Tensor
     validation: Tensor
@@ -36,11 +40,11 @@ class Windows(NamedTuple):
 class Size(NamedTuple):
     """Tokens of the parts, and words of the vocabulary."""
 
-    training: int = 20_000
+    training: int = 12_000
     fine_tuning: int = 6_000
     validation: int = 8_000
-    test: int = 16_000
-    vocabulary: int = 1024
+    test: int = 12_000
+    vocabulary: int = 768
     windows: int = 120  # of each topic: two thirds to train on, a sixth each to validate and test
 
 
@@ -77,7 +81,7 @@ def tokenizer(size: Size) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=size.vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    text = "\n".join(_mixed(PRE_TRAINING[0]))[: 6 * size.training]
+    text = "\n".join(_mixed(PRE_TRAINING[0]))[: 10 * size.training]
     made.train_from_iterator([text], trainer)
     return made
 

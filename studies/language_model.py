@@ -50,11 +50,11 @@ class Grid(NamedTuple):
 
 FULL = Grid(
     {
-        "pretrain": Part(700, 8, Range(5e-4, 6e-3)),
+        "pretrain": Part(600, 8, Range(1e-3, 1e-2)),
         "finetune": Part(120, 8, Range(1e-4, 4e-3)),
         "topics": Part(200, 12, Range(3e-4, 4e-3)),
     },
-    Size(), tuple(METHODS), 6, 5, (0.0, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+    Size(), tuple(METHODS), 5, 5, (0.0, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
 )  # fmt: skip
 QUICK = Grid(
     {name: Part(8, 4, part.rates) for name, part in FULL.parts.items()},

@@ -32,7 +32,7 @@ class Transformer(nn.Module):
     """(B, T) tokens to (B, T, vocabulary) logits by an embedding that head shares, or to (B, classes) from the tokens' mean."""
 
     def __init__(
-        self, vocabulary: int, context: int, classes: int = 0, dropout: float = 0.0, width: int = 96, blocks: int = 3,
+        self, vocabulary: int, context: int, classes: int = 0, dropout: float = 0.0, width: int = 64, blocks: int = 3,
     ) -> None:  # fmt: skip
         super().__init__()
         self.classes = classes
@@ -44,7 +44,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, classes or vocabulary, bias=bool(classes))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.04)
+                nn.init.normal_(module.weight, std=0.05)
         if not classes:
             self.head.weight = self.embedding.weight
 
