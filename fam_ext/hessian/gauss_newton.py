@@ -241,10 +241,10 @@ def check_samples_apart(
 ) -> list[bool]:
     """Refuse where one sample's output depends on another one's z (batch_norm in training, contrastive losses).
 
-    The layers, called with the same number of samples, share the backward passes: two for each bit of the samples' numbers, as any
-    two samples are on different sides in one of them. A check that is made `again`, for the k-th time, takes two passes only, with
-    random halves that depend on k. For each layer: False where nothing reached z, or NaN or inf, which tells nothing: a weight may
-    be zero yet, a batch bad, a step diverged.
+    The layers, called with the same number of samples, share the backward passes: two for each bit of the samples' numbers, as
+    any two samples are on different sides in one of them. A check that is made `again`, for the k-th time, takes two passes only,
+    with random halves that depend on k. For each layer: False where nothing reached z, or NaN or inf, which tells nothing: a
+    weight may be zero yet, a batch bad, a step diverged.
     """
     samples = layers[0][0].samples(layers[0][1].shape)
     if samples < 2:
@@ -280,7 +280,9 @@ def _reaches(caller: str, z: Tensor, others: Tensor) -> bool | None:
     numbers = z.reshape(len(others), -1)
     finite = numbers.isfinite()
     by_sample = ((numbers != 0) & finite).any(1)
-    reached, crossed, whole = torch.stack([by_sample.any(), (by_sample & others).any(), finite.all()]).tolist()
+    reached, crossed, whole = torch.stack(
+        [by_sample.any(), (by_sample & others).any(), finite.all()]
+    ).tolist()
     if crossed:
         raise UnsupportedError(
             f"{caller}: samples interact after the layer (batch_norm in training mode?), where curvature='ggn' and "

@@ -205,8 +205,8 @@ def _check_calls(caller: str, hidden: HiddenCall) -> None:
     """Refuse where the Gauss-Newton and Fisher matrices are no sum over the rows of one call."""
     if len(hidden.calls) > 1 or hidden.past_calls:
         raise UnsupportedError(
-            f"{caller}: curvature={hidden.term.options.curvature!r} is for a layer called once, on which the loss depends through "
-            "that call alone; use curvature='hessian'"
+            f"{caller}: curvature={hidden.term.options.curvature!r} is for a layer called once, on which the loss depends "
+            "through that call alone; use curvature='hessian'"
         )
 
 
