@@ -42,7 +42,7 @@ def need(module: str, package: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        sys.exit(f"{error}. {what} needs {package}:\n    pip install {package}\nor see it run with --smoke")
+        sys.exit(f"{error}. {what} needs {package}:\n    pip install {package}")
 
 
 def add_places(made: argparse.ArgumentParser) -> None:
@@ -140,8 +140,7 @@ def train(
     `criterion(outputs, targets)` holds the term, and `criterion.last` its numbers. `score` is taken on the validation part. With
     --test the last line has it on the test data too.
     """
-    from tqdm import tqdm
-
+    tqdm = need("tqdm", "tqdm", "The progress bar").tqdm
     device = next(model.parameters()).device
     loader = DataLoader(parts.train, options.batch, shuffle=True, num_workers=options.workers)
     log: Log = []

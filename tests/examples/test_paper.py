@@ -159,6 +159,7 @@ def test_held_out_samples_are_not_trained_on_and_not_augmented() -> None:
         ("correlation_study", "torchvision", "pip install torchvision"),
         ("skull_reconstruction", "monai", "pip install monai"),
         ("glue_bert", "transformers", "pip install transformers accelerate"),
+        ("grokking", "tqdm", "pip install tqdm"),
     ],
 )
 def test_a_missing_package_is_named(
