@@ -49,9 +49,11 @@ def sampled_factors(
 ) -> Iterator[Tensor]:
     """Random u with E[u u^T] the criterion's Hessian over all rows, elements and positions together.
 
-    Cross-entropy: sqrt(c) (e_y - p) with y drawn from p; elementwise: sqrt(h) times a random sign. Rows are independent and have
-    mean zero, so cross terms vanish in the mean. Derivatives are right in the mean too: how likely a label is depends on the
-    outputs, so its factor holds sqrt(p_y / p_y), of which only the numerator has a derivative.
+    Cross-entropy: sqrt(c p_y / q_y) (e_y - p) times a random sign, with y drawn from q_y ~ p_y |e_y - p|^2; elementwise: sqrt(h)
+    times a random sign. Labels drawn from p itself would have the same mean: but nearly all draws of a confident row are its
+    likely label, whose factor is almost zero, and a rare one is huge. Factors of labels from q have one length, the square root
+    of the Hessian's trace (importance sampling; Kahn and Marshall 1953). Rows are independent and have mean zero, so cross terms
+    vanish in the mean. Derivatives are right in the mean too: q is held constant, p_y is not.
     """
     if not isinstance(loss_hessian, CrossEntropy):
         h = _root(loss_hessian.diagonal(outputs))
@@ -60,15 +62,31 @@ def sampled_factors(
         return
     dim, log_p, root = _softmax(loss_hessian, outputs)
     p = log_p.exp()
-    classes_last = p.detach().movedim(dim, -1)
-    rows = classes_last.reshape(-1, p.shape[dim]).nan_to_num(nan=1.0)  # any label will do: the factor is NaN
+    with torch.no_grad():
+        labels, stretch = _label_chances(p.detach().movedim(dim, -1))
     for _ in range(probes):
-        drawn = torch.multinomial(rows, 1, generator=generator)
-        label = drawn.reshape(*classes_last.shape[:-1], 1).movedim(-1, dim)
+        drawn = torch.multinomial(labels.reshape(-1, labels.shape[-1]), 1, generator=generator)
+        drawn = drawn.reshape(*labels.shape[:-1], 1)
+        label = drawn.movedim(-1, dim)
         one_hot = torch.zeros_like(p).scatter_(dim, label, 1)
         chance = log_p.gather(dim, label)
-        one = (0.5 * (chance - chance.detach())).exp()
-        yield root * one * (one_hot - p)
+        length = (0.5 * (chance - chance.detach())).exp() * stretch.gather(-1, drawn).movedim(-1, dim)
+        yield root * length * rademacher(length.shape, length, generator) * (one_hot - p)
+
+
+def _label_chances(p: Tensor) -> tuple[Tensor, Tensor]:
+    """q_y ~ p_y |e_y - p|^2 and sqrt(p_y / q_y), for p (..., O); q is p where all of it vanishes, and anything where p is NaN."""
+    top = p.argmax(-1, keepdim=True)
+    others = p.scatter(-1, top, 0.0)
+    rest, squares = others.sum(-1, keepdim=True), others.square().sum(-1, keepdim=True)
+    likely = p.gather(-1, top)
+    distance = 1 - 2 * p + (squares + likely * likely)
+    distance = distance.scatter(-1, top, rest * rest + squares)  # 1 - p cancels there
+    chance = p * distance
+    total = chance.sum(-1, keepdim=True)
+    vanishes = total <= 1e-30
+    chance = torch.where(vanishes, p, chance / total).nan_to_num(nan=1.0)
+    return chance, torch.where(vanishes, 1.0, (total / distance).sqrt())
 
 
 def empirical_factors(

@@ -96,11 +96,16 @@ def all_signs(shape: tuple[int, ...]) -> list[Tensor]:
 
 
 def all_labels(z: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Every label of every row, (rows, 1), and the probability of each choice; rows in row-major order, classes moved last."""
+    """Every label of every row, (rows, 1), and the probability of each choice; rows in row-major order, classes moved last.
+
+    A row's label is drawn from q_y ~ p_y |e_y - p|^2.
+    """
     classes = min(1, z.dim() - 1)
     p = z.softmax(classes).movedim(classes, -1).reshape(-1, z.shape[classes])
+    distance = (torch.eye(p.shape[1], dtype=p.dtype) - p[:, None]).square().sum(2)
+    q = p * distance / (p * distance).sum(1, keepdim=True)
     choices = [torch.tensor(c)[:, None] for c in itertools.product(range(p.shape[1]), repeat=len(p))]
-    return choices, torch.stack([p.gather(1, c).prod() for c in choices])
+    return choices, torch.stack([q.gather(1, c).prod() for c in choices])
 
 
 @pytest.mark.parametrize("make", LIKELIHOODS)
@@ -113,8 +118,15 @@ def test_sampled_factors_in_the_mean(make: Any, monkeypatch: pytest.MonkeyPatch)
         chances = torch.full((len(draws),), 1 / len(draws), dtype=torch.float64)
         one_by_one(draws, monkeypatch, "rademacher", loss_factors)
     else:
-        draws, chances = all_labels(z.detach())
-        one_by_one(draws, monkeypatch, "multinomial", torch)
+        labels, of_labels = all_labels(z.detach())
+        rows = z.numel() // z.shape[min(1, z.dim() - 1)]
+        shape = list(z.shape)
+        shape[min(1, z.dim() - 1)] = 1
+        signs = [sign.reshape(shape) for sign in all_signs((rows,))]
+        draws = list(itertools.product(labels, signs))
+        chances = of_labels.repeat_interleave(len(signs)) / len(signs)
+        one_by_one([label for label, _ in draws], monkeypatch, "multinomial", torch)
+        one_by_one([sign for _, sign in draws], monkeypatch, "rademacher", loss_factors)
     factors = loss_factors.sampled_factors(known(criterion, target), z, len(draws), torch.Generator())
     total = sum(chance * outer(u) for chance, u in zip(chances, factors, strict=True))
     expected = hessian(criterion, z, target)
@@ -122,6 +134,26 @@ def test_sampled_factors_in_the_mean(make: Any, monkeypatch: pytest.MonkeyPatch)
     along = torch.randn_like(expected)
     got, want = (torch.autograd.grad((along * m).sum(), z)[0] for m in (total, expected))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("margin", [0.0, 5.0, 12.0, 40.0, 200.0])
+def test_sampled_factors_of_a_row_have_one_length(margin: float) -> None:
+    """|u|^2 is the trace of the Hessian for every draw, however confident the row: nothing rare is huge."""
+    z = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    z[:, 1] += margin
+    trace = hessian_traces(z.double())
+    generator, criterion = torch.Generator().manual_seed(0), torch.nn.CrossEntropyLoss(reduction="sum")
+    for u in loss_factors.sampled_factors(known(criterion, torch.zeros(64).long()), z, 20, generator):
+        torch.testing.assert_close(u.square().sum(1).double(), trace, rtol=1e-4, atol=1e-30)
+        assert u.isfinite().all()
+
+
+def hessian_traces(z: Tensor) -> Tensor:
+    """1 - |p|^2 of every row, without cancellation."""
+    p, top = z.softmax(1), z.argmax(1, keepdim=True)
+    others = p.scatter(1, top, 0.0)
+    rest = others.sum(1)
+    return rest * (1 + p.gather(1, top)[:, 0]) - others.square().sum(1)
 
 
 def bce_sum() -> tuple[Any, Tensor, Tensor]:
