@@ -21,9 +21,23 @@ class DataSet:
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], criterion: Any, progress: bool) -> None:
         self.model, self.batches, self.criterion, self.progress = model, batches, criterion, progress
+        self._passes: Any = None
+
+    @contextmanager
+    def counting_passes(self) -> Iterator[None]:
+        """A progress bar of the passes that have none of their own, where they take more than two seconds together."""
+        tqdm = _tqdm() if self.progress else None
+        if tqdm is None:
+            yield
+            return
+        with tqdm(desc="passes over the data", unit="pass", delay=2, leave=False) as self._passes:
+            yield
+        self._passes = None
 
     def pairs(self, show: str = "") -> Iterator[tuple[Any, Any]]:
         """(inputs, targets) of every batch; `show` names a progress bar."""
+        if not show and self._passes is not None:
+            self._passes.update()
         for batch in _shown(self.batches, show) if show and self.progress else self.batches:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 _checks.bad_type(NAME, "batches", "an iterable of pairs (inputs, targets)", batch)
@@ -97,14 +111,22 @@ def batch_weight(criterion: Any, outputs: Any, targets: Any) -> tuple[float, flo
 
 
 def _shown(batches: Iterable[Any], name: str) -> Iterable[Any]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
+    tqdm = _tqdm()
+    if tqdm is None:
         return batches
     shown: Iterable[Any] = tqdm(
         batches, desc=name, total=len(batches) if isinstance(batches, Sized) else None
     )
     return shown
+
+
+def _tqdm() -> Any:
+    """None where it is not installed."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    return tqdm
 
 
 @contextmanager

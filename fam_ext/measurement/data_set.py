@@ -131,7 +131,7 @@ def measure(
     try:
         for name, module in modules.items():
             layers[name] = LayerTerms(module, own, criterion, norm_power, **options)
-        with mode(model, training), _memory(method, probes, max_bytes):
+        with mode(model, training), data.counting_passes(), _memory(method, probes, max_bytes):
             totals = _by_layer(data, layers, own, normalize_features, rtol, max_probes, probes)
             network = {
                 name: companions.NETWORK[name](data, radius, adaptive_radius, probes, generator)

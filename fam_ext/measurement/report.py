@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,7 +133,9 @@ class Report:
             ) from None
         measures = list(dict.fromkeys(entry.measure for entry in self if entry.layer))
         lines = len(self.rows)
-        figure = Figure(figsize=(1.5 + 2.8 * max(len(measures), 1), 1.2 + 0.3 * lines), layout="constrained")
+        figure: Any = Figure(
+            figsize=(1.5 + 2.8 * max(len(measures), 1), 1.2 + 0.3 * lines), layout="constrained"
+        )
         axes = figure.subplots(1, max(len(measures), 1), sharey=True, squeeze=False)[0]
         for axis, measure in zip(axes, measures, strict=False):
             values = [row.values[measure] for row in self.rows.values()]
@@ -144,12 +148,19 @@ class Report:
         axes[0].invert_yaxis()  # the first layer on top; shared by the other panels
         if path is not None:
             figure.savefig(path, dpi=150)
+        figure._repr_png_ = partial(_png, figure)  # shown in a notebook that has not loaded pyplot, too
         return figure
 
     def __repr__(self) -> str:
         what = self.layer if len(self.rows) == 1 else f"{len(self.rows)} layers" if self.rows else "network"
         head = f"{what}: loss {self.loss:.6g} over {self.samples} samples in {self.batches} batches"
         return f"{head}\n{self.table()}"
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
 
 
 def _error(entry: Entry) -> str:

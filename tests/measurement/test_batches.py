@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fam_ext.measurement import batches
 from fam_ext.measurement.batches import DataSet, Mean, batch_weight, mode
 
 pytestmark = pytest.mark.on_devices
@@ -93,3 +95,29 @@ def test_modes_come_back(training: bool) -> None:
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         raise ZeroDivisionError
     assert [m.training for m in model] == [True, False, True]
+
+
+def test_passes_without_a_bar_of_their_own_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    tqdm = pytest.importorskip("tqdm.auto").tqdm
+    bars = []
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(batches, "_tqdm", lambda: Bar)
+    data = batches.DataSet(
+        nn.Linear(2, 2), [(torch.ones(1, 2), torch.tensor([0]))], nn.CrossEntropyLoss(), True
+    )
+    with data.counting_passes():
+        data.loss()
+        data.loss()
+        list(data.pairs("shown"))
+    list(data.pairs())
+    passes, shown = bars
+    assert (passes.n, passes.delay, shown.desc) == (2, 2, "shown")
+    quiet = batches.DataSet(data.model, data.batches, data.criterion, False)
+    with quiet.counting_passes():
+        quiet.loss()
+    assert len(bars) == 2

@@ -49,6 +49,7 @@ def test_plot_has_a_panel_for_each_measure_and_a_bar_for_each_layer(layers: int,
     pytest.importorskip("matplotlib")
     figure = report(layers).plot(tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 1000
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     panels = [a for a in figure.axes if a.get_title()]
     assert [a.get_title() for a in panels] == (["neuronwise", "trace"] if layers else [])
     assert all(len(a.patches) == layers for a in panels)
