@@ -141,7 +141,7 @@ def check_between(function: str, argument: str, value: object, low: float, high:
     """Raise TypeError or ValueError unless `value` is a real number from `low` to `high`; an infinite bound is no bound."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         bad_type(function, argument, "a number", value)
-    if value != math.inf and value > sys.float_info.max:  # type: ignore[operator]
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
         bad_value(function, argument, "within the range of a float", value)
     if not low <= float(value) <= high:
         expected = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
