@@ -19,6 +19,8 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def describe(value: object) -> str:
     """A short description of a value for an error message."""
+    if isinstance(value, Tensor) and nn.parameter.is_lazy(value):  # it has no shape
+        return "an uninitialized parameter"
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
     text = repr(value)

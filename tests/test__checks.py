@@ -100,3 +100,7 @@ def test_same_device() -> None:
 def test_long_values_are_cut_in_messages() -> None:
     assert len(_checks.describe("x" * 500)) == 80
     assert _checks.describe({1}) == "set {1}"
+
+
+def test_an_uninitialized_parameter_is_described() -> None:
+    assert _checks.describe(nn.LazyLinear(2).weight) == "an uninitialized parameter"

@@ -224,7 +224,7 @@ _OF_CROSS_ENTROPY: dict[str, Any] = {
 def _bad_target(d: Draws, target: Tensor, classes: int) -> Any:
     """Of another type, shape or dtype, or with a class that there is not."""
     if d.chance(0.4) and target.numel() and not target.is_floating_point():
-        wrong = target.clone()
+        wrong = target.long().clone()
         wrong.view(-1)[-1] = d.one_of(classes, classes + 7, -5, 2**62)
         return wrong
     return d.one_of(
