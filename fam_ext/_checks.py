@@ -19,6 +19,8 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def describe(value: object) -> str:
     """A short description of a value for an error message."""
+    if isinstance(value, Tensor) and nn.parameter.is_lazy(value):  # it has no shape
+        return "an uninitialized parameter"
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
     text = repr(value)
@@ -141,7 +143,7 @@ def check_between(function: str, argument: str, value: object, low: float, high:
     """Raise TypeError or ValueError unless `value` is a real number from `low` to `high`; an infinite bound is no bound."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         bad_type(function, argument, "a number", value)
-    if value != math.inf and value > sys.float_info.max:  # type: ignore[operator]
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
         bad_value(function, argument, "within the range of a float", value)
     if not low <= float(value) <= high:
         expected = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"

@@ -56,6 +56,7 @@ BAD: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("check_number", (torch.ones(2),), TypeError, "a number"),
     ("check_between", ("a", 0.0, 1.0), TypeError, "a number"),
     ("check_between", (10**400, 0.0, math.inf), ValueError, "within the range of a float"),
+    ("check_between", (-(10**400), 0.0, math.inf), ValueError, "within the range of a float"),
     ("check_between", (math.nan, 0.0, 1.0), ValueError, "between 0 and 1, got nan"),
     ("check_between", (-1.0, 0.0, math.inf), ValueError, "at least 0, got -1.0"),
     ("check_broadcasts", (torch.ones(2, 1), (3, 4)), ValueError, r"broadcasts to \(3, 4\), got .*\(2, 1\)"),
@@ -99,3 +100,7 @@ def test_same_device() -> None:
 def test_long_values_are_cut_in_messages() -> None:
     assert len(_checks.describe("x" * 500)) == 80
     assert _checks.describe({1}) == "set {1}"
+
+
+def test_an_uninitialized_parameter_is_described() -> None:
+    assert _checks.describe(nn.LazyLinear(2).weight) == "an uninitialized parameter"

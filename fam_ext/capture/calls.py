@@ -347,7 +347,7 @@ class _View:
 
 
 def check_tensor(caller: str, outputs: object) -> Tensor:
-    if not isinstance(outputs, Tensor):
+    if not isinstance(outputs, Tensor) or nn.parameter.is_lazy(outputs):
         _checks.bad_type(
             caller,
             "outputs",

@@ -52,8 +52,8 @@ class FAMLoss(TrainingCriterion):
         per_sample_probes: None finds out with a product whether samples interact after the layer; True draws for every sample,
             which is biased where they do; False shares one draw.
         max_bytes: bound on the estimated memory of the exact value.
-        hold_statistics: with "ggn" and "fisher" behind batch_norm in training mode, where samples interact: take the network's
-            Jacobian as if the batch's statistics were constants.
+        hold_statistics: with "ggn" and "fisher" behind batch_norm in training mode, where samples interact, the Jacobian is
+            taken as if the batch's statistics were constants; False refuses that.
         normalize: None, or "fan_in" to divide by the layer's fan-in.
         norm_power: 2, or 1 for the layerwise measures (not invariant under rescaling of layers then).
         curvature_grad: False holds the Hessian constant; the gradient flows through <w_s, w_s'> only.

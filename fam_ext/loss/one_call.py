@@ -145,6 +145,8 @@ def loss_and_terms(
     criterion, outputs, targets, kwargs, loss_hessian, closure, per_sample = call
     loss: Tensor | None = None
     if need_loss:
+        if loss_hessian is not None and outputs.is_cpu and any(head is not None for head in heads):
+            loss_hessian.check_values(options.caller, outputs)  # the criterion's own error names no argument
         loss = criterion(outputs, *targets, **kwargs)
     elif None in heads and options.method != "finite_difference":
         with torch.enable_grad():  # a value without a graph of its own still needs the loss's

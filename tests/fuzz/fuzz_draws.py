@@ -149,6 +149,6 @@ def outside_of_0_to_1(d: Draws, value: Any) -> Any:
 
 
 def corrupted(d: Draws, kwargs: Kwargs, corruptions: dict[str, Sequence[Corruption]]) -> tuple[Kwargs, str]:
-    """The arguments with one that is wrong, and its name."""
-    name = d.one_of(*corruptions)
+    """The arguments with one that is wrong, and its name; targets are wrong in more ways than others."""
+    name = "target" if "target" in corruptions and d.chance(0.25) else d.one_of(*corruptions)
     return {**kwargs, name: d.one_of(*corruptions[name])(d, kwargs.get(name))}, name

@@ -54,21 +54,31 @@ def relative_flatness(d: Draws) -> None:
         return _refused(d, kwargs)
     results = []
     upstream = torch.rand(options_shape(options, rows, outputs)) + 0.1
-    for dtype, by in ((None, settings["backend"]), (None, "reference"), (torch.float64, None)):
-        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (features, weight, logits)]
+    given = [t.dtype for t in (features, weight, logits, *options.values()) if isinstance(t, Tensor)]
+    wide = torch.float64 if torch.float64 in given else torch.float32
+    # ours; torch's Hessian in the dtype that ours is formed in, which shares no formula with it; the truth
+    for dtype in (None, wide, torch.float64):
+        leaves = [t.detach().requires_grad_() for t in (features, weight, logits)]
         with unchanged(*leaves, options.get("target"), options.get("class_weight")):
-            if by is None:
-                value = _exact(*leaves, options, settings, upstream)
-            else:
+            if dtype is None:
                 names = dict(zip(("features", "weight", "logits"), leaves, strict=True))
-                shares = fam_ext.relative_flatness(**{**kwargs, **names, "backend": by})
-                assert shares.shape == upstream.shape, f"shape {shares.shape} instead of {upstream.shape}"
-                value = (shares * upstream.to(shares.dtype)).sum()
+                shares = fam_ext.relative_flatness(**{**kwargs, **names})
+                assert shares.shape == upstream.shape and shares.dtype == wide, described(shares)
+                value = (shares * upstream.to(wide)).sum()
+            else:
+                leaves = [t.detach().to(dtype).requires_grad_() for t in leaves]
+                value = _exact(*leaves, options, settings, upstream)
             grads = torch.autograd.grad(value, leaves, materialize_grads=True) if value.requires_grad else ()
         results.append((value.detach(), *grads))
+    results[1] = (results[1][0], *(g.to(t) for g, t in zip(results[1][1:], dtypes, strict=True)))
     terms = 8 * max(1, features.numel()) * outputs
     assert [t.dtype for t in results[0][1:]] == dtypes
+    # the truth itself has p - p^2, which loses digits where p is nearly 1
+    sizes = [float(t.double().square().sum()) for t in (features, weight)]
+    lost = 100 * torch.finfo(torch.float64).eps * sizes[0] * sizes[1]
     for actual, plain, exact in zip(*results, strict=True):
+        if actual.dtype == torch.float64 and bool(((actual - exact).abs() <= lost).all()):
+            continue
         # gradients of z and W may cancel: errors are those of their parts, the largest gradient for its size
         largest = max(float(t.abs().max()) if t.numel() else 0.0 for t in results[2])
         parts = torch.full_like(exact, largest) if exact.dim() else None
@@ -114,9 +124,9 @@ def _options(d: Draws, rows: tuple[int, ...], outputs: int) -> Kwargs:
 
 
 def torchs_loss(z: Tensor, options: Kwargs) -> Tensor:
-    """torch's own loss of (*rows, O), in float64."""
+    """torch's own loss of (*rows, O), in the dtype of z."""
     options = {
-        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()
+        k: v.to(z.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()
     }
     loss, reduction, target = options["loss"], options["reduction"], options.get("target")
     if loss == "cross_entropy":
@@ -162,7 +172,7 @@ def _exact(
 
     def loss(w: Tensor) -> Tensor:
         shares = torchs_loss(logits + features @ w.T, options)
-        return (shares * upstream.double()).sum()
+        return (shares * upstream.to(shares.dtype)).sum()
 
     hessian = torch.func.hessian(loss)(torch.zeros_like(weight))
     traces = torch.einsum("aibi->ab", hessian)
@@ -235,11 +245,7 @@ def of_another_shape_of(outputs: int) -> Any:
 def bad_indices(d: Draws, target: Tensor, outputs: int) -> Any:
     wrong = target.clone()
     wrong.view(-1)[0] = d.one_of(outputs, outputs + 100, -7, 2**60)
-    return d.one_of(
-        wrong,
-        target.int(),
-        target.bool(),
-        target.tolist(),
-        "target",
-        target.unsqueeze(-1).expand(*target.shape, 3),
-    )
+    if d.chance(0.5):
+        return wrong
+    shaped = target.unsqueeze(-1).expand(*target.shape, 3)
+    return d.one_of(target.int(), target.bool(), target.tolist(), "target", shaped)

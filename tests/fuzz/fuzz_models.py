@@ -26,11 +26,15 @@ class LayerNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Of (B, C), by the batch's statistics, written out."""
+    """Of (B, C), by the batch's statistics, written out; `held` takes them for constants."""
+
+    held = False
 
     def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(0)
-        result: Tensor = centred * (centred.square().mean(0) + 1e-5).rsqrt()
+        mean, variance = x.mean(0), x.var(0, unbiased=False)
+        if self.held:
+            mean, variance = mean.detach(), variance.detach()
+        result: Tensor = (x - mean) * (variance + 1e-5).rsqrt()
         return result
 
 

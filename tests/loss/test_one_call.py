@@ -207,3 +207,18 @@ def test_a_missing_target_is_refused(criterion: Any, make: Any) -> None:
     made = make(criterion, layer)
     with pytest.raises(TypeError, match="target must be a tensor, got None"):
         made(layer(torch.randn(4, 3)), None, *rest)
+
+
+@pytest.mark.parametrize("make", [lambda c, m: FAMLoss(c, m, 0.1), RelativeFlatness])
+def test_a_class_that_there_is_not_is_named(make: Any) -> None:
+    """On a head that the one operation does not take, too."""
+    layer = nn.Conv1d(2, 3, 1)
+    made = make(nn.CrossEntropyLoss(), layer)
+    with pytest.raises(IndexError, match=r": target must be a class index from 0 to 2 .*, got 3"):
+        made(layer(torch.randn(4, 2, 5)), torch.full((4, 5), 3))
+
+
+def test_outputs_without_a_shape_are_refused() -> None:
+    criterion = FAMLoss(nn.MSELoss(), nn.Linear(3, 2), 0.1)
+    with pytest.raises(TypeError, match="FAMLoss: outputs must be the tensor the layer returned"):
+        criterion(nn.LazyLinear(2).weight, torch.ones(4, 2))
