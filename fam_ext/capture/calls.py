@@ -106,9 +106,8 @@ class CapturedCalls:
         self.pending: list[weakref.ref[CapturedCall]] = []
         self.called_without_grad = False
         self.seen = False  # a call with gradients has been captured before
-        self.owners: tuple[
-            Any, ...
-        ] = ()  # modules of FSDP2 that hold the layer's weight (fam_ext.layers.sharding)
+        # modules of FSDP2 that hold the layer's weight (fam_ext.layers.sharding)
+        self.owners: tuple[Any, ...] = ()
         self.split = False  # the weight is a DTensor: tensor parallelism
         self._known: Any = None  # the parameter that both were looked up for
         self._module: Any = None

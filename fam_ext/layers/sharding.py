@@ -202,6 +202,15 @@ def check_between(caller: str, nodes: Iterable[Any]) -> None:
             )
 
 
+def check_shards(caller: str, nodes: Iterable[Any]) -> None:
+    """Refuse a loss that depends on shards themselves, as a weight penalty does, besides the gathered weights."""
+    if any(is_dtensor(getattr(node, "variable", None)) for node in nodes):
+        raise UnsupportedError(
+            f"{caller}: the loss depends on the layer's weight past its calls (a weight penalty?) by way of the shards that "
+            "FSDP2 keeps; add it to the loss outside of the criterion"
+        )
+
+
 def is_flat(parameter: object) -> bool:
     """Whether `parameter` is what FSDP1 keeps a group's weights in."""
     return bool(getattr(parameter, "_is_flat_param", False))

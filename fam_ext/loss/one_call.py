@@ -217,14 +217,18 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
         raise UnsupportedError(
             f"{caller}: without a closed form the layer's curvature needs gradients: {_no_graph(terms[0])}"
         )
-    for term in terms:  # before the parameters are listed: FSDP2 exchanges them with their shards
-        term.captures.gather()
     parameters = [list(term.module.parameters()) for term in terms]
+    for term, of_layer in zip(terms, parameters, strict=True):
+        if term.captures.owners:  # FSDP2 exchanges the parameters with their shards
+            term.captures.gather()
+            of_layer += term.module.parameters()
     walks = graph_walk.find(loss, [term.captures for term in terms], parameters)
     sharding.check_flat(caller, (getattr(node, "variable", None) for node in walks[0].nodes))
     hidden = []
     for term, walk in zip(terms, walks, strict=True):
         if walk.calls or walk.past_calls:
+            if walk.past_calls and term.captures.owners:
+                sharding.check_shards(caller, walk.nodes)
             sharding.check_between(caller, walk.between)
             hidden.append(_hidden_call(caller, term, walk))
         elif term.captures.idle():

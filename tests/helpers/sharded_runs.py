@@ -24,7 +24,7 @@ import fam_ext
 from fam_ext import FAMLoss, RelativeFlatness
 from fam_ext.errors import UnsupportedError
 
-HALF, STEPS, RATE = 6, 3, 0.2
+HALF, STEPS, RATE = 6, 2, 0.2
 
 
 class Network(nn.Module):
@@ -100,7 +100,6 @@ LAYOUTS: dict[str, Wrap] = {
     "one group, freed": shard([], reshard_after_forward=True),
     "head apart": shard(["head"]),
     "each layer apart": shard(EACH),
-    "each layer apart, kept": shard(EACH, reshard_after_forward=False),
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "head": ("head", {}),
@@ -199,9 +198,9 @@ def every_layout(rank: int) -> dict[tuple[str, str], list[Tensor]]:
     return results
 
 
-def other_ways(rank: int) -> dict[str, Any]:
-    """What is done with sharded models beside plain steps."""
-    results: dict[str, Any] = {}
+def two_processes(rank: int) -> dict[Any, Any]:
+    """Plain steps in every layout, and what else is done with sharded models."""
+    results: dict[Any, Any] = {**every_layout(rank)}
     for reentrant in (False, True):
         for method in ("noise", "noise in all", "exact"):
             network = Network(recompute=reentrant)
@@ -220,6 +219,7 @@ def other_ways(rank: int) -> dict[str, Any]:
     results["made first"] = {method: made_first(rank, method) for method in ("head", "exact", "noise in all")}
     network = Network()
     results["measured"] = measured(network, shard(EACH)(network))
+    results["penalty"] = penalty(rank)
     results["low precision"] = low_precision(rank)
     results["FSDP1"] = {groups: {m: by_fsdp1(rank, groups, m) for m in METHODS} for groups in ("", "head")}
     results["FSDP1, kept"] = by_fsdp1(rank, "head", "head", sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
@@ -284,6 +284,26 @@ def measured(network: nn.Module, model: nn.Module) -> dict[str, float]:
     measures = ("neuronwise", "trace", "layerwise_eigenvalue", "largest_eigenvalue")
     report = fam_ext.measure(model, data, ["second", "head"], nn.CrossEntropyLoss(), measures, progress=False)
     return report.as_dict()
+
+
+def penalty(rank: int) -> str:
+    """A criterion with a penalty on the layer's weight, which is a shard between the calls."""
+    network = Network()
+    model: Any = shard(EACH)(network)
+    x, y = batch()
+
+    def criterion(out: Tensor, target: Tensor) -> Tensor:
+        weight: Any = network.second.weight
+        squares = (
+            weight.square().sum().full_tensor() if hasattr(weight, "full_tensor") else weight.square().sum()
+        )
+        return nn.functional.cross_entropy(out, target) + squares
+
+    try:
+        FAMLoss(criterion, network.second, 0.4, method="exact")(model(x), y)
+    except UnsupportedError as error:
+        return str(error)
+    return "no error"
 
 
 def low_precision(rank: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Layers under FSDP2, DDP and FSDP1 on gloo processes: three steps as of one process, or an error that names the layout."""
+"""Layers under FSDP2, DDP and FSDP1 on gloo processes: steps as of one process, or an error that names the layout."""
 
 from __future__ import annotations
 
@@ -17,20 +17,16 @@ EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 
 
 @pytest.fixture(scope="module")
-def layouts() -> Any:
-    return in_two_processes(sharded_runs.every_layout)
-
-
-@pytest.fixture(scope="module")
 def ways() -> Any:
-    return in_two_processes(sharded_runs.other_ways)
+    """What each of two processes has computed, once for all tests."""
+    return in_two_processes(sharded_runs.two_processes)
 
 
 @pytest.mark.parametrize("method", sharded_runs.METHODS)
 @pytest.mark.parametrize("layout", sharded_runs.LAYOUTS)
-def test_every_layout(layouts: Any, layout: str, method: str) -> None:
+def test_every_layout(ways: Any, layout: str, method: str) -> None:
     expected = sharded_runs.alone(sharded_runs.Network(), method)
-    for of_rank in layouts:
+    for of_rank in ways:
         torch.testing.assert_close(of_rank[layout, method], expected, **EXACT)
 
 
@@ -82,6 +78,11 @@ def test_a_criterion_made_before_the_groups(ways: Any, method: str) -> None:
     expected = sharded_runs.alone(sharded_runs.Network(), method)
     for of_rank in ways:
         torch.testing.assert_close(of_rank["made first"][method], expected, **EXACT)
+
+
+def test_a_penalty_on_a_shard_is_refused(ways: Any) -> None:
+    for of_rank in ways:
+        assert "by way of the shards" in of_rank["penalty"]
 
 
 def test_measure(ways: Any) -> None:
