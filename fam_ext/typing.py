@@ -8,10 +8,10 @@ Example:
 
 from __future__ import annotations
 
-from fam_ext.loss.plan import Plan
+from fam_ext.loss.plan import Plan, Plans
 from fam_ext.loss.step_record import StepRecord
 from fam_ext.measurement import Report
 from fam_ext.ops.backends import Info
 from fam_ext.schedules import Schedule
 
-__all__ = ["Info", "Plan", "Report", "Schedule", "StepRecord"]
+__all__ = ["Info", "Plan", "Plans", "Report", "Schedule", "StepRecord"]

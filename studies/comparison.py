@@ -40,17 +40,50 @@ class Line(NamedTuple):
     wilcoxon_p: float
     holm_p: float
     mean_rank: float
-    step_ms: float
 
 
 def collect(folder: Path, tasks: Iterable[Task], number: str) -> dict[Task, dict[str, dict[int, float]]]:
-    """The test numbers of finished runs."""
+    """The test numbers of finished runs. A network that diverged has accuracy 0, and none of the other numbers."""
     scores: dict[Task, dict[str, dict[int, float]]] = {}
     for task in tasks:
         for (method, phase, seed), run in Store(folder, task).rows.items():
-            if phase == "test" and number in run.numbers:
-                scores.setdefault(task, {}).setdefault(method, {})[seed] = run.numbers[number]
+            value = run.numbers.get(number, math.nan)
+            if phase == "test" and math.isnan(value) and number == "test_accuracy":
+                value = 0.0
+            if phase == "test" and not math.isnan(value):
+                scores.setdefault(task, {}).setdefault(method, {})[seed] = value
     return scores
+
+
+def finished(
+    scores: Scores, methods: Iterable[str], seeds: int
+) -> dict[Task, dict[str, Mapping[int, float]]]:
+    """Of the tasks on which all of `methods` have so many seeds: those methods alone."""
+    names = list(methods)
+    return {
+        task: {name: of_task[name] for name in names}
+        for task, of_task in scores.items()
+        if all(len(of_task.get(name, {})) >= seeds for name in names)
+    }
+
+
+def gains(
+    folder: Path, tasks: Iterable[Task], method: str, baseline: str
+) -> list[tuple[float, float, float]]:
+    """(strength, gain in validation accuracy, label noise) of every configuration that was tried.
+
+    The gain is over the baseline's configuration of the same number, whose learning rate and weight decay are the same.
+    """
+    rows = []
+    for task in tasks:
+        store = Store(folder, task)
+        for run in store.of(method, "tune"):
+            other = store.get(baseline, "tune", run.number)
+            if other is not None and "strength" in run.hyper:
+                values = [x.numbers["validation_accuracy"] for x in (run, other)]
+                with_term, without = (0.0 if math.isnan(v) else v for v in values)
+                rows.append((run.hyper["strength"], with_term - without, task.noise))
+    return rows
 
 
 def difference(method: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
@@ -114,7 +147,7 @@ def critical_difference(methods: int, tasks: int) -> float:
     return float(q * math.sqrt(methods * (methods + 1) / (6 * tasks)))
 
 
-def compare(scores: Scores, times: Scores, baseline: str) -> list[Line]:
+def compare(scores: Scores, baseline: str) -> list[Line]:
     """A line for each method, best mean rank first."""
     ranks, _ = mean_ranks(scores)
     by_method: dict[str, list[Difference]] = {method: [] for method in ranks}
@@ -128,12 +161,11 @@ def compare(scores: Scores, times: Scores, baseline: str) -> list[Line]:
     lines = []
     for method, ds in by_method.items():
         verdicts = [d.verdict for d in ds]
-        milliseconds = [v for of_task in times.values() for v in of_task.get(method, {}).values()]
         lines.append(
             Line(
                 method, len(ds), statistics.fmean(d.mean for d in ds) if ds else math.nan, verdicts.count("win"),
                 verdicts.count("tie"), verdicts.count("loss"), p.get(method, math.nan), corrected.get(method, math.nan),
-                ranks[method], statistics.median(milliseconds) if milliseconds else math.nan,
+                ranks[method],
             )
         )  # fmt: skip
     return sorted(lines, key=lambda line: (math.isnan(line.mean_rank), line.mean_rank))
@@ -157,12 +189,43 @@ def means(scores: Scores) -> tuple[list[str], list[list[object]]]:
     return ["task", *methods], rows
 
 
-def table(lines: Sequence[Line], baseline: str) -> str:
-    """A Markdown table."""
-    head = f"| method | tasks | accuracy over {baseline} | wins / ties / losses | Wilcoxon p (Holm) | mean rank | ms per step |"
-    rows = [
-        f"| {x.method} | {x.tasks} | {100 * x.mean_difference:+.2f} | {x.wins} / {x.ties} / {x.losses} | "
-        f"{x.wilcoxon_p:.3f} ({x.holm_p:.3f}) | {x.mean_rank:.2f} | {x.step_ms:.2f} |"
-        for x in lines
+def mean_over_tasks(scores: Scores, method: str) -> float:
+    """The mean over tasks of the mean over seeds; nan for no task."""
+    values = [
+        statistics.fmean(of_task[method].values()) for of_task in scores.values() if of_task.get(method)
     ]
-    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+    return statistics.fmean(values) if values else math.nan
+
+
+def table(scores: Scores, baseline: str) -> str:
+    """A Markdown table of test accuracy in percent, best mean rank first."""
+    head = (
+        f"| method | mean accuracy | over {baseline} | wins / ties / losses | Wilcoxon p (Holm) | mean rank |"
+    )
+    rows = []
+    for x in compare(scores, baseline):
+        of_baseline = x.method == baseline
+        p = "" if of_baseline else f"{x.wilcoxon_p:.3f} ({x.holm_p:.3f})"
+        counts = "" if of_baseline else f"{x.wins} / {x.ties} / {x.losses}"
+        over = "" if of_baseline else f"{100 * x.mean_difference:+.2f}"
+        mean = 100 * mean_over_tasks(scores, x.method)
+        rows.append(f"| {x.method} | {mean:.2f} | {over} | {counts} | {p} | {x.mean_rank:.2f} |")
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
+def by_task(scores: Scores) -> str:
+    """A Markdown table of mean test accuracy in percent with its standard deviation over seeds; the best in bold."""
+    names = sorted({method for of_task in scores.values() for method in of_task})
+    rows = [f"| task | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for task, of_task in scores.items():
+        means_ = {m: statistics.fmean(of_task[m].values()) for m in names if m in of_task}
+        cells = []
+        for m in names:
+            if m not in means_:
+                cells.append("")
+                continue
+            spread = statistics.stdev(of_task[m].values()) if len(of_task[m]) > 1 else math.nan
+            text = f"{100 * means_[m]:.1f} ± {100 * spread:.1f}"
+            cells.append(f"**{text}**" if means_[m] == max(means_.values()) else text)
+        rows.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,4 +96,38 @@ def gap_plot(measures: dict[str, list[float]], gaps: list[float], groups: list[s
         axis.tick_params(labelsize=6)
     axes[0, 0].legend(fontsize=5)
     figure.supylabel("test loss minus training loss", fontsize=8)
+    _save(figure, path)
+
+
+def strength_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], path: Path) -> None:
+    """A panel for each method: what a strength gains over the same configuration without the term, and medians."""
+    names = sorted(name for name, points in curves.items() if points)
+    if not names:
+        return
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.2 * columns, 0.4 + 2.2 * lines), layout="constrained")
+    axes: Any = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
+        for noisy, color, label in ((False, BLUE, "clean"), (True, RED, "wrong labels")):
+            points = [(s, 100 * gain) for s, gain, noise in curves[name] if (noise > 0) is noisy]
+            axis.scatter([s for s, _ in points], [g for _, g in points], s=5, color=color, alpha=0.35)
+            bins: dict[int, list[float]] = {}
+            for strength, gain in points:
+                bins.setdefault(math.floor(3 * math.log10(strength)), []).append(gain)
+            known = sorted(bins)
+            axis.plot(
+                [10 ** ((k + 0.5) / 3) for k in known], [statistics.median(bins[k]) for k in known],
+                color=color, linewidth=1.5, label=label,
+            )  # fmt: skip
+        axis.axhline(0, color=GRAY, linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_ylim(-25, 25)
+        axis.set_title(name, fontsize=8)
+        axis.tick_params(labelsize=6)
+    axes[0, 0].legend(fontsize=6)
+    figure.supxlabel("strength", fontsize=8)
+    figure.supylabel("validation accuracy gained, points", fontsize=8)
     _save(figure, path)

@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ FACTOR = 5.0  # of the rescaling attack
 SETS = ("mnist", "satimage")
 OWN = {"dropout": {"rate": 0.3}, "sam": {"rho": 0.1}, "fam_all_fisher": {"strength": 0.03}}
 SAMPLES = 500
+FITTED = 0.8  # training accuracy of a network that counts
 
 
 def grid(quick: bool) -> list[dict[str, Any]]:
@@ -73,10 +74,12 @@ def one(setting: dict[str, Any], steps: int) -> dict[str, Any]:
         )
         train_scores = scores(model, data.train_x, data.train_y)
         test_scores = scores(model, data.test_x, data.test_y)
-        numbers = measured(model, data)
-        layers = layer_names(model, "all")
-        pairs = list(itertools.pairwise(layers))
-        attacked = measured(fam_ext.rescale(model, pairs[-1:], FACTOR, inputs=data.train_x[:10]), data)
+        numbers = dict.fromkeys((*LAYER_MEASURES, *NETWORK_MEASURES), math.nan)
+        attacked = dict(numbers)
+        if math.isfinite(train_scores["nll"]):  # a network that diverged has no measures
+            numbers = measured(model, data)
+            pairs = list(itertools.pairwise(layer_names(model, "all")))
+            attacked = measured(fam_ext.rescale(model, pairs[-1:], FACTOR, inputs=data.train_x[:10]), data)
     return {
         **setting,
         **numbers,
@@ -122,14 +125,21 @@ def trained(path: Path, quick: bool, steps: int) -> Iterator[None]:
         yield
 
 
+def _learnt(row: dict[str, Any], names: Iterable[str]) -> bool:
+    """Whether all numbers are there, and the training data were fitted: gaps compare networks of like training loss."""
+    return float(row["train_accuracy"]) >= FITTED and not any(
+        math.isnan(float(row[n])) for n in (*names, "gap")
+    )
+
+
 def summary(path: Path, folder: Path) -> str:
     """Correlations by set, within methods, written as CSV and plot; and what the attack does to each measure."""
     rows = read(path)
     names = (*LAYER_MEASURES, *NETWORK_MEASURES)
     text = []
     for data in sorted({row["data"] for row in rows}):
-        chosen = [row for row in rows if row["data"] == data]
-        chosen = [row for row in chosen if not any(math.isnan(float(row[n])) for n in (*names, "gap"))]
+        trained_here = [row for row in rows if row["data"] == data]
+        chosen = [row for row in trained_here if _learnt(row, names)]
         if len(chosen) < 3:
             continue
         measures = {name: [float(row[name]) for row in chosen] for name in names}
@@ -137,14 +147,19 @@ def summary(path: Path, folder: Path) -> str:
         result = fam_ext.correlation(measures, gaps, groups)
         result.to_csv(folder / f"correlation_{data}.csv")
         figures.gap_plot(measures, gaps, groups, folder / f"gaps_{data}.png")
-        text.append(f"{data}, {len(chosen)} networks\n{result.table()}")
+        text.append(
+            f"{data}, {len(chosen)} networks ({len(trained_here) - len(chosen)} that did not learn are left out)\n\n```\n"
+            f"{result.table()}\n```"
+        )
     if rows:
         changes = {
             name: statistics.median(
-                float(row[f"rescaled_{name}"]) / float(row[name]) for row in rows if float(row[name])
+                float(row[f"rescaled_{name}"]) / float(row[name])
+                for row in rows
+                if float(row[name]) and not math.isnan(float(row[name]))
             )
             for name in names
         }
         lines = "\n".join(f"  {name:24s} {value:10.4g}" for name, value in changes.items())
-        text.append(f"layers rescaled by {FACTOR:g}, median ratio of each measure\n{lines}")
+        text.append(f"layers rescaled by {FACTOR:g}, median ratio of each measure\n\n```\n{lines}\n```")
     return "\n\n".join(text)

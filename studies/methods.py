@@ -206,6 +206,8 @@ def _fam(name: str, which: str, strengths: Range = Range(1e-3, 1.0), **options: 
     return Method(name, functools.partial(fam, which=which, **options), {"strength": strengths})
 
 
+# for all layers together, whose kappas add up
+MIDDLE, LOW = Range(1e-4, 0.1), Range(3e-5, 3e-2)
 RHO, ALPHA = Range(0.01, 1.0), Range(0.1, 0.8, log=False)
 _ALL = [
     Method("sgd", sgd, common={"lr": COMMON["lr"]}),
@@ -226,17 +228,17 @@ _ALL = [
     Method("nso", nso, {"sigma": Range(0.003, 0.3)}),
     _fam("fam_head", "head"),
     _fam("fam_head_held", "head", curvature_grad=False),
-    _fam("fam_hidden_hutchinson", "hidden", method="hutchinson"),
-    _fam("fam_hidden_fisher", "hidden", curvature="fisher"),
-    _fam("fam_hidden_noise", "hidden", method="noise"),
-    _fam("fam_all_fisher", "all", curvature="fisher"),
-    _fam("fam_all_empirical_fisher", "all", curvature="empirical_fisher"),
-    _fam("fam_all_noise", "all", method="noise"),
-    _fam("fam_inner_fisher", "inner", curvature="fisher"),
-    _fam("fam_inner_noise", "inner", method="noise"),
+    _fam("fam_hidden_hutchinson", "hidden", MIDDLE, method="hutchinson"),
+    _fam("fam_hidden_fisher", "hidden", MIDDLE, curvature="fisher"),
+    _fam("fam_hidden_noise", "hidden", MIDDLE, method="noise"),
+    _fam("fam_all_fisher", "all", LOW, curvature="fisher"),
+    _fam("fam_all_empirical_fisher", "all", LOW, curvature="empirical_fisher"),
+    _fam("fam_all_noise", "all", LOW, method="noise"),
+    _fam("fam_inner_fisher", "inner", LOW, curvature="fisher"),
+    _fam("fam_inner_noise", "inner", LOW, method="noise"),
     Method(
         "fam_all_fisher_sam", functools.partial(fam_sam, which="all", curvature="fisher"),
-        {"strength": Range(1e-3, 1.0), "rho": RHO},
+        {"strength": LOW, "rho": RHO},
     ),
 ]  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

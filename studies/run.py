@@ -4,6 +4,7 @@
     python studies/run.py --quick              # all of its code on a small scale, within a minute
     python studies/run.py --part comparison --grid full --minutes 60
     python studies/run.py --part summary       # tables and plots of what is finished
+    python studies/run.py --part cost --grid full   # what a step of each method costs, on a machine that does nothing else
 
 Every finished run is a row in studies/results; started again, the study goes on where it stopped.
 """
@@ -11,6 +12,7 @@ Every finished run is a row in studies/results; started again, the study goes on
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ sys.path.append(
     str(Path(__file__).resolve().parents[1])
 )  # the package `studies`; an installed fam_ext goes first
 
-from studies import comparison, figures, gaps
+from studies import comparison, cost, figures, gaps
 from studies.data import LOADERS, SERIES, TABLES, load, split
 from studies.methods import METHODS
 from studies.store import RESULTS, Run, Store, Task, best
@@ -74,15 +76,22 @@ def grids() -> dict[str, Grid]:
 
 
 def chosen(store: Store, method: str, grid: Grid) -> Mapping[str, float] | None:
-    """The configuration that did best on the tuning seed's validation part; None before all of them were tried."""
+    """The configuration that did best on the tuning seed's validation part; None before all of them were tried.
+
+    One whose training failed on a seed of the tests is left for the next best: what a failed training looks like does not take
+    test data. Where all of them failed the best one stays.
+    """
     tuned = [run for run in store.of(method, "tune") if run.number < grid.configurations]
-    return best(tuned) if len(tuned) == grid.configurations else None
+    if len(tuned) < grid.configurations:
+        return None
+    failed = store.failed(method, math.log(load(store.task.data).classes))
+    return best([run for run in tuned if run.hyper not in failed] or tuned)
 
 
 def wanted(grid: Grid, folder: Path) -> Iterator[tuple[Store, Task, str, str, int]]:
     """Runs that are not there yet, task after task: first the configurations of a method, then its tests.
 
-    A test of a configuration that is no longer the best one, after more of them were tried, is wanted again.
+    A test of a configuration that is no longer the best one, after more of them were tried or it failed, is wanted again.
     """
     for task in grid.tasks:
         store = Store(folder, task)
@@ -90,10 +99,21 @@ def wanted(grid: Grid, folder: Path) -> Iterator[tuple[Store, Task, str, str, in
             for number in range(grid.configurations):
                 if store.get(method, "tune", number) is None:
                     yield store, task, method, "tune", number
-            for number in range(grid.seeds):
-                test, hyper = store.get(method, "test", number), chosen(store, method, grid)
-                if test is None or (hyper is not None and test.hyper != hyper):
-                    yield store, task, method, "test", number
+            yield from ((store, task, method, "test", number) for number in outdated(store, method, grid))
+
+
+def outdated(store: Store, method: str, grid: Grid) -> Iterator[int]:
+    """Seeds whose test is not there, or is of another configuration than the chosen one, which a failure may change."""
+    number = 0
+    while number < grid.seeds:
+        hyper, before = chosen(store, method, grid), len(store.every)
+        test = store.get(method, "test", number)
+        if test is None or (hyper is not None and test.hyper != hyper):
+            yield number
+            if len(store.every) > before and chosen(store, method, grid) != hyper:
+                number = 0  # the first seeds had the old one
+                continue
+        number += 1
 
 
 def take(store: Store, task: Task, name: str, phase: str, number: int, grid: Grid) -> None:
@@ -136,18 +156,58 @@ def correlate(folder: Path, quick: bool, minutes: float | None) -> bool:
 
 def summarize(grid: Grid, folder: Path) -> str:
     """Tables and plots of what is finished; returns the text."""
-    scores = comparison.collect(folder, grid.tasks, "test_accuracy")
-    times = comparison.collect(folder, grid.tasks, "step_ms")
-    lines = comparison.compare(scores, times, BASELINE)
+    everything = comparison.collect(folder, grid.tasks, "test_accuracy")
+    main_methods = [m for m in CORE_METHODS if m in grid.methods] or list(grid.methods)
+    scores = comparison.finished(everything, main_methods, grid.seeds)
+    parts = []
+    for title, tasks in (
+        ("All tasks", list(scores)),
+        ("Clean labels", [t for t in scores if t.noise == 0]),
+        ("Wrong labels", [t for t in scores if t.noise > 0]),
+    ):
+        chosen_tasks = {t: scores[t] for t in tasks}
+        if chosen_tasks:
+            parts.append(f"### {title} ({len(tasks)})\n\n{comparison.table(chosen_tasks, BASELINE)}")
+    tried = {m for of_task in everything.values() for m in of_task}
+    more = comparison.finished(everything, [m for m in METHODS if m in tried], grid.seeds)
+    if more and tried - set(main_methods):
+        parts.append(f"### All methods ({len(more)} tasks)\n\n{comparison.table(more, BASELINE)}")
+    parts.append(f"### Each task\n\n{comparison.by_task(scores)}")
+    parts.append(_calibration(main_methods, folder, list(scores)))
+    lines = comparison.compare(scores, BASELINE)
     comparison.write_csv(folder / "methods.csv", comparison.Line._fields, lines)
-    for number in ("test_accuracy", "test_nll", "test_ece", "train_nll", "kappa_all", "step_ms"):
+    for number in ("test_accuracy", "test_nll", "test_ece", "train_nll", "kappa_all"):
         header, rows = comparison.means(comparison.collect(folder, grid.tasks, number))
         comparison.write_csv(folder / f"{number}.csv", header, rows)
     figures.rank_plot(scores, folder / "ranks.png")
     figures.difference_plot(scores, BASELINE, folder / "differences.png")
-    text = f"{comparison.table(lines, BASELINE)}\n\n{gaps.summary(folder / 'gaps.csv', folder)}\n"
+    curves = {
+        name: comparison.gains(folder, grid.tasks, name, BASELINE)
+        for name in tried
+        if name.startswith("fam_")
+    }
+    figures.strength_plot(curves, folder / "strength.png")
+    parts.append(gaps.summary(folder / "gaps.csv", folder))
+    text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "summary.md").write_text(text)
     return text
+
+
+def _calibration(methods: Sequence[str], folder: Path, tasks: Sequence[Task]) -> str:
+    """Mean negative log-likelihood and calibration error over tasks, clean | wrong labels."""
+    rows = [
+        "| method | NLL clean | NLL wrong labels | ECE clean | ECE wrong labels |",
+        "|---|---|---|---|---|",
+    ]
+    numbers = [comparison.collect(folder, tasks, number) for number in ("test_nll", "test_ece")]
+    for method in methods:
+        cells = []
+        for scores in numbers:
+            for noisy in (False, True):
+                part = {t: s for t, s in scores.items() if (t.noise > 0) is noisy}
+                cells.append(f"{comparison.mean_over_tasks(part, method):.3f}")
+        rows.append(f"| {method} | {' | '.join(cells)} |")
+    return "### Negative log-likelihood and calibration error, means over tasks\n\n" + "\n".join(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -155,7 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a small grid into a folder of its own")
-    parser.add_argument("--part", choices=("all", "comparison", "correlation", "summary"), default="all")
+    parser.add_argument(
+        "--part", choices=("all", "comparison", "correlation", "cost", "summary"), default="all"
+    )
     parser.add_argument("--grid", choices=("core", "full"), default="core")
     parser.add_argument("--sets", nargs="+", choices=LOADERS, help="only tasks on these data sets")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these methods")
@@ -176,6 +238,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if finished and options.part in ("all", "correlation"):
         left = None if options.minutes is None else options.minutes - (time.monotonic() - start) / 60
         finished = correlate(folder, options.quick, left)
+    if options.part == "cost":
+        networks = (
+            [("digits", "mlp")]
+            if options.quick
+            else [("mnist", "mlp"), ("digits", "cnn"), ("digits", "transformer")]
+        )
+        costs = [
+            c
+            for d, n in networks
+            for c in cost.measure(d, n, grid.methods, BASELINE, 5 if options.quick else 60)
+        ]
+        print(cost.table(folder, costs))
+        return
     print(summarize(grid, folder))
     if not finished:
         print("Not finished: run the same command again to go on.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ NUMBERS = (
     "train_accuracy", "train_nll", "train_ece", "validation_accuracy", "validation_nll", "validation_ece", "test_accuracy",
     "test_nll", "test_ece", "kappa_head", "kappa_all", "step_ms",
 )  # fmt: skip
-COLUMNS = ("method", "phase", "number", "hyper", *NUMBERS)
+COLUMNS = ("method", "phase", "number", "hyper")
 
 
 class Task(NamedTuple):
@@ -39,16 +39,22 @@ class Run(NamedTuple):
 
 
 class Store:
-    """The runs of one task."""
+    """The runs of one task; `columns` are the numbers that a row has, the last of them always.
 
-    def __init__(self, folder: Path, task: Task) -> None:
+    A later row replaces an earlier one of the same method, phase and number.
+    """
+
+    def __init__(self, folder: Path, task: Task | str, columns: Sequence[str] = NUMBERS) -> None:
+        self.task = task
+        self.columns = columns
         self.path = folder / "runs" / f"{task}.csv"
         self.rows: dict[tuple[str, str, int], Run] = {}
+        self.every: list[Run] = []  # also those that were replaced
         if self.path.exists():
             with open(self.path, newline="") as file:
                 for row in csv.DictReader(file):
-                    if row["step_ms"]:  # a line that was cut off lacks its end
-                        numbers = {name: float(row[name]) for name in NUMBERS if row[name]}
+                    if row[columns[-1]]:  # a line that was cut off lacks its end
+                        numbers = {name: float(row[name]) for name in columns if row[name]}
                         self._keep(
                             Run(
                                 row["method"],
@@ -61,12 +67,18 @@ class Store:
 
     def _keep(self, run: Run) -> None:
         self.rows[run.method, run.phase, run.number] = run
+        self.every.append(run)
 
     def get(self, method: str, phase: str, number: int) -> Run | None:
         return self.rows.get((method, phase, number))
 
     def of(self, method: str, phase: str) -> list[Run]:
         return [run for run in self.rows.values() if (run.method, run.phase) == (method, phase)]
+
+    def failed(self, method: str, guessing: float) -> list[Mapping[str, float]]:
+        """Configurations that on some seed ended no better than guessing on their own training labels, or diverged."""
+        runs = [run for run in self.every if run.method == method]
+        return [run.hyper for run in runs if not run.numbers["train_nll"] < 0.95 * guessing]
 
     def add(self, run: Run) -> None:
         """Append a row; the file is complete after every run."""
@@ -76,8 +88,8 @@ class Store:
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(COLUMNS)
-            numbers = [f"{run.numbers[name]:.6g}" if name in run.numbers else "" for name in NUMBERS]
+                writer.writerow((*COLUMNS, *self.columns))
+            numbers = [f"{run.numbers[name]:.6g}" if name in run.numbers else "" for name in self.columns]
             writer.writerow((run.method, run.phase, run.number, json.dumps(run.hyper), *numbers))
 
 

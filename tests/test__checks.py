@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -54,11 +55,13 @@ BAD: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("check_number", (torch.tensor(1.0, requires_grad=True),), ValueError, "gradient would be lost"),
     ("check_number", (torch.ones(2),), TypeError, "a number"),
     ("check_between", ("a", 0.0, 1.0), TypeError, "a number"),
+    ("check_between", (10**400, 0.0, math.inf), ValueError, "within the range of a float"),
     ("check_between", (math.nan, 0.0, 1.0), ValueError, "between 0 and 1, got nan"),
     ("check_between", (-1.0, 0.0, math.inf), ValueError, "at least 0, got -1.0"),
     ("check_broadcasts", (torch.ones(2, 1), (3, 4)), ValueError, r"broadcasts to \(3, 4\), got .*\(2, 1\)"),
     ("check_broadcasts", (torch.ones(1, 3, 4), (3, 4)), ValueError, "broadcasts to"),
     ("check_by_class", (torch.ones(2), 3), ValueError, r"of shape \(3,\)"),
+    ("check_choice", (numpy.ones(2), ("a", "b")), ValueError, "one of 'a', 'b', got ndarray"),
     ("check_choice", ("c", ("a", "b")), ValueError, "one of 'a', 'b', got 'c'"),
 ]
 

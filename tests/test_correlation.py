@@ -132,6 +132,17 @@ def test_bad_arguments(arguments: Any, message: str) -> None:
 def test_more_bad_arguments() -> None:
     with pytest.raises(TypeError, match="gaps must be a sequence of numbers"):
         fam_ext.correlation([1.0, 2.0, 3.0], ["a", "b", "c"])  # type: ignore[list-item]
+    for wrong in (
+        {"confidence": "0.5"},
+        {"confidence": None},
+        {"seed": "0"},
+        {"groups": 3},
+        {"groups": [[1], [1], [2]]},
+    ):
+        with pytest.raises(TypeError, match="correlation: " + next(iter(wrong))):
+            fam_ext.correlation([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="measures must be at least one measure"):
+        fam_ext.correlation({}, [1.0, 2.0, 3.0])
     for wrong in ({"confidence": 1.0}, {"resamples": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             fam_ext.correlation([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], **wrong)  # type: ignore[arg-type]

@@ -61,6 +61,10 @@ def test_dtypes() -> None:
     assert noise(long).isfinite().all()
     with pytest.raises(TypeError, match="FlatnessNoise: input must be a floating-point tensor"):
         noise(torch.ones(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"FlatnessNoise: input must be a floating-point tensor, got \[1.0\]"):
+        noise([1.0])
+    with pytest.raises(ValueError, match=r"FlatnessNoise: input must be of shape \(\*, I\)"):
+        noise(torch.tensor(1.0))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,7 @@ def test_dtypes() -> None:
         (-0.1, ValueError),
         (float("nan"), ValueError),
         (float("inf"), ValueError),
+        (10**400, ValueError),
     ],
 )
 def test_strengths_that_are_none(strength: Any, error: type[Exception]) -> None:

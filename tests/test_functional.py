@@ -284,3 +284,30 @@ def test_weights_without_a_shape() -> None:
         TypeError, match="relative_flatness: weight must be a dense tensor, got an uninitialized"
     ):
         fam_ext.relative_flatness(PHI, torch.nn.LazyLinear(4).weight, Z)
+
+
+@pytest.mark.parametrize(
+    ("loss", "argument", "shape"),
+    [
+        ("cross_entropy", "class_weight", (4,)),
+        ("cross_entropy", "target", (2, 3, 4)),
+        ("bce_with_logits", "pos_weight", (4,)),
+        ("bce_with_logits", "element_weight", (4,)),
+        ("mse", "element_weight", (2, 3, 4)),
+        ("mse", "target", (2, 3, 4)),
+        ("gaussian_nll", "variance", (2, 3)),
+    ],
+)
+def test_a_float64_argument_of_the_loss_makes_all_digits_those_of_float64(
+    loss: str, argument: str, shape: tuple[int, ...]
+) -> None:
+    features, weight = make_head(torch.float32)
+    options: dict[str, Any] = {argument: torch.rand(shape, dtype=D) + 0.1}
+    if argument in ("class_weight", "pos_weight"):
+        options["target"] = Y if loss == "cross_entropy" else REAL
+    logits = (features @ weight.T).detach()
+    kappa = fam_ext.relative_flatness(features, weight, logits, loss=loss, **options)
+    wide = fam_ext.relative_flatness(
+        features.double(), weight.double(), logits.double(), loss=loss, **options
+    )
+    torch.testing.assert_close(kappa, wide, rtol=1e-14, atol=0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import pytest
+import torch
 from inputs import batch, expect
 from torch import nn
 
@@ -46,6 +48,11 @@ def test_for_model() -> None:
         ({"method": "finite_difference", "curvature_grad": False}, ValueError, "curvature_grad"),
         ({"max_bytes": 0}, ValueError, "max_bytes"),
         ({"norm_power": 1}, ValueError, "norm_power"),
+        ({"norm_power": torch.ones(2)}, ValueError, "norm_power must be 1 or 2"),
+        ({"normalize": numpy.ones(2)}, ValueError, "normalize must be None or 'fan_in'"),
+        ({"measure": numpy.ones(2)}, ValueError, "measure must be one of"),
+        ({"hold_statistics": torch.ones(2)}, TypeError, "hold_statistics must be None, True or False"),
+        ({"per_sample_probes": 0}, TypeError, "per_sample_probes must be None, True or False"),
         ({"measure": "trace", "curvature_grad": False}, ValueError, "curvature_grad"),
         ({"every": 0}, ValueError, "every"),
         ({"probes": 0}, ValueError, "probes"),

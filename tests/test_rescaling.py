@@ -64,7 +64,7 @@ def test_bad_arguments() -> None:
     for pairs in ([("0", "1")], [("0", "9")], [("1", "2")]):
         with pytest.raises(ValueError, match="layer_pairs must be names of layers"):
             fam_ext.rescale(net, pairs, 2.0)
-    for wrong in ("02", ["0"]):
+    for wrong in ("02", ["0"], 3, None, [(0, 2)], [(["0"], "2")]):
         with pytest.raises(TypeError, match="layer_pairs must be a sequence of pairs"):
             fam_ext.rescale(net, wrong, 2.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model must be a module"):

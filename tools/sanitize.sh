@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: sanitize.sh PYTHON [PYTEST ARGUMENTS]      files among them are run instead of tests/ops
+# Usage: sanitize.sh PYTHON [PYTEST ARGUMENTS]      files, or tests of them (file::name), are run instead of tests/ops
 #
 # Compiles csrc/ for the CPU with the address and undefined-behaviour sanitizers into build/sanitize, and runs the operations' tests
 # with it. The first report ends the process that made it, and is printed at the end. torch itself is not instrumented: reads past
@@ -12,7 +12,7 @@ shift
 root=$PWD out=$PWD/build/sanitize
 arguments=() files=()
 for argument in "$@"; do
-    if [ -e "$argument" ]; then files+=("$root/$argument"); else arguments+=("$argument"); fi
+    if [ -e "${argument%%::*}" ]; then files+=("$root/$argument"); else arguments+=("$argument"); fi
 done
 [ "${#files[@]}" -gt 0 ] || files=("$root/tests/ops")
 mkdir -p "$out/reports"

@@ -17,7 +17,7 @@ from torch.utils.weak import TensorWeakRef
 from fam_ext import _checks
 from fam_ext.capture import row_map
 from fam_ext.errors import LayerNotCalled, NoClosedForm, UnsupportedError
-from fam_ext.layers import adapters
+from fam_ext.layers import adapters, sharding
 
 _ATTRIBUTE = "_fam_ext_capture"  # on z itself where z has no autograd node
 
@@ -106,6 +106,12 @@ class CapturedCalls:
         self.pending: list[weakref.ref[CapturedCall]] = []
         self.called_without_grad = False
         self.seen = False  # a call with gradients has been captured before
+        self.owners: tuple[
+            Any, ...
+        ] = ()  # modules of FSDP2 that hold the layer's weight (fam_ext.layers.sharding)
+        self.split = False  # the weight is a DTensor: tensor parallelism
+        self._known: Any = None  # the parameter that both were looked up for
+        self._module: Any = None
 
     def record(
         self, layer: nn.Module, features: Any, output: Any, without_grad: bool, check: bool = False
@@ -115,10 +121,19 @@ class CapturedCalls:
             return
         if not isinstance(features, Tensor) or not isinstance(output, Tensor):
             return
-        weight = layer._parameters.get("weight")
-        capture = CapturedCall(features, layer_weight(layer) if weight is None else weight, output)
+        weight: Any = layer._parameters.get("weight")
+        parameter = next(layer.parameters(), None) if weight is None else weight
+        if parameter is not self._known:
+            self._known, self._module, self.owners = parameter, layer, sharding.owners(layer)
+            self.split = not self.owners and sharding.is_dtensor(parameter)
+        if weight is None and not self.owners:
+            weight = layer_weight(layer)
+        capture = CapturedCall(features, weight, output)
         if (check or self.check) and output.numel() and output.dim() == features.dim():
-            neurons_last = output.detach().movedim(self.class_dim, -1)
+            local: Any = output
+            if sharding.is_dtensor(output):
+                local = local.to_local()
+            neurons_last = local.detach().movedim(self.class_dim, -1)
             capture.first = neurons_last.reshape(-1, neurons_last.shape[-1])[0].clone()
             device = output.device.type
             if torch.is_autocast_enabled(device):  # a hook may have cast what was computed in less precision
@@ -162,7 +177,7 @@ class CapturedCalls:
         """The capture that `outputs` belongs to, its features, and the layout of `outputs` (None: z itself)."""
         node = outputs.grad_fn
         capture: CapturedCall | None = None if node is None else node.metadata.get((self, outputs.output_nr))  # type: ignore[attr-defined]
-        found: row_map.RowMap | None = None
+        rows: row_map.RowMap | None = None
         steps: list[Any] = []
         blocked = None
         if capture is None and node is None:
@@ -185,20 +200,29 @@ class CapturedCalls:
                 raise self._explain(caller, outputs, capture, alive, blocked)
         if not outputs.is_inference() and outputs._version not in (0, capture.output_version):
             raise NoClosedForm(
-                f"{caller}: outputs were modified in place after the layer returned them; the layer is no head of this criterion "
-                "then. Use an out-of-place operation and regularize the layer whose own output the criterion receives"
+                f"{caller}: outputs were modified in place after the layer returned them; the criterion does not "
+                "receive the layer's own output then. Use an out-of-place operation and regularize the layer whose own output "
+                "the criterion receives"
             )
         if steps:
             try:
                 dim = class_dim % len(capture.shape)
-                found = row_map.replay(steps, capture.shape, dim, outputs.device)
+                rows = row_map.replay(steps, capture.shape, dim, outputs.device)
             except row_map.NoRowMap as error:
                 raise self._refusal(caller, str(error)) from None
         features = capture.take(caller)
+        self.gather(capture)
         capture.used[0] = True
         if not apart:
             self.done()
-        return capture, features, found
+        return capture, features, rows
+
+    def gather(self, *calls: CapturedCall) -> None:
+        """Make the weight of the layer's calls whole, where FSDP2 shards it: it has exchanged the parameters by now."""
+        if self.owners:
+            sharding.gather(self.owners)
+            for call in calls:
+                call.weight = layer_weight(self._module)
 
     def only(self, outputs: Tensor) -> CapturedCall | None:
         """The call that returned `outputs`, this very tensor, where no other waits for a loss and nothing was changed since."""
@@ -210,8 +234,17 @@ class CapturedCalls:
         features = capture.features
         if features is None or capture.version < 0 or capture.used[0] or capture.first is not None:
             return None
-        same = features._version == capture.version and outputs._version == capture.output_version
-        return capture if same else None
+        if features._version != capture.version or outputs._version != capture.output_version:
+            return None
+        if self.split:
+            return None
+        if self.owners:
+            self.gather(capture)
+            if sharding.is_dtensor(capture.weight):
+                return None
+        elif not capture.weight.is_leaf:  # type: ignore[union-attr]
+            return None  # FSDP1 may have freed it
+        return capture
 
     def _without_node(self, outputs: Tensor) -> tuple[CapturedCall | None, list[Any]]:
         """z that requires no gradient carries its capture itself; a contiguous view of it has its rows in order."""
@@ -241,8 +274,8 @@ class CapturedCalls:
     ) -> UnsupportedError:
         if len(alive) > 1:
             return NoClosedForm(
-                f"{caller}: the layer was called {len(alive)} times since the last loss and all of its outputs are alive; one "
-                "weight used several times is no head. Call the criterion after each forward call, or reset() it to drop "
+                f"{caller}: the layer was called {len(alive)} times since the last loss and all of its outputs are alive; the "
+                "closed form is that of a weight used once. Call the criterion after each forward call, or reset() it to drop "
                 "calls that no loss follows"
             )
         if capture is not None:

@@ -61,10 +61,10 @@ def find(loss: Any, keys: Sequence[object], parameters: Sequence[Sequence[Any]] 
         behind[node] = 0
         metadata = node.metadata
         if metadata:
-            for found, stored in metadata.items():
-                number = numbers.get(id(found[0])) if isinstance(found, tuple) and len(found) == 2 else None
+            for key, stored in metadata.items():
+                number = numbers.get(id(key[0])) if isinstance(key, tuple) and len(key) == 2 else None
                 if number is not None:
-                    calls[number].append(Call(node, found[1], stored))
+                    calls[number].append(Call(node, key[1], stored))
                     here[node] = here.get(node, 0) | 1 << number
         if not following and wanted:
             bit = wanted.get(id(getattr(node, "variable", None)))

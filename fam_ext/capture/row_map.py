@@ -41,6 +41,9 @@ _SAME = {
     "AliasBackward0",
     "BackwardHookFunctionBackward",
     "_DDPSinkBackward",
+    # of DTensors; fam_ext.head.parallel refuses a shard of the numbers
+    "_ToTorchTensorBackward",
+    "RedistributeBackward",
 }
 _RESHAPE = {
     "ViewBackward0",
@@ -62,9 +65,9 @@ def find(tensor: Tensor, key: object) -> tuple[Any, list[tuple[Any, Shape]]] | N
     node, number, shape = tensor.grad_fn, tensor.output_nr, tuple(tensor.shape)
     steps: list[tuple[Any, Shape]] = []
     while node is not None:
-        found = node.metadata.get((key, number))  # type: ignore[attr-defined]
-        if found is not None:
-            return found, steps[::-1]
+        stored = node.metadata.get((key, number))  # type: ignore[attr-defined]
+        if stored is not None:
+            return stored, steps[::-1]
         name = node.name()
         if len(steps) == _MAX_STEPS or (name not in _SAME and name not in _RESHAPE and name not in _HANDLERS):
             raise NoRowMap(name)

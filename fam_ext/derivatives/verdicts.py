@@ -94,9 +94,11 @@ SINCE: dict[str, tuple[str, str, str]] = {
 REFUSED |= {
     name: (why, way_out) for name, (first, why, way_out) in SINCE.items() if torch.__version__ < first
 }
-# of DistributedDataParallel, an identity, of which static_graph makes more: check_sinks
+# of DistributedDataParallel, an identity, of which static_graph makes more: check_sink
 _SINK = "_DDPSinkBackward"
-TRUSTED = (VERIFIED | SINCE.keys() | {_SINK}) - REFUSED.keys()
+# an identity that tells FSDP2 that the backward pass has left a group (fam_ext.layers.sharding)
+_FSDP = "RegisterPostBackwardFunctionBackward"
+TRUSTED = (VERIFIED | SINCE.keys() | {_FSDP}) - REFUSED.keys()
 
 _OWN = (
     "can be differentiated once only. Where the criterion is a FAMLoss itself, give one FAMLoss all layers, or add strength "
@@ -106,21 +108,22 @@ _OWN = (
 _warned: set[str] = set()
 
 
-def check_sinks(caller: str, nodes: Iterable[Any]) -> None:
-    """Refuse DistributedDataParallel(static_graph=True) between a hidden layer and the loss.
+def check_sink(caller: str, node: Any) -> bool:
+    """Whether the node is DistributedDataParallel's sink; refuse that of static_graph=True between a hidden layer and the loss.
 
-    The backward pass through its sink starts the only all-reduce of the first step, and the term's own passes come first: the
+    The backward pass through it starts the only all-reduce of the first step, and the term's own passes come first: the
     gradients of the loss would stay those of each rank.
     """
-    for node in nodes:
-        if node.name().startswith(_SINK):
-            module = getattr(node, "ddp_weakref", lambda: None)()
-            if module is None or module.static_graph:
-                raise UnsupportedError(
-                    f"{caller}: the layer lies inside DistributedDataParallel(static_graph=True), whose gradients would not be "
-                    "averaged: the term's backward passes come before the loss's own. Leave static_graph out (with "
-                    "find_unused_parameters=True where a layer is skipped), or use method='noise', which needs no second pass"
-                )
+    if not node.name().startswith(_SINK):
+        return False
+    module = getattr(node, "ddp_weakref", lambda: None)()
+    if module is None or module.static_graph:
+        raise UnsupportedError(
+            f"{caller}: the layer lies inside DistributedDataParallel(static_graph=True), whose gradients would not be "
+            "averaged: the term's backward passes come before the loss's own. Leave static_graph out (with "
+            "find_unused_parameters=True where a layer is skipped), or use method='noise', which needs no second pass"
+        )
+    return True
 
 
 def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
@@ -136,6 +139,8 @@ def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
         if replaced and full in corrections.FASTER:
             replaced = prod(node._input_metadata[0].shape) >= log_softmax.LEAST
         if name in TRUSTED and not replaced:
+            continue
+        if check_sink(caller, node):
             continue
         if corrections.needs_correction(node):
             correct.append(node)

@@ -115,7 +115,8 @@ def summands(
     held = not options.curvature_grad
     if held:
         outputs, norms = outputs.detach(), norms.detach()
-    if accumulation_dtype(outputs, norms, weight) == torch.float64:  # no part may be formed in float32
+    # no part may be formed in float32
+    if accumulation_dtype(outputs, norms, weight, *loss_hessian.tensors()) == torch.float64:
         outputs, norms, weight = outputs.double(), norms.double(), weight.double()
     if isinstance(loss_hessian, CrossEntropy):
         c = loss_hessian.coefficients(outputs)
@@ -156,6 +157,8 @@ def flatness(
     consists of (None: all, in order).
     """
     with torch.autocast(device_type=outputs.device.type, enabled=False):
+        if accumulation_dtype(outputs, features, weight, *loss_hessian.tensors()) == torch.float64:
+            features = features.double()
         if layer.linear:
             phi = features.reshape(-1, features.shape[-1])
             layer_rows = phi.shape[0]
@@ -169,14 +172,28 @@ def flatness(
         row_shape = tuple(s for d, s in enumerate(outputs.shape) if d != class_dim)
         norms = norms.reshape(*row_shape, layer.groups)
         terms = summands(options, loss_hessian, outputs, class_dim, norms, weight, layer.fan_in)
-        if per_sample:
-            by_row = terms.reshape(prod(row_shape), -1).sum(1)
-            if rows is None:
-                return by_row.reshape(samples, -1).sum(1) if by_row.numel() else by_row.new_zeros(samples)
-            sample = rows.flatten() // max(layer_rows // max(samples, 1), 1)
-            return by_row.new_zeros(samples).index_add(0, sample, by_row)
-        if loss_hessian.reduction != "none":
-            return terms.sum()
-        if isinstance(loss_hessian, CrossEntropy):
-            return terms.reshape(row_shape)
-        return terms.squeeze(-1) if class_dim is None else terms.movedim(-1, class_dim)
+        return reduce_terms(terms, loss_hessian, row_shape, class_dim, rows, samples, layer_rows, per_sample)
+
+
+def reduce_terms(
+    terms: Tensor,
+    loss_hessian: LossHessian,
+    row_shape: tuple[int, ...],
+    class_dim: int | None,
+    rows: Tensor | None,
+    samples: int,
+    layer_rows: int,
+    per_sample: bool,
+) -> Tensor:
+    """What `flatness` returns of the terms that `summands` gives; `layer_rows` is how many rows the layer's call had."""
+    if per_sample:
+        by_row = terms.reshape(prod(row_shape), -1).sum(1)
+        if rows is None:
+            return by_row.reshape(samples, -1).sum(1) if by_row.numel() else by_row.new_zeros(samples)
+        sample = rows.flatten() // max(layer_rows // max(samples, 1), 1)
+        return by_row.new_zeros(samples).index_add(0, sample, by_row)
+    if loss_hessian.reduction != "none":
+        return terms.sum()
+    if isinstance(loss_hessian, CrossEntropy):
+        return terms.reshape(row_shape)
+    return terms.squeeze(-1) if class_dim is None else terms.movedim(-1, class_dim)

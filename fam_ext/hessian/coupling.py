@@ -20,8 +20,9 @@ def coupling_level(hessian: LayerHessian, check: int = 0) -> str | None:
     """How far rows of z are coupled by what follows the layer: "rows", "samples" or "batch".
 
     A random direction on half of the samples must leave the products at the other samples at exactly zero; then one on half of
-    the positions of every sample those at the other positions. None where all products are zero, or there are no rows: such
-    numbers tell nothing. Two rows that only each other are coupled with can lie in one half: another `check` takes other halves.
+    the positions of every sample those at the other positions. None where all products are zero, some are not finite, or there
+    are no rows: such numbers tell nothing. Two rows that only each other are coupled with can lie in one half: another `check`
+    takes other halves.
     """
     if hessian.on_weight:
         return "batch"
@@ -56,6 +57,8 @@ def _crosses(hessian: LayerHessian, half: Tensor, generator: torch.Generator) ->
     mask = half.expand(layer.samples(call.shape), layer.positions(call.shape)).reshape(row_shape)
     direction = torch.randn(call.shape, generator=generator, device=hessian.device, dtype=hessian.dtype)
     products = hessian.matvec((direction * mask).unsqueeze(0))[0].detach()
-    if bool((products * ~mask != 0).any()):  # NaN counts as reached
+    finite = products.isfinite()
+    if bool((products[~mask.expand_as(products) & finite] != 0).any()):
         return True
-    return False if bool((products != 0).any()) else None
+    # a batch of NaN or inf, or a step that diverged, tells nothing either
+    return False if bool(finite.all()) and bool((products != 0).any()) else None

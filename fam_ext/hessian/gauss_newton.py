@@ -236,38 +236,57 @@ def _by_sample(layer: LinearMap, features: Tensor, s: Tensor, samples: int, shap
     return result
 
 
-def check_samples_apart(caller: str, layer: LinearMap, call: LayerCall, outputs: Tensor) -> bool:
+def check_samples_apart(
+    caller: str, layers: Sequence[tuple[LinearMap, LayerCall]], outputs: Tensor, again: int = 0
+) -> list[bool]:
     """Refuse where one sample's output depends on another one's z (batch_norm in training, contrastive losses).
 
-    Two backward passes for each bit of the samples' numbers: any two samples are on different sides in one of them. False where
-    nothing reached z, which tells nothing: a weight may be zero yet.
+    The layers, called with the same number of samples, share the backward passes: two for each bit of the samples' numbers, as
+    any two samples are on different sides in one of them. A check that is made `again`, for the k-th time, takes two passes only,
+    with random halves that depend on k. For each layer: False where nothing reached z, or NaN or inf, which tells nothing: a
+    weight may be zero yet, a batch bad, a step diverged.
     """
-    samples = layer.samples(call.shape)
+    samples = layers[0][0].samples(layers[0][1].shape)
     if samples < 2:
-        return True
+        return [True] * len(layers)
     if outputs.shape[0] % samples:
         raise UnsupportedError(
             f"{caller}: curvature='ggn' needs the criterion's input to hold whole samples along its first dimension; "
             f"it has {outputs.shape[0]} rows for {samples} samples"
         )
-    noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
-    number = torch.arange(samples, device=outputs.device)
-    anything = False
-    for bit in range((samples - 1).bit_length()):  # any two samples differ in one of them
+    generator = torch.Generator().manual_seed(again)
+    noise = torch.randn(outputs.shape, generator=generator).to(outputs)
+    number, bits = torch.arange(samples, device=outputs.device), (samples - 1).bit_length()
+    if again:
+        number, bits = torch.randperm(samples, generator=generator).to(outputs.device), 1
+    anything, finite = [False] * len(layers), [True] * len(layers)
+    for bit in range(bits):
         for value in (0, 1):
             given = (number >> bit) & 1 == value
             rows = given.repeat_interleave(outputs.shape[0] // samples)
             directions = torch.where(rows.reshape(-1, *(1,) * (outputs.dim() - 1)), noise, 0.0)
-            (reached,) = torch.autograd.grad(
-                outputs, call.edge, directions, retain_graph=True, allow_unused=True
+            reached = torch.autograd.grad(
+                outputs, [call.edge for _, call in layers], directions, retain_graph=True, allow_unused=True
             )
-            if reached is None:
-                return False
-            if bool((reached[~given] != 0).any()):  # NaN counts as reached
-                raise UnsupportedError(
-                    f"{caller}: samples interact after the layer (batch_norm in training mode?), where curvature='ggn' and "
-                    "'fisher' have no per-sample form; pass hold_statistics=True, put those layers in eval() mode or use "
-                    "curvature='hessian'"
-                )
-            anything = anything or bool((reached != 0).any())
-    return anything
+            for k, z in enumerate(reached):
+                reaches = False if z is None else _reaches(caller, z, ~given)
+                anything[k] |= bool(reaches)
+                finite[k] &= reaches is not None
+    return [told and whole for told, whole in zip(anything, finite, strict=True)]
+
+
+def _reaches(caller: str, z: Tensor, others: Tensor) -> bool | None:
+    """Whether the derivative by z (B, ...) is other than zero; None: not finite. Refused where it is so at `others`, (B,)."""
+    numbers = z.reshape(len(others), -1)
+    finite = numbers.isfinite()
+    by_sample = ((numbers != 0) & finite).any(1)
+    reached, crossed, whole = torch.stack(
+        [by_sample.any(), (by_sample & others).any(), finite.all()]
+    ).tolist()
+    if crossed:
+        raise UnsupportedError(
+            f"{caller}: samples interact after the layer (batch_norm in training mode?), where curvature='ggn' and "
+            "'fisher' have no per-sample form; pass hold_statistics=True, put those layers in eval() mode or use "
+            "curvature='hessian'"
+        )
+    return bool(reached) if whole else None

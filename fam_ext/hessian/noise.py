@@ -51,6 +51,7 @@ class Draw(NamedTuple):
         Tensor | None
     )  # b, or its factor r of the input channels, (S, groups, C/groups); None: b = phi / |phi|
     place: Tensor | None  # sqrt(K) u, (S, groups, 1, *kernel), where the output is perturbed
+    positions: Tensor | None = None  # (S, N), 0 for rows of linear layers that get no noise
 
     @property
     def samples(self) -> int:
@@ -120,7 +121,7 @@ def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: flo
 
     `strength` is at least 0; as a 0-d tensor it may change without torch.compile compiling again.
     """
-    scale = _amplitude(strength)
+    scale = amplitude(strength)
     if features.numel() == 0:
         return features
     with _without_autocast(features):
@@ -133,7 +134,8 @@ def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: flo
         rows = _rows(layer, features, layer.inputs, len(drawn.left))
         left = (drawn.left * scale).to(features.dtype).expand(*rows.shape[:3])
         right = drawn.channels.to(features.dtype).expand(*rows.shape[:3])
-        perturbed = (_AddRankOne.forward if right.requires_grad else _add_rank_one)(rows, left, right)
+        at = _positions(drawn, features)
+        perturbed = (_AddRankOne.forward if right.requires_grad else _add_rank_one)(rows, left, right, at)
         return _whole(layer, perturbed, features.shape)
 
 
@@ -144,7 +146,7 @@ def perturb_output(
 
     `weight` is the one that the layer used, in the module's layout. `strength` as in :func:`perturb_input`.
     """
-    scale = _amplitude(strength)
+    scale = amplitude(strength)
     if output.numel() == 0:
         return output
     assert drawn.channels is not None and drawn.place is not None
@@ -165,7 +167,7 @@ def perturb_output(
         return _whole(layer, perturbed, output.shape)
 
 
-def _amplitude(strength: float | Tensor) -> float | Tensor:
+def amplitude(strength: float | Tensor) -> float | Tensor:
     if isinstance(strength, Tensor):
         return (2 * strength.detach()).sqrt()
     if not (math.isfinite(strength) and strength >= 0):
@@ -193,6 +195,14 @@ def _whole(layer: LinearMap, rows: Tensor, shape: torch.Size) -> Tensor:
     return (rows.squeeze(1).transpose(1, 2) if layer.linear else rows).reshape(shape)
 
 
+def _positions(drawn: Draw, features: Tensor) -> Tensor | None:
+    """(S, 1, N), where the features are (S, N, I) and some rows get no noise."""
+    at = drawn.positions
+    if at is None or features.dim() != 3 or at.shape != features.shape[:2]:
+        return None
+    return at.to(features.dtype).reshape(len(drawn.left), 1, -1)
+
+
 def _inner(rows: Tensor, vector: Tensor) -> Tensor:
     """<vector, row>: (S, groups, C, N) and (S, groups, C) to (S, groups, N)."""
     samples, groups, channels, count = rows.shape
@@ -203,21 +213,22 @@ def _inner(rows: Tensor, vector: Tensor) -> Tensor:
 
 
 class _AddRankOne(torch.autograd.Function):
-    """rows + left <right, row>; rows (S, groups, C, N). In one pass each way, and the rows are not kept."""
+    """rows + left <right, row> at; rows (S, groups, C, N), at (S, 1, N) or None for all 1. The rows are not kept."""
 
     @staticmethod
-    def forward(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return torch.addcmul(rows, left.unsqueeze(3), _inner(rows, right).unsqueeze(2))
+    def forward(rows: Tensor, left: Tensor, right: Tensor, at: Tensor | None = None) -> Tensor:
+        inner = _inner(rows, right)
+        return torch.addcmul(rows, left.unsqueeze(3), (inner if at is None else inner * at).unsqueeze(2))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        left, right = ctx.saved_tensors
+        left, right, at = ctx.saved_tensors
         with _without_autocast(grad):
-            return _add_rank_one(grad, right, left), None, None
+            return _add_rank_one(grad, right, left, at), None, None, None
 
 
 class _AddOuter(torch.autograd.Function):

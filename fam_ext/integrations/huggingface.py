@@ -1,4 +1,5 @@
-"""Hugging Face causal language models: training with CE + strength * kappa of the lm_head, the logits never formed.
+"""Hugging Face causal language models: training with CE + strength * kappa of the lm_head, the logits never formed, or with
+noise in the layers of the blocks (huggingface_noise.py).
 
 The idea of changing the head and the loss of a model in place is Liger-Kernel's (github.com/linkedin/Liger-Kernel), which
 replaces whole forward methods; here the model's own forward runs, and what goes from lm_head to loss stands for the logits.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
+from fam_ext.integrations.huggingface_noise import NoisePatch, patch_with_noise
 from fam_ext.integrations.huggingface_trainer import FAMTrainerMixin as FAMTrainerMixin
 from fam_ext.layers import adapters
 from fam_ext.loss.fam_loss import FAMLoss
@@ -201,8 +203,33 @@ class CausalLMPatch:
         )
 
 
-def patch_causal_lm(model: nn.Module, strength: Any, **options: Any) -> CausalLMPatch:
-    """Make `model(input_ids, labels=labels)` train with CE + strength * kappa of its lm_head, by linear_cross_entropy.
+@overload
+def patch_causal_lm(
+    model: nn.Module, strength: Any, layers: Any = None, *, method: Literal["noise"], **options: Any
+) -> NoisePatch: ...
+
+
+@overload
+def patch_causal_lm(
+    model: nn.Module, strength: Any, layers: None = None, *, method: Literal["auto"] = "auto", **options: Any
+) -> CausalLMPatch: ...
+
+
+def patch_causal_lm(
+    model: nn.Module, strength: Any, layers: Any = None, *, method: str = "auto", **options: Any
+) -> CausalLMPatch | NoisePatch:
+    """Make a causal language model train with loss + strength * kappa: of its lm_head exactly, or of its blocks by noise.
+
+    **method="noise"**: the linear layers that `layers` names (default "*", all of the model's body) are perturbed in training, so
+    that the expected loss is loss + strength * kappa, to first order in strength, at the price of a forward pass without
+    noise. Any loss will do: the model's own, a fused one that forms no logits, or a trainer's, and any mask, attention kernel,
+    checkpointing, precision, torch.compile of the whole model (fullgraph=True), DistributedDataParallel, low-rank adapters (the
+    noise is that of the effective weight). Each sequence has draws of its own, of rank one. kappa is that of the mean over
+    tokens; the noise at a token has the variance 2 strength |phi|^2 of the token's features phi, however many tokens there are,
+    so that a strength keeps its meaning for other lengths and batches. Where attention_mask (B, T) is given, padding gets no
+    noise. Evaluation, generate() and all passes without grad are left alone.
+
+    **method="auto"**: `model(input_ids, labels=labels)` trains with CE + strength * kappa of its lm_head (linear_cross_entropy).
 
     In training mode with labels, the lm_head hands its input on, and the loss is formed from it in chunks of rows: no logits
     exist, and `outputs.logits` is None. Labels are shifted as transformers does (or given as `shift_labels`), -100 is ignored,
@@ -214,22 +241,49 @@ def patch_causal_lm(model: nn.Module, strength: Any, **options: Any) -> CausalLM
     at their first training step. With torch.compile, compile the body alone: `model.base_model.compile()`.
 
     Args:
-        model: a transformers model with a head for causal language modelling whose output embedding is an nn.Linear.
-        strength: as in FAMLoss: a number or a schedule.
-        options: normalize, curvature_grad, every, backend of FAMLoss, and label_smoothing.
+        model: a transformers model with a head for causal language modelling whose output embedding is an nn.Linear. For noise
+            any model; a PeftModel as well.
+        strength: as in FAMLoss: a number or a schedule; for noise also a dict from patterns of layers to numbers.
+        layers: for noise, a name, a glob pattern or several, as in FAMLoss.for_model. The output embedding only where it is named
+            exactly.
+        options: normalize, curvature_grad, every, backend of FAMLoss, and label_smoothing; for noise normalize, every and
+            per_sample_probes.
 
     A trainer that forms the loss itself, without the model's loss_function, would train without the term: the backward pass of
     such a loss raises an error, unless the model's own loss was taken with the same weights too. FAMTrainerMixin takes it in any
     Trainer, TRL's SFTTrainer among them.
 
     Returns:
-        The patch: `.last` for logs, `.restore()`, or use it in a with statement.
+        The patch: `.last` for logs, `.restore()`, or use it in a with statement; `.criterion` is the FAMLoss.
+
+    Example:
+        >>> import torch, transformers
+        >>> from fam_ext.integrations.huggingface import patch_causal_lm
+        >>> config = transformers.GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+        >>> model = transformers.GPT2LMHeadModel(config).train()
+        >>> patch = patch_causal_lm(model, strength=1e-4, method="noise")
+        >>> [name for name, module in model.named_modules() if module in [t.module for t in patch.criterion.terms]][0]
+        'transformer.h.0.attn.c_attn'
+        >>> ids = torch.randint(0, 50, (2, 8))
+        >>> model(ids, labels=ids).loss.backward()  # of the perturbed model
+        >>> patch.restore()
 
     Raises:
         TypeError: `model` is no transformers model.
+        ValueError: an argument does not fit, or `layers` names nothing.
         UnsupportedError: its lm_head is no plain nn.Linear, or it has no loss function that can be replaced. In training: the
             loss lacks the term.
     """
+    if method not in ("auto", "noise"):
+        _checks.bad_value(
+            NAME, "method", "'auto' (the head) or 'noise'; else take FAMLoss of the logits", method
+        )
+    if method == "noise":
+        return patch_with_noise(model, strength, layers, options)
+    if layers is not None:
+        _checks.bad_value(
+            NAME, "layers", "None, the head, with method='auto'; for others method='noise'", layers
+        )
     try:
         from transformers import PreTrainedModel
         from transformers.loss.loss_utils import ForCausalLMLoss

@@ -196,8 +196,9 @@ class LinearMap:
             return out
         padding = m.padding
         if m.padding_mode != "zeros":
-            x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
-            padding = 0
+            # one input position stands in several places: in bfloat16 the sum of its gradients would lose digits
+            wide = F.pad(x.to(accumulation_dtype(x)), m._reversed_padding_repeated_twice, mode=m.padding_mode)
+            x, padding = wide.to(x.dtype), 0
         convolve: Any = _CONVOLVE[self.spatial - 1]
         out = convolve(x, weight, None, m.stride, padding, m.dilation, groups)
         return out
@@ -287,7 +288,11 @@ class LinearMap:
             ).double()
             z = self.apply(x, weight.double()).movedim(self.class_dim, -1).reshape(-1, self.outputs)[0]
             expected = z if bias is None else z + bias.double()
-        scale = weight.double().norm() * x.norm() + expected.abs().max()
+        self.check_row(caller, got, expected, weight.double().norm() * x.norm(), eps)
+
+    def check_row(self, caller: str, got: Tensor, expected: Tensor, scale: Tensor, eps: float) -> None:
+        """Refuse a row of the layer's output that differs from `expected`, of numbers of size `scale` and precision `eps`."""
+        scale = scale + expected.abs().max()
         error = (got.double() - expected).abs()
         if bool(got.isfinite().all()) and bool((error > 8 * eps * scale + 1e-30).any()):
             raise UnsupportedError(

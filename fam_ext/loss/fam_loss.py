@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext.head import one_pass
+from fam_ext.layers import sharding
 from fam_ext.layers.find import select_layers, select_with_strengths
 from fam_ext.loss.layer_criterion import outside_graph
 from fam_ext.loss.num_items import summed
@@ -121,7 +122,6 @@ class FAMLoss(TrainingCriterion):
             and len(self.terms) == 1
         )
         self._ordinary = self._one_pass and curvature in ("hessian", "ggn") and backend in ("auto", "native")
-        self.left_out: dict[str, str] = {}
         self._guess: str | None = None
 
     @classmethod
@@ -164,6 +164,8 @@ class FAMLoss(TrainingCriterion):
         made = cls(criterion, list(selection.layers.values()), strength, **options)
         for term, share in zip(made.terms, shares, strict=False):
             term.set_share(share)
+        for term, name in zip(made.terms, selection.layers, strict=True):
+            term.name = name
         made.left_out, made._guess = selection.left_out, selection.guess
         if made._noise:
             made._set_noise()
@@ -270,6 +272,7 @@ class FAMLoss(TrainingCriterion):
         bias: Tensor | None,
         num_items: int | Tensor | None,
     ) -> Tensor:
+        weight, bias = sharding.exchange(self.terms[0].module, weight, bias)
         loss = one_pass.FeatureLoss(
             self.options,
             [term.layer for term in self.terms],
@@ -331,7 +334,7 @@ class FAMLoss(TrainingCriterion):
             call = LossCall(criterion, outputs, targets, kwargs, loss_hessian, closure)
             heads = head_calls(options, self.terms, call, self._no_closed_form)
             head = heads[0]
-            if head is None or not one_operation:
+            if head is None or not one_operation or sharding.is_dtensor(head.weight):
                 value, (kappa, error) = loss_and_terms(options, self.terms, heads, call)
                 loss: Any = value
                 if items is not None:
@@ -340,9 +343,10 @@ class FAMLoss(TrainingCriterion):
                 if self._guess is not None:
                     self._warn_of_a_guess(self._guess)
                 if isinstance(strength, TargetRatio):
-                    strength = strength.update(loss, kappa)
-                total: Tensor = loss + strength * kappa
-                self._finish(StepRecord(total.detach(), kappa.detach(), strength, loss.detach(), error))
+                    strength = strength.update(sharding.local(loss), kappa)
+                total = sharding.add(options.caller, loss, strength * kappa)
+                alone = sharding.local(loss.detach())
+                self._finish(StepRecord(total.detach(), kappa.detach(), strength, alone, error))
                 return total
             taken = one_pass.from_logits(
                 options, outputs, head.features, head.weight, head.rows, loss_hessian, strength, term.factor

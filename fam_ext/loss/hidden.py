@@ -14,6 +14,7 @@ from fam_ext.hessian import eigenvalue, finite_difference, gauss_newton, hutchin
 from fam_ext.hessian.estimate import Estimate
 from fam_ext.hessian.exact import exact
 from fam_ext.hessian.products import LayerCall, LayerHessian, products
+from fam_ext.layers import sharding
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.plan import AT_ONCE, Plan, first_products, graph_key, plan_products, signature
 from fam_ext.loss_hessians import SUPPORTED, LossHessian
@@ -180,33 +181,53 @@ def positive_terms(
     loss_hessian.check(caller, outputs)
     options.check_fisher(loss_hessian)
     # second derivatives: what torch has none of is corrected
-    correct = [node for node in _all_between(hidden) if corrections.needs_correction(node)]
+    between = _all_between(hidden)
+    correct = [
+        node
+        for node in between
+        if not verdicts.check_sink(caller, node) and corrections.needs_correction(node)
+    ]
     held = options.hold_statistics is not False and any("BatchNorm" in node.name() for node in correct)
     with torch.autocast(outputs.device.type, enabled=False), corrections.corrected(correct, held):
         groups: dict[int, list[HiddenCall]] = {}  # by number of samples, which factors depend on
         for call in hidden:
-            _check_factors(options, call, outputs)
+            _check_calls(caller, call)
             groups.setdefault(call.term.layer.samples(call.calls[0].shape), []).append(call)
+        for group in groups.values():
+            _check_samples(caller, group, outputs)
         return [
             _positive(group, samples, outputs, loss_hessian, held, per_sample)
             for samples, group in groups.items()
         ]
 
 
-def _check_factors(options: Options, hidden: HiddenCall, outputs: Tensor) -> None:
-    """Refuse where the Gauss-Newton and Fisher matrices have no sum over samples."""
-    caller, known = options.caller, hidden.term.memory
+def _check_calls(caller: str, hidden: HiddenCall) -> None:
+    """Refuse where the Gauss-Newton and Fisher matrices are no sum over the rows of one call."""
     if len(hidden.calls) > 1 or hidden.past_calls:
         raise UnsupportedError(
-            f"{caller}: curvature={options.curvature!r} is for a layer called once, on which the loss depends through that call "
-            "alone; use curvature='hessian'"
+            f"{caller}: curvature={hidden.term.options.curvature!r} is for a layer called once, on which the loss depends "
+            "through that call alone; use curvature='hessian'"
         )
-    call = hidden.calls[0]
-    key = ("factors", call.shape, outputs.shape, *map(signature, hidden.between))
-    if (key not in known.levels or known.should_recheck(key)) and gauss_newton.check_samples_apart(
-        caller, hidden.term.layer, call, outputs
-    ):
-        known.levels[key] = "samples"
+
+
+def _check_samples(caller: str, group: Sequence[HiddenCall], outputs: Tensor) -> None:
+    """Refuse where samples interact after one of the layers: found out once for a graph, and now and then again."""
+    new, known = [], []
+    for hidden in group:
+        call, memory = hidden.calls[0], hidden.term.memory
+        key = ("factors", call.shape, outputs.shape, *map(signature, hidden.between))
+        if key not in memory.levels:
+            new.append((hidden, key))
+        elif memory.should_recheck(key):
+            known.append((hidden, key))
+    for due in (new, known):
+        if due:
+            again = max(hidden.term.memory.uses.get(key, 0) for hidden, key in due)
+            layers = [(hidden.term.layer, hidden.calls[0]) for hidden, _ in due]
+            apart = gauss_newton.check_samples_apart(caller, layers, outputs, again)
+            for (hidden, key), shown in zip(due, apart, strict=True):
+                if shown:
+                    hidden.term.memory.levels[key] = "samples"
 
 
 def _positive(
@@ -256,6 +277,12 @@ def difference_term(term: LayerTerm, closure: Any, per_sample: bool) -> Estimate
     if term.layer.module is not term.module:
         raise UnsupportedError(
             f"{options.caller}: method='finite_difference' is not for adapters; merge them first"
+        )
+    sharding.check_local(options.caller, term.layer.module.weight)
+    if term.captures.owners:
+        raise UnsupportedError(
+            f"{options.caller}: method='finite_difference' is not for weights that FSDP2 shards; use another method, or "
+            "DistributedDataParallel"
         )
     if not callable(closure):
         raise UnsupportedError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,18 +11,19 @@ from torch import Tensor, nn
 
 from fam_ext import _checks, loss_hessians
 from fam_ext.errors import UnsupportedError
-from fam_ext.layers import adapters
+from fam_ext.layers import adapters, sharding
 from fam_ext.loss import flattened
 from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.one_call import hidden_calls
-from fam_ext.loss.plan import Plan
+from fam_ext.loss.plan import Plan, Plans
 from fam_ext.options import Options
 
 
 class LayerCriterion(nn.Module):
     """A criterion and the layers that are regularized, which are no submodules of it."""
 
+    left_out: Mapping[str, str] = MappingProxyType({})
     any_mode = False  # capture although the layer is in evaluation mode or grad is disabled
 
     def __init__(self, criterion: Any, layer: nn.Module | Sequence[nn.Module], options: Options) -> None:
@@ -108,10 +110,12 @@ class LayerCriterion(nn.Module):
         return self.terms[0].module
 
     @property
-    def plan(self) -> Plan | tuple[Plan | None, ...] | None:
-        """How the latest term was computed and why; one for each of several layers. None before the first."""
-        plans = tuple(term.plan for term in self.terms)
-        return plans[0] if len(plans) == 1 else plans
+    def plan(self) -> Plan | Plans | None:
+        """How the latest term was computed and why, None before the first; a tuple of them for several layers."""
+        if len(self.terms) == 1:
+            return self.terms[0].plan
+        names = [term.name or str(term.module) for term in self.terms]
+        return Plans.of((term.plan for term in self.terms), names, self.left_out)
 
     def attach(self) -> None:
         """Put the hooks on the layers (again); without effect while they are there."""
@@ -163,7 +167,8 @@ class LayerCriterion(nn.Module):
     def weight_product(self, loss: Tensor, direction: Tensor) -> Tensor:
         """H D of one loss for the first layer, without graph; both in canonical layout (fam_ext.layers.linear_map)."""
         (hidden,) = hidden_calls(self.options, self.terms[:1], loss)
-        return weight_product(self.options, loss, hidden, direction)
+        with sharding.held():
+            return weight_product(self.options, loss, hidden, direction)
 
 
 @torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]

@@ -14,6 +14,7 @@ from fam_ext.capture.hook import LayerHook
 from fam_ext.errors import NoClosedForm
 from fam_ext.head.closed_form import weight_factor
 from fam_ext.hessian.noise import on_input
+from fam_ext.layers import sharding
 from fam_ext.layers.linear_map import LinearMap
 from fam_ext.loss.noise_hook import NoiseHook
 from fam_ext.loss.plan import CouplingMemory, Plan
@@ -35,6 +36,7 @@ class LayerTerm:
         self.set_share(1.0)
         self.hook: LayerHook | NoiseHook = LayerHook()
         self.handle: Any = None
+        self.name = ""  # in the model, where it was chosen by name
         self.plan: Plan | None = None
         self.memory = CouplingMemory()
         self.why_not_closed: NoClosedForm | None = None  # of the latest loss
@@ -58,7 +60,8 @@ class LayerTerm:
             if on_input(self.layer):
                 self.handle = module.register_forward_pre_hook(self.hook, with_kwargs=True)
             else:
-                self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
+                # ahead of FSDP2's hook, which frees the weight
+                self.handle = module.register_forward_hook(self.hook, with_kwargs=True, prepend=True)
         else:
             self.hook = LayerHook(self.captures, owner.any_mode)
             self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
@@ -80,6 +83,7 @@ class LayerTerm:
 
     def weight(self) -> Tensor:
         """The layer's weight now, rescaled, in canonical layout (fam_ext.layers.linear_map)."""
+        sharding.gather(sharding.owners(self.module))
         weight = layer_weight(self.module).detach()
         scaled = weight if self.scale is None else self.layer.multiply_weight(weight, self.scale)
         return self.layer.canonical(scaled)

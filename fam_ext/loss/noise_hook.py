@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import Any
 
 import torch
@@ -10,21 +11,32 @@ from torch import Tensor, nn
 
 from fam_ext.capture.calls import layer_weight
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian import noise
+from fam_ext.hessian import noise, split_noise
+from fam_ext.layers import sharding
 from fam_ext.layers.linear_map import LinearMap
 
 _KEY = "fam_ext_noise"  # in the metadata of an autograd node
+_CALLS = 64  # that a backward pass may repeat
 
 
 class _Token:
     """Lives as long as the graph of the call that it was made for."""
 
 
+class Gate:
+    """Which forward passes of a model are perturbed, and where: shared by its layers' hooks. Backward passes repeat what was."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.positions: Tensor | None = None  # (S, N), 0 where a token is padding; None: all count
+
+
 class NoiseHook:
     """Adds the noise of one layer: to its input as a forward pre-hook, to its output as a forward hook (`noise.on_input`).
 
     All calls of the layer between two losses share one draw, since they share one weight. Every call takes the same amount of
-    random numbers all the same, so that a checkpointed call replays the generator as its first pass found it.
+    random numbers all the same, so that a checkpointed call replays the generator as its first pass found it, and is recognized
+    by what it draws, whatever other steps came in between.
 
     `active` is false in evaluation mode and where the strength is 0: nothing is drawn then.
     """
@@ -35,7 +47,8 @@ class NoiseHook:
         self.layer = layer  # None: the inert hook of a copied module
         self.generator = generator
         self.shared = shared
-        self.active = False
+        self.gate: Gate | None = None
+        self._active = False
         self.called = False  # in this step
         self.seen = False  # in any step
         self.value = 0.0
@@ -46,8 +59,19 @@ class NoiseHook:
         self.later: noise.Draw | None = None  # what calls after the first one take, where that differs
         # of the step before, whose backward pass may call the layer again
         self.kept: tuple[noise.Draw | None, noise.Draw | None] = (None, None)
+        # of the latest calls: what was drawn, for recognizing a repeated one; what was taken in its place; the positions
+        self._calls: deque[tuple[Tensor, noise.Draw | None, Tensor | None]] = deque(maxlen=_CALLS)
         self._first: Tensor | None = None  # the features of a first call whose draw is made for them alone
         self._token: Any = None
+
+    @property
+    def active(self) -> bool:
+        """Whether calls are perturbed."""
+        return self._active and (self.gate is None or self.gate.open or _in_backward())
+
+    @active.setter
+    def active(self, value: bool) -> None:
+        self._active = value
 
     def set(self, strength: float, device: torch.device) -> None:
         """The strength of the next step."""
@@ -68,7 +92,14 @@ class NoiseHook:
         if not self.active or not module.training or _exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
-        perturbed = noise.perturb_input(layer, self._draw(features), features, self._strength())
+        if sharding.is_dtensor(features):
+            split_noise.is_split("FAMLoss", features)
+            like = features.to_local().new_empty(features.shape)  # of the whole width
+            drawn = self._draw(like, features.device_mesh.get_group())
+            perturbed = split_noise.perturb("FAMLoss", drawn, features, self._strength())
+        else:
+            self._check_plain(module)
+            perturbed = noise.perturb_input(layer, self._draw(features), features, self._strength())
         self._remember(perturbed)
         if args:
             return (perturbed, *args[1:]), kwargs
@@ -79,6 +110,7 @@ class NoiseHook:
         if not self.active or not module.training or _exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
+        self._check_plain(module)
         drawn = self._draw(features)
         perturbed = noise.perturb_output(
             layer, drawn, features, layer_weight(module), output, self._strength()
@@ -102,32 +134,69 @@ class NoiseHook:
         compiling = torch.compiler.is_compiling()
         return self.tensor if compiling and self.tensor is not None else self.value
 
-    def _draw(self, features: Tensor) -> noise.Draw:
+    @staticmethod
+    def _check_plain(module: nn.Module) -> None:
+        weight = module._parameters.get("weight")
+        if sharding.is_dtensor(weight):
+            raise UnsupportedError(
+                f"FAMLoss: the layer's weight is split by tensor parallelism, {sharding.describe(weight)}, and its input is not "
+                "yet where method='noise' sees it; make the criterion after parallelize_module, or call its detach() and "
+                "attach()"
+            )
+
+    def _draw(self, features: Tensor, group: Any = None) -> noise.Draw:
+        """`group`: processes that share one draw."""
         generator = self.generator
         fresh = noise.draw(self._layer(), features, generator, self.shared)
+        if group is not None:
+            fresh = split_noise.same_on_all(fresh, group)
         self.called = self.seen = True
         if torch.compiler.is_compiling():
             if self.drawn is None:
                 self.drawn, self._first = fresh, features
-                return fresh
-            return self._of_later_calls(fresh)
-        if torch._C._current_graph_task_id() != -1:  # checkpointing: called again in the backward pass
-            first, later = (self.drawn, self.later) if self.drawn is not None else self.kept
-            repeats_the_first = first is None or torch.equal(first.left, fresh.left)
-            return fresh if repeats_the_first else later or first or fresh
+                return self._at_positions(fresh)
+            return self._at_positions(self._of_later_calls(fresh))
+        if _in_backward():
+            return self._repeated(fresh)
         without_loss = (
             self._token is not None and self._token() is None
         )  # the graph of the earlier call is gone
         if self.drawn is None or without_loss:
             self.drawn, self.later, self._token, self._first = fresh, None, None, features
-            return fresh
+            return self._noted(fresh, None)
         elif self.drawn.samples != fresh.samples:
             raise UnsupportedError(
                 f"FAMLoss: method='noise' has one draw for all calls of a layer in a step, and this one has {fresh.samples} "
                 f"samples where an earlier one had {self.drawn.samples}; share one draw in the batch "
                 "(per_sample_probes=False), or call criterion.reset() after a forward pass that no loss follows"
             )
-        return self._of_later_calls(fresh)
+        if group is not None and self.drawn.channels is None:
+            raise UnsupportedError(
+                "FAMLoss: under tensor parallelism method='noise' is not for a layer of one row per sample that is called "
+                "several times before a loss; share one draw in the batch (per_sample_probes=False)"
+            )
+        return self._noted(fresh, self._of_later_calls(fresh))
+
+    def _at_positions(self, drawn: noise.Draw) -> noise.Draw:
+        positions = None if self.gate is None else self.gate.positions
+        return drawn if positions is None else drawn._replace(positions=positions)
+
+    def _noted(self, fresh: noise.Draw, taken: noise.Draw | None) -> noise.Draw:
+        """`taken`, or the fresh draw, where it counts; kept for a backward pass that calls the layer again."""
+        positions = None if self.gate is None else self.gate.positions
+        self._calls.append((_signs(fresh), taken, positions))
+        return self._at_positions(taken or fresh)
+
+    def _repeated(self, fresh: noise.Draw) -> noise.Draw:
+        """Checkpointing: what the call took that drew the same, its first pass."""
+        if self.generator is None:
+            own = _signs(fresh)
+            for drew, taken, positions in reversed(self._calls):
+                if torch.equal(drew, own):
+                    return (taken or fresh)._replace(positions=positions)
+        first, later = (self.drawn, self.later) if self.drawn is not None else self.kept
+        repeats_the_first = first is None or torch.equal(first.left, fresh.left)
+        return fresh if repeats_the_first else later or first or fresh
 
     def _of_later_calls(self, fresh: noise.Draw) -> noise.Draw:
         """The first call's draw; one that was made for its features alone (b = phi / |phi|) takes the second's signs too."""
@@ -149,6 +218,19 @@ class NoiseHook:
 
     def __reduce__(self) -> Any:
         return NoiseHook, ()
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass calls the layer again (checkpointing)."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _signs(drawn: noise.Draw) -> Tensor:
+    """Enough of a draw to recognize it."""
+    left = drawn.left.flatten()[:64]
+    if drawn.channels is None or len(left) == 64:
+        return left.clone()
+    return torch.cat([left, drawn.channels.flatten()[:64]])
 
 
 def _exporting() -> bool:

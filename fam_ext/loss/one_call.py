@@ -13,12 +13,13 @@ from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.capture import graph_walk
 from fam_ext.capture.calls import CapturedCall, check_tensor, layer_weight
-from fam_ext.derivatives import verdicts
 from fam_ext.errors import LayerNotCalled, NoClosedForm, UnsupportedError
+from fam_ext.head import parallel
 from fam_ext.head.closed_form import check_class_dim, flatness
 from fam_ext.head.one_pass import has_hooks
 from fam_ext.hessian.estimate import Estimate
 from fam_ext.hessian.products import LayerCall
+from fam_ext.layers import sharding
 from fam_ext.loss.hidden import HiddenCall, difference_term, hessian_terms, positive_terms
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.plan import CLOSED_FORM, UNUSED
@@ -102,13 +103,19 @@ def _head_call(
     rows = None
     if row_map is not None:
         class_dim, rows = row_map
+    sharding.check_whole(caller, weight)
     layer.check_call(caller, features, weight, call.shape)
     check_class_dim(caller, loss_hessian, class_dim, outputs)
+    if loss_hessian.target is None:  # kappa may not need it, but the criterion does
+        _checks.bad_type(caller, "target", "a tensor", None)
     loss_hessian.check(caller, outputs)
     if features.device != outputs.device:
         _checks.bad_value(caller, "outputs", f"on the layer's device ({features.device})", outputs)
     if call.first is not None:
-        layer.check_unusual(caller, features, weight, call.first, call.dtype)
+        if sharding.is_dtensor(weight):
+            parallel.check_unusual(caller, layer, features, weight, call.first, call.dtype)
+        else:
+            layer.check_unusual(caller, features, weight, call.first, call.dtype)
     term.record_plan(CLOSED_FORM)
     if term.scale is not None:
         features, weight = term.rescaled(features, weight)
@@ -153,7 +160,8 @@ def loss_and_terms(
             others.append(term)
             continue
         samples = term.layer.samples(head.call.shape)
-        kappa = flatness(
+        form = parallel.flatness if sharding.is_dtensor(head.weight) else flatness
+        kappa = form(
             options, term.layer, head.loss_hessian, outputs, head.class_dim, head.rows, head.features, head.weight, samples,
             per_sample,
         )  # fmt: skip
@@ -166,10 +174,11 @@ def loss_and_terms(
         assert loss is not None
         hidden = hidden_calls(options, others, loss)
         if hidden:
-            if options.curvature == "hessian":
-                estimates += hessian_terms(options, loss, hidden, per_sample)
-            else:
-                estimates += positive_terms(options, outputs, hidden, loss_hessian, per_sample)
+            with sharding.held():
+                if options.curvature == "hessian":
+                    estimates += hessian_terms(options, loss, hidden, per_sample)
+                else:
+                    estimates += positive_terms(options, outputs, hidden, loss_hessian, per_sample)
         elif not estimates:  # every layer was skipped in this step
             estimates.append(
                 Estimate(torch.zeros((), dtype=accumulation_dtype(loss), device=loss.device), None)
@@ -206,12 +215,15 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
         raise UnsupportedError(
             f"{caller}: without a closed form the layer's curvature needs gradients: {_no_graph(terms[0])}"
         )
+    for term in terms:  # before the parameters are listed: FSDP2 exchanges them with their shards
+        term.captures.gather()
     parameters = [list(term.module.parameters()) for term in terms]
     walks = graph_walk.find(loss, [term.captures for term in terms], parameters)
+    sharding.check_flat(caller, (getattr(node, "variable", None) for node in walks[0].nodes))
     hidden = []
     for term, walk in zip(terms, walks, strict=True):
         if walk.calls or walk.past_calls:
-            verdicts.check_sinks(caller, walk.between)
+            sharding.check_between(caller, walk.between)
             hidden.append(_hidden_call(caller, term, walk))
         elif term.captures.idle():
             if not term.captures.seen or term.plan is CLOSED_FORM:
@@ -230,10 +242,13 @@ def _hidden_call(caller: str, term: LayerTerm, walk: graph_walk.Walk) -> HiddenC
     calls: list[LayerCall] = []
     weight: Any = None
     taken = [call.stored.take(caller) for call in walk.calls]
+    term.captures.gather(*[call.stored for call in walk.calls])
     term.captures.done()
     for (node, number, stored), features in zip(walk.calls, taken, strict=True):
         stored.used[0] = True
         weight = stored.weight
+        sharding.check_whole(caller, weight)
+        sharding.check_local(caller, weight, features)
         term.layer.check_call(caller, features, weight, stored.shape)
         if stored.first is not None:
             term.layer.check_unusual(caller, features, weight, stored.first, stored.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,29 @@ class Plan:
     def __str__(self) -> str:
         what = self.method if self.level is None else f"{self.method} ({self.level} independent)"
         return f"{what}, {self.products} products: {self.reason}"
+
+
+class Plans(tuple[Plan | None, ...]):
+    """The plans of several layers: a tuple, which prints as a line for each layer and for each that was left out.
+
+    names: of the layers, as in the model where FAMLoss.for_model chose them.
+    left_out: name of a layer -> why it is not regularized.
+    """
+
+    names: Sequence[str]
+    left_out: Mapping[str, str]
+
+    @classmethod
+    def of(cls, plans: Iterable[Plan | None], names: Sequence[str], left_out: Mapping[str, str]) -> Plans:
+        made = cls(plans)
+        made.names, made.left_out = names, left_out
+        return made
+
+    def __repr__(self) -> str:
+        lines = [f"{name}: {plan or 'no step yet'}" for name, plan in zip(self.names, self, strict=True)]
+        return "\n".join(lines + [f"{name}: left out, {reason}" for name, reason in self.left_out.items()])
+
+    __str__ = __repr__
 
 
 CLOSED_FORM = Plan("closed_form", None, 0, "the layer's output is what the criterion receives")

@@ -191,6 +191,15 @@ class TrainingCriterion(LayerCriterion):
             if isinstance(term.hook, NoiseHook):
                 term.hook.finish()
 
+    def next_pass(self) -> None:
+        """End the step of a forward pass whose loss the criterion is not given; only with method="noise"."""
+        self._reset_noise()
+        self.last = StepRecord(None, None, self._strength_now())
+        if self._counts_calls:
+            self.step += 1
+        if callable(self._strength) or self.every > 1:
+            self._set_noise()
+
     def reset(self) -> None:
         """Drop the features, and the noise, of forward calls that no loss follows."""
         super().reset()

@@ -13,9 +13,9 @@ from fam_ext import _checks
 from fam_ext.layers.find import find_layers
 from fam_ext.measurement import companions
 from fam_ext.measurement.batches import NAME, DataSet, Mean, mode
-from fam_ext.measurement.layer_terms import EIGENVALUES, LayerTerms
+from fam_ext.measurement.layer_terms import EIGENVALUES, LARGEST, LayerTerms
 from fam_ext.measurement.report import Report
-from fam_ext.options import MEASURES
+from fam_ext.options import MEASURES, Options
 
 
 def measure(
@@ -89,6 +89,21 @@ def measure(
     ['0/neuronwise', '2/neuronwise', 'weight_norm']
     """
     names = _checked(measures)
+    own = [name for name in names if name not in companions.NETWORK]
+    for name in own or ["layerwise"]:  # all of them before anything is computed
+        measured = "layerwise_eigenvalue" if name == LARGEST else name
+        power = norm_power if measured.startswith("layerwise") else 2
+        Options(
+            NAME, measured, curvature, method, probes, normalize, power, True, generator, backend, None, max_bytes
+        )  # fmt: skip
+    if isinstance(norm_power, bool) or norm_power not in (1, 2):
+        _checks.bad_value(NAME, "norm_power", "1 or 2", norm_power)
+    for argument, flag in (
+        ("progress", progress),
+        ("training", training),
+        ("normalize_features", normalize_features),
+    ):
+        _checks.check_bool(NAME, argument, flag)
     if rtol is not None and not (isinstance(rtol, float) and rtol > 0):
         _checks.bad_value(NAME, "rtol", "None or a positive float", rtol)
     if rtol is not None and probes < 2:
@@ -96,6 +111,10 @@ def measure(
     if isinstance(max_probes, bool) or not isinstance(max_probes, int) or max_probes < 1:
         _checks.bad_value(NAME, "max_probes", "a positive integer", max_probes)
     companions.check_radius(NAME, radius=radius, adaptive_radius=adaptive_radius)
+    if not callable(criterion):
+        _checks.bad_type(NAME, "criterion", "a loss module or function", criterion)
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        _checks.bad_type(NAME, "batches", "an iterable of pairs (inputs, targets)", batches)
     again = normalize_features or rtol is not None or any(name not in MEASURES for name in names)
     if again and isinstance(batches, Iterator):  # the second pass would meet nothing
         _checks.bad_value(
@@ -104,7 +123,6 @@ def measure(
     data = DataSet(model, batches, criterion, progress)
     chosen = set(find_layers(NAME, model, layer))
     modules = {name: module for name, module in model.named_modules() if module in chosen}
-    own = [name for name in names if name not in companions.NETWORK]
     options: dict[str, Any] = {
         "method": method, "curvature": curvature, "probes": probes, "normalize": normalize, "generator": generator,
         "backend": backend, "max_bytes": max_bytes,
@@ -130,8 +148,8 @@ def measure(
 
 
 def _checked(measures: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(measures)
-    if not names or isinstance(measures, str):
+    names = tuple(measures) if isinstance(measures, Iterable) and not isinstance(measures, str) else ()
+    if not names:
         _checks.bad_type(NAME, "measures", "a sequence of names", measures)
     for name in names:
         _checks.check_choice(NAME, "measures", name, (*MEASURES, *EIGENVALUES, *companions.NETWORK))

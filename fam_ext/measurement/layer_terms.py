@@ -95,7 +95,7 @@ class LayerTerms:
         }
         for of_eigenvalue in self.eigenvalues.values():
             of_eigenvalue.detach()  # until its turn
-        self.found: dict[str, float] = {}
+        self.taken_eigenvalues: dict[str, float] = {}
 
     def _all(self) -> list[RelativeFlatness]:
         return [*(term.flatness for term in self.terms.values()), *self.eigenvalues.values()]
@@ -127,13 +127,13 @@ class LayerTerms:
         """Those of the mean Hessian, not the mean of eigenvalues: every product goes over the data set."""
         for name, flatness in self.eigenvalues.items():
             if not counts:
-                self.found[name] = float("nan")
+                self.taken_eigenvalues[name] = float("nan")
                 continue
             with flatness:
-                self.found[name] = _eigenvalue(name, flatness, data)
+                self.taken_eigenvalues[name] = _eigenvalue(name, flatness, data)
 
     def row(self) -> LayerRow:
-        values = {**{name: term.value for name, term in self.terms.items()}, **self.found}
+        values = {**{name: term.value for name, term in self.terms.items()}, **self.taken_eigenvalues}
         errors = {name: term.standard_error for name, term in self.terms.items()}
         plans = {name: str(term.flatness.plan or "no target counts") for name, term in self.terms.items()}
         plans |= dict.fromkeys(self.eigenvalues, "lanczos, products over the data set")

@@ -93,4 +93,6 @@ def pad(input: Tensor, before: Ints, after: Ints, mode: str) -> Tensor:
     An input position may stand in several places of the result: in bfloat16 the sum of its gradients would lose digits.
     """
     pairs = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
+    if input.shape[1] == 0:  # torch pads no tensor without channels but by a constant
+        mode = "constant"
     return F.pad(input.to(accumulation_dtype(input)), pairs, mode=mode)

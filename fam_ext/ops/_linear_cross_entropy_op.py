@@ -125,7 +125,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 
 _library: Any = torch.library.Library("fam_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(_SCHEMA)
+_library.define(_SCHEMA, tags=(torch.Tag.cudagraph_unsafe,))  # it waits for how many rows are ignored
 _library.impl(_OP, _run, "CompositeExplicitAutograd")
 register_fake(_OP)(_fake)
 torch.library.register_autograd(f"fam_ext::{_OP}", _backward, setup_context=_setup_context)

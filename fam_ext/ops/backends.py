@@ -1,4 +1,4 @@
-"""The only place that chooses a backend: loads the compiled library where it fits, and answers who serves an operation."""
+"""Backend selection: loads the compiled library where it fits, and chooses native, triton or reference for each operation."""
 
 from __future__ import annotations
 
@@ -99,15 +99,15 @@ def _load() -> tuple[dict[str, Any], str | None]:
 def _find_kernels() -> frozenset[tuple[str, str]]:
     """(operation, device type) pairs for which every schema of the operation, its backward included, has a kernel."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fam_ext::")]
-    found = set()
+    pairs = set()
     for op in set(OPERATIONS).difference(PYTHON_OPERATIONS):
         family = [name for name in names if name == f"fam_ext::{op}" or name.startswith(f"fam_ext::{op}_")]
         for device, key in _DISPATCH_KEYS.items():
             if family and all(
                 torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key) for name in family
             ):
-                found.add((op, device))
-    return frozenset(found)
+                pairs.add((op, device))
+    return frozenset(pairs)
 
 
 def _look_for_triton() -> str | None:
@@ -242,7 +242,7 @@ def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
 
 @dataclass(frozen=True)
 class Info:
-    """What is installed and what serves: see :func:`info`."""
+    """What is installed and which backend each operation takes: see :func:`info`."""
 
     versions: dict[str, str | None]
     """fam_ext, torch, python and triton (None when it is not installed)."""

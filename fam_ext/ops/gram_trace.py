@@ -57,8 +57,8 @@ def gram_trace(
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
-        (B,), or (K, B) for stacked factors; float64 where a tensor is, else float32. Nonnegative up to rounding. Only the
-        reference can be differentiated twice.
+        (B,), or (K, B) for stacked factors; float64 where a tensor is (the weight counts with weighted=True only), else float32.
+        Nonnegative up to rounding. Only the reference can be differentiated twice.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape or range.
@@ -76,6 +76,7 @@ def gram_trace(
     _checks.check_same_device(_NAME, input=input, factors=factors, weight=weight)
     _checks.check_choice(_NAME, "form", form, FORMS)
     _checks.check_choice(_NAME, "padding_mode", padding_mode, PADDING_MODES)
+    _checks.check_bool(_NAME, "weighted", weighted)
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
         _checks.bad_value(_NAME, "max_bytes", "a positive integer", max_bytes)
     stacked = factors.dim() == input.dim() + 1

@@ -76,14 +76,14 @@ def head_cross_entropy(
         >>> kappa, weight.grad[0]  # |phi|^2 v = 5 * 0.3932
         (tensor(1.9661), tensor([0.5564, 0.5230]))
     """
-    # C++ would take a tensor for a number, and anything for True or False
+    # C++ would take anything for True or False
     plain = type(strength) in (float, int) and type(curvature_grad) is bool and backend in ("auto", "native")
     if plain and not torch.compiler.is_compiling() and not nn.parameter.is_lazy(weight):
-        found = ordinary_call(
+        pair = ordinary_call(
             logits, features, weight, target, class_weight, ignore_index, label_smoothing, reduction, strength, curvature_grad
         )  # fmt: skip
-        if found is not None:
-            return found
+        if pair is not None:
+            return pair
     name = "head_cross_entropy"
     _check(name, logits, features, weight, target, class_weight)
     _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
@@ -117,19 +117,21 @@ def ordinary_call(
     """The compiled operation on arguments it recognizes as right; None for all others, which are to be checked first."""
     if _ordinary is None or torch.compiler.is_compiling():
         return None
+    if type(ignore_index) is not int or type(label_smoothing) not in (float, int):
+        return None  # C++ would take a tensor for a number
     try:
         if ignore_index >= 0 and target.is_floating_point():
             return None
         classes, fan_in = weight.shape
         pairwise = choose_form(logits.numel() // classes, fan_in, classes) == "pairwise"
         mean = {"mean": True, "sum": False}[reduction]
-        found: tuple[Tensor, Tensor] | None = _ordinary(
+        pair: tuple[Tensor, Tensor] | None = _ordinary(
             logits, features, weight, target, class_weight, ignore_index, label_smoothing, mean, strength, curvature_grad,
             pairwise,
         )  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None  # reduction="none", or what the checks name
-    return found
+    return pair
 
 
 def _check(

@@ -44,7 +44,8 @@ def linear_cross_entropy(
     cross-entropy receives, as torch.nn.functional.linear_cross_entropy computes CE alone. All backends but the reference take the
     rows in chunks and never hold an (N, V) matrix; the gradients of input, weight and bias are made in the forward pass (with
     reduction="none" in the backward pass, chunk by chunk again). Rows that are ignored cost nothing. What does not require grad
-    is skipped. On a GPU one call waits for the device once: how many rows are ignored decides what is launched.
+    is skipped. On a GPU one call waits for the device once: how many rows are ignored decides what is launched. No
+    CUDA graph can capture it therefore; head_cross_entropy, softmax_trace and patch_sqnorm can be captured.
     A backward pass whose upstream gradient is not 1 scales the gradients, which needs one copy of them for its time.
     The "reference" backend, plain PyTorch, holds the logits.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -374,3 +375,17 @@ def test_function_of_tensors_agrees(name: str) -> None:
 def test_function_of_tensors_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fam_ext.relative_flatness(torch.randn(6, 3), torch.randn(4, 3), torch.randn(6, 4), **options)
+
+
+def test_a_float64_argument_of_the_loss_makes_all_digits_those_of_float64() -> None:
+    layer, x = nn.Linear(3, 4), torch.randn(6, 3)
+    criterion = nn.BCEWithLogitsLoss(pos_weight=torch.rand(4, dtype=torch.float64) + 0.5)
+    target = torch.rand(6, 4)
+    values = []
+    for head in (layer, copy.deepcopy(layer).double()):
+        flatness = fam_ext.RelativeFlatness(criterion, head)
+        z = head(x.to(head.weight.dtype))
+        with torch.no_grad():
+            z.copy_(layer(x))  # the same logits
+        values.append(flatness(z, target))
+    torch.testing.assert_close(*values, rtol=1e-14, atol=0)

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from inputs import make_input
+from tolerance import assert_accurate
 from torch import Tensor
+
+from fam_ext.ops.gram_trace import gram_trace
 
 Options = dict[str, Any]
 # input, weight, options of the convolution; the factors have the shape of the layer's output
@@ -82,12 +85,14 @@ def oracle(x: Tensor, factors: Tensor, weight: Tensor, options: Options, weighte
     groups = options.get("groups", 1)
     by_group = w.reshape(groups, len(w) // groups, -1)
     values = []
-    for phi, s in zip(x.split(1), factors.split(1), strict=True):
+    for phi, s in zip(x.split(1), factors.split(1), strict=True) if len(x) else ():
         probe = torch.zeros_like(w, requires_grad=True)
         (gamma,) = torch.autograd.grad((apply(phi, probe, options) * s).sum(), probe, create_graph=True)
         gamma = gamma.reshape(by_group.shape)
         values.append((by_group.transpose(1, 2) @ gamma if weighted else gamma).square().sum())
-    return torch.stack(values) if values else x.new_zeros(0)
+    if values:
+        return torch.stack(values)
+    return (x.sum() + factors.sum() + w.sum()) * x.new_zeros(0)
 
 
 def by_patches(x: Tensor, factors: Tensor, weight: Tensor, options: Options) -> Tensor:
@@ -101,3 +106,58 @@ def by_patches(x: Tensor, factors: Tensor, weight: Tensor, options: Options) -> 
     s = factors.reshape(len(x), groups, weight.shape[0] // groups, -1)
     w = weight.reshape(groups, weight.shape[0] // groups, -1)
     return torch.einsum("bgiq,bgir,bgsq,gsj,gtj,bgtr->b", phi, phi, s, w, w, s)
+
+
+def run(
+    x: Tensor,
+    factors: Tensor,
+    weight: Tensor,
+    options: Options,
+    upstream: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Value and gradients; the gradient of a weight that gives its shape only is None."""
+    inputs = [t.detach().requires_grad_() for t in (x, factors, weight)]
+    value = gram_trace(*inputs, **options, **kwargs)
+    if upstream is None:
+        upstream = torch.linspace(0.5, 1, value.numel(), dtype=value.dtype).reshape(value.shape)
+    return value.detach(), *torch.autograd.grad(value, inputs, upstream.to(value.dtype), allow_unused=True)
+
+
+def exact(x: Tensor, factors: Tensor, weight: Tensor, options: Options, weighted: bool = True) -> Any:
+    """As `run`, in float64."""
+    inputs = [t.detach().double().requires_grad_() for t in (x, factors, weight)]
+    value = oracle(*inputs, options, weighted)
+    upstream = torch.linspace(0.5, 1, value.numel(), dtype=value.dtype).reshape(value.shape)
+    return value.detach(), *torch.autograd.grad(value, inputs, upstream, allow_unused=True)
+
+
+def check(
+    x: Tensor,
+    factors: Tensor,
+    weight: Tensor,
+    options: Options,
+    backend: str,
+    form: str,
+    weighted: bool = True,
+    **kwargs: Any,
+) -> None:
+    """No result is further from float64 than that of the reference, but for rounding."""
+    got = run(x, factors, weight, options, backend=backend, form=form, weighted=weighted, **kwargs)
+    base = run(x, factors, weight, options, backend="reference", form=form, weighted=weighted)
+    want = exact(x, factors, weight, options, weighted)
+    counts = (x, factors, weight) if weighted else (x, factors)
+    acc = torch.float64 if any(t.dtype == torch.float64 for t in counts) else torch.float32
+    assert [None if g is None else g.dtype for g in got] == [
+        acc,
+        x.dtype,
+        factors.dtype,
+        weight.dtype if weighted else None,
+    ]
+    terms = weight[0].numel() * max(1, factors.numel() // max(1, len(x)))
+    for g, b, w in zip(got, base, want, strict=True):
+        if g is None:
+            assert not weighted and (w is None or not w.any())
+            continue
+        if g.numel():
+            assert_accurate(g, b, w, terms)

@@ -10,8 +10,10 @@ import oracle
 import torch
 import torch.nn.functional as F
 from inputs import make_input
+from tolerance import assert_accurate
 from torch import Tensor
 
+from fam_ext.functional import linear_cross_entropy
 from fam_ext.ops.row_coefficients import cross_entropy_coefficients
 
 Variant = Callable[[tuple[int, ...], int], tuple[Tensor, dict[str, Any]]]
@@ -113,6 +115,25 @@ def cancelling_parts(
     (dz,) = torch.autograd.grad(ce, z, of_rows.reshape(ce.shape))
     parts = dz.abs() + 2 * (c * of_rows).detach().abs()[:, None] * z.detach().softmax(1)
     return [(parts @ weight.abs()).reshape(x.shape), parts.T @ phi.abs(), parts.sum(0)]
+
+
+def check(inputs: Any, target: Tensor, options: dict[str, Any], **native: Any) -> None:
+    """No result is further from float64 than that of the reference, but for rounding."""
+    x, weight, bias = inputs
+    acc = torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
+    rows, (classes, fan_in) = target.numel(), weight.shape
+    upstream = torch.rand(target.shape) if options.get("reduction") == "none" else torch.tensor(0.7)
+    run = lambda **k: differentiate(  # noqa: E731
+        lambda x, w, b: linear_cross_entropy(x, w, target, bias=b, **options, **k), inputs, upstream
+    )
+    truth = differentiate(lambda *t: exact(*t, target, **options), [t.double() for t in inputs], upstream)
+    results, base = run(backend="native", **native), run(backend="reference")
+    assert [t.dtype for t in results] == [acc, acc, x.dtype, weight.dtype, bias.dtype]
+    assert [t.shape for t in results] == [t.shape for t in truth]
+    terms = (classes * fan_in * rows,) * 2 + (classes * fan_in,) + (classes * rows,) * 2
+    parts = (None, None, *cancelling_parts(inputs, target, options, upstream))
+    for actual, plain, value, count, of_parts in zip(results, base, truth, terms, parts, strict=True):
+        assert_accurate(actual, plain, value, count, parts=of_parts, roundings=8)
 
 
 def on_grid(*sizes: int) -> Tensor:

@@ -65,7 +65,7 @@ def _recurrent() -> list[Case]:
             def build(kind=kind, options=options) -> Tail:
                 return Tail(lambda m, z: m.net(z)[0], net=kind(4, 2, batch_first=True, **options))
 
-            # in float32 another kernel serves some of them
+            # in float32 another kernel takes some of them
             cases.append(Case(kind.__name__, build, (2, 3, 4), variant, float32="dropout" not in options))
 
         def packed(kind=kind) -> Tail:

@@ -101,8 +101,15 @@ def test_several_calls() -> None:
         assert coupling_level(hessian) == "batch"
 
 
-def test_nan_counts_as_coupled() -> None:
-    assert linear(4, loss=lambda z: (torch.nan * z.exp()).sum()) == "batch"
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_tell_nothing(bad: float) -> None:
+    """As in a step that diverged, or whose gradients a loss scaler throws away."""
+    assert linear(4, loss=lambda z: (bad * z.exp()).sum()) is None
+    scale = torch.ones(4, 1, dtype=torch.float64).index_fill(0, torch.tensor(2), bad)
+    assert linear(4, loss=lambda z: (scale * z.exp()).sum()) is None
+    assert (
+        linear(4, loss=lambda z: (scale * z).exp().sum() + (z[0] * z[1] * z[3]).sum()) == "batch"
+    )  # seen in finite ones
 
 
 def pair_of_samples(z: Tensor) -> Tensor:

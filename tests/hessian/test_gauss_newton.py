@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fam_ext import UnsupportedError
 from fam_ext.hessian import gauss_newton, loss_factors
@@ -249,8 +249,10 @@ def coupled(pairs: list[tuple[int, int]], samples: int) -> Problem:
     return Problem(nn.Linear(2, 2), nn.Linear(2, 3), Mixed(), torch.randn(samples, 2), (samples,))
 
 
-def check(case: Problem) -> bool:
-    return gauss_newton.check_samples_apart("test", case.factored.layer, case.factored.call, case.outputs)
+def check(case: Problem, again: int = 0) -> bool:
+    layers = [(case.factored.layer, case.factored.call)]
+    (shown,) = gauss_newton.check_samples_apart("test", layers, case.outputs, again)
+    return shown
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5])
@@ -267,10 +269,61 @@ def test_samples_that_are_coupled(pairs: list[tuple[int, int]]) -> None:
         check(coupled(pairs, 4))
 
 
+def test_checks_made_again_find_any_pair_in_the_end() -> None:
+    """Each takes one pair of random halves: the two samples are on different sides of some of them."""
+    case, refused = coupled([(2, 5)], 8), 0
+    for again in range(1, 9):
+        try:
+            assert check(case, again)
+        except UnsupportedError:
+            refused += 1
+    assert 0 < refused < 8
+
+
+def test_layers_share_the_passes_of_a_check() -> None:
+    """Each layer has an answer of its own, whatever the others'."""
+    first, second = nn.Linear(2, 3), nn.Linear(3, 4)
+    x = torch.randn(4, 2)
+    z = first(x)
+    h = second(z.tanh())
+    layers = [(LinearMap("test", m), LayerCall(get_gradient_edge(t), f, tuple(t.shape), t.dtype))
+              for m, f, t in ((first, x, z), (second, z, h))]  # fmt: skip
+    check_all = gauss_newton.check_samples_apart
+    assert check_all("test", layers, h.sin()) == [True, True]
+    assert check_all("test", layers, z.sin()) == [True, False]  # z does not depend on the second
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    handle = h.grad_fn.register_hook(count)
+    check_all("test", layers, h.sin())
+    assert passes == 2 * 2  # two for each bit of four samples' numbers
+    check_all("test", layers, h.sin(), again=1)
+    assert passes == 2 * 2 + 2
+    handle.remove()
+    with pytest.raises(UnsupportedError, match="samples interact"):
+        check_all("test", layers, h - z.mean(0).sum())  # after the first only
+
+
 def test_outputs_that_nothing_of_the_layer_reaches() -> None:
     case = coupled([], 4)
     case.outputs = case.outputs * 0
     assert not check(case)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_tell_nothing(bad: float) -> None:
+    """As in a step that diverged: no reason to stop, nor to be sure."""
+    case = coupled([], 4)
+    case.outputs = case.outputs * bad
+    assert not check(case)
+    case = coupled([(0, 1)], 4)
+    scale = torch.ones(4, 1).index_fill(0, torch.tensor(3), bad)
+    case.outputs = case.outputs * scale.to(case.outputs)
+    with pytest.raises(UnsupportedError, match="samples interact"):  # seen in the samples that are finite
+        check(case)
 
 
 def test_outputs_that_are_no_whole_samples() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocations import allocations
+from autograd_checks import assert_partial_grads
 from inputs import TRITON_ON_GPU, make_input
 from linear_problems import VARIANTS, confident_problem, differentiate, exact, indices, make_problem
 from tolerance import assert_accurate, relative_error
@@ -178,20 +179,7 @@ def test_frozen_tensors(needs: tuple[bool, ...], options: dict[str, Any]) -> Non
     """What is not asked for is neither made nor missed."""
     for dtype in (F32, BF16):
         inputs, target = make_problem((7,), 5, 7, (dtype,) * 3), indices((7,), 7, -100)
-        run = partial(call, target=target, **options)
-        whole = [t.requires_grad_() for t in inputs]
-        loss, flatness = run(*whole)
-        expected = torch.autograd.grad(loss.sum(), whole)
-        fewer = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
-        result, same = run(*fewer)
-        assert torch.equal(result, loss) and torch.equal(same, flatness) and not same.requires_grad
-        assert result.requires_grad == any(needs)
-        if any(needs):
-            result.sum().backward()
-        for tensor, need, grad in zip(fewer, needs, expected, strict=True):
-            assert (tensor.grad is not None) == need
-            if need:
-                torch.testing.assert_close(tensor.grad, grad)
+        assert_partial_grads(partial(call, target=target, **options), inputs, needs, same_bits=True)
 
 
 def products(needs: tuple[bool, bool], dtype: torch.dtype, **options: Any) -> int:

@@ -9,7 +9,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import expect
+from inputs import expect, make_input
+from tolerance import relative_error
 from torch import Tensor, nn
 
 from fam_ext import FAMLoss, RelativeFlatness, measure
@@ -234,3 +235,18 @@ def test_conv1d_against_the_full_hessian(index: int) -> None:
         rtol=1e-8,
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_gradients_of_padded_inputs_are_summed_in_float32(mode: str, dtype: torch.dtype) -> None:
+    """With replicate a corner stands in 81 places of the padded input. A kernel of one position: no other sum is rounded."""
+    layer = LinearMap("test", nn.Conv2d(1, 1, 1, padding=8, padding_mode=mode))
+    x, weight = make_input((2, 1, 9, 9), dtype), torch.ones(1, 1, 1, 1, dtype=dtype)
+    upstream = torch.rand(2, 1, 25, 25).to(dtype)
+    grads = []
+    for point, w, g in ((x, weight, upstream), (x.double(), weight.double(), upstream.double())):
+        point.requires_grad_()
+        grads += torch.autograd.grad(layer.apply(point, w), point, g)
+    assert grads[0].dtype == dtype
+    assert relative_error(*grads, elementwise=True) <= torch.finfo(dtype).eps

@@ -1,4 +1,4 @@
-"""Layers that are no heads: value and gradients against second derivatives of the whole loss by autograd, in float64."""
+"""Hidden layers: value and gradients against second derivatives of the whole loss by autograd, in float64."""
 
 from __future__ import annotations
 

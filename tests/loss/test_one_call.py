@@ -196,3 +196,14 @@ def test_a_layer_that_a_step_skips_counts_nothing(options: dict[str, Any], crite
     one.options.generator and one.options.generator.manual_seed(1)
     out = net(x, skip=True)
     torch.testing.assert_close(both(out, y), one(out, y))
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MSELoss(), nn.GaussianNLLLoss()])
+@pytest.mark.parametrize("make", [lambda c, m: FAMLoss(c, m, 0.1), RelativeFlatness])
+def test_a_missing_target_is_refused(criterion: Any, make: Any) -> None:
+    """Also where kappa does not depend on it: the criterion has no loss without it."""
+    layer = nn.Linear(3, 2)
+    rest = (torch.ones(4, 2),) if isinstance(criterion, nn.GaussianNLLLoss) else ()
+    made = make(criterion, layer)
+    with pytest.raises(TypeError, match="target must be a tensor, got None"):
+        made(layer(torch.randn(4, 3)), None, *rest)

@@ -9,7 +9,7 @@ import torch
 from hidden_problems import convolution, coupled_samples, mlp, tokens
 from torch import nn
 
-from fam_ext import UnsupportedError
+from fam_ext import FAMLoss, UnsupportedError
 from fam_ext.hessian import coupling
 from fam_ext.loss import plan
 from fam_ext.loss.plan import CouplingMemory, Plan, plan_products, signature
@@ -117,3 +117,18 @@ def test_signatures() -> None:
     assert plan.graph_key(mlp().hessian, [training], "exact") != plan.graph_key(
         mlp().hessian, [evaluation], "exact"
     )
+
+
+def test_plans_of_several_layers_are_a_tuple_that_prints_by_name() -> None:
+    net = nn.ModuleDict({"first": nn.Linear(3, 4), "last": nn.Linear(4, 2), "norm": nn.LayerNorm(2)})
+    net["attention"] = nn.MultiheadAttention(2, 1)
+    criterion = FAMLoss.for_model(nn.CrossEntropyLoss(), net, "*", strength=0.1)
+    assert str(criterion.plan).startswith("first: no step yet\nlast: no step yet\n")
+    criterion(net["last"](net["first"](torch.randn(5, 3)).relu()), torch.tensor([0, 1, 1, 0, 1]))
+    first, last = criterion.plan
+    assert (first.method, last.method) == ("exact", "closed_form") and criterion.plan == (first, last)
+    lines = str(criterion.plan).split("\n")
+    assert lines[:2] == [f"first: {first}", f"last: {last}"]
+    assert lines[2].startswith("attention.out_proj: left out, ")
+    unnamed = FAMLoss(nn.CrossEntropyLoss(), [net["first"], net["last"]], 0.1).plan
+    assert str(unnamed).startswith("Linear(in_features=3, out_features=4, bias=True): no step yet")

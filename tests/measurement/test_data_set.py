@@ -34,6 +34,37 @@ def batches(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.split([2, 4, 5]), y.split([2, 4, 5]), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"model": None}, TypeError),
+        ({"batches": None}, TypeError),
+        ({"batches": 3}, TypeError),
+        ({"criterion": "ce"}, TypeError),
+        ({"measures": None}, TypeError),
+        ({"measures": 3}, TypeError),
+        ({"measures": ["weight_norm"], "backend": "cuda"}, ValueError),
+        ({"method": "noise"}, fam_ext.UnsupportedError),
+        ({"curvature": "sharp"}, ValueError),
+        ({"probes": "8"}, TypeError),
+        ({"normalize": True}, ValueError),
+        ({"norm_power": 3}, ValueError),
+        ({"max_bytes": 0}, ValueError),
+        ({"generator": 0}, TypeError),
+        ({"progress": None}, TypeError),
+        ({"training": "yes"}, TypeError),
+        ({"normalize_features": 2}, TypeError),
+    ],
+    ids=str,
+)
+def test_refusals_name_measure_and_the_argument(wrong: dict[str, Any], error: type[Exception]) -> None:
+    arguments: dict[str, Any] = {
+        "model": network(), "batches": batches(*data()), "layer": "4", "criterion": nn.CrossEntropyLoss(), "progress": False,
+    }  # fmt: skip
+    with pytest.raises(error, match=f"measure: .*{list(wrong)[-1]}"):
+        fam_ext.measure(**{**arguments, **wrong})
+
+
 @pytest.mark.parametrize("layer", ["0", "4"])
 @pytest.mark.parametrize(
     "criterion",

@@ -1,4 +1,4 @@
-"""Which backend serves, what is said when one cannot, and info()."""
+"""Which backend is taken, what is said when one cannot, and info()."""
 
 from __future__ import annotations
 

@@ -99,3 +99,11 @@ def test_pad(mode: str) -> None:
     assert torch.equal(padded[:, :, 1:, 2:7], x.float())
     first = {"reflect": x[:, :, :, 1], "replicate": x[:, :, :, 0], "circular": x[:, :, :, 4]}[mode]
     assert torch.equal(padded[:, :, 1:, 1], first.float())
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_pad_without_channels_or_samples(mode: str) -> None:
+    for shape in ((2, 0, 5), (0, 0, 5, 5), (0, 3, 5), (2, 0, 4, 5, 6)):
+        ones = (1,) * (len(shape) - 2)
+        padded = args.pad(torch.randn(shape), ones, ones, mode)
+        assert padded.shape == (*shape[:2], *(size + 2 for size in shape[2:]))

@@ -35,6 +35,13 @@ def call(name: str, target: Tensor = Y, **options: Any) -> tuple[Tensor, Tensor]
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1"),
         ({"ignore_index": "a"}, TypeError, "ignore_index must be an integer"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer"),
+        ({"ignore_index": torch.tensor(1)}, TypeError, "ignore_index must be an integer"),
+        (
+            {"ignore_index": torch.ones(2), "reduction": "none"},
+            TypeError,
+            "ignore_index must be an integer",
+        ),
+        ({"label_smoothing": torch.tensor(0.1)}, TypeError, "label_smoothing must be a number"),
         ({"curvature_grad": "no"}, TypeError, "curvature_grad must be True or False"),
         ({"target": Y.int()}, TypeError, "target must be class indices of int64"),
         ({"target": Y.bool()}, TypeError, "target must be class indices of int64"),

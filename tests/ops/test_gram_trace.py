@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocations import peak_memory
-from gram_problems import PROBLEMS, apply, by_patches, oracle, tensors
+from gram_problems import PROBLEMS, apply, by_patches, check, exact, oracle, run, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, LAYOUTS, make_input
-from tolerance import assert_accurate
 
 from fam_ext.ops.gram_trace import choose_form, gram_trace
 from fam_ext.ops.reference import gram_trace as reference
@@ -23,42 +22,6 @@ FORMS = ["direct", "gram"]
 def backend(request):
     """Nothing of this operation is compiled: both are there on every build."""
     return request.param
-
-
-def run(x, factors, weight, options, upstream=None, **kwargs):
-    """Value and gradients; the gradient of a weight that gives its shape only is None."""
-    inputs = [t.detach().requires_grad_() for t in (x, factors, weight)]
-    value = gram_trace(*inputs, **options, **kwargs)
-    if upstream is None:
-        upstream = torch.linspace(0.5, 1, value.numel(), dtype=value.dtype).reshape(value.shape)
-    return value.detach(), *torch.autograd.grad(value, inputs, upstream.to(value.dtype), allow_unused=True)
-
-
-def exact(x, factors, weight, options, weighted=True):
-    inputs = [t.detach().double().requires_grad_() for t in (x, factors, weight)]
-    value = oracle(*inputs, options, weighted)
-    upstream = torch.linspace(0.5, 1, value.numel(), dtype=value.dtype).reshape(value.shape)
-    return value.detach(), *torch.autograd.grad(value, inputs, upstream, allow_unused=True)
-
-
-def check(x, factors, weight, options, backend, form, weighted=True, **kwargs):
-    got = run(x, factors, weight, options, backend=backend, form=form, weighted=weighted, **kwargs)
-    base = run(x, factors, weight, options, backend="reference", form=form, weighted=weighted)
-    want = exact(x, factors, weight, options, weighted)
-    acc = torch.float64 if torch.float64 in (x.dtype, factors.dtype, weight.dtype) else torch.float32
-    assert [None if g is None else g.dtype for g in got] == [
-        acc,
-        x.dtype,
-        factors.dtype,
-        weight.dtype if weighted else None,
-    ]
-    terms = weight[0].numel() * max(1, factors.numel() // max(1, len(x)))
-    for g, b, w in zip(got, base, want, strict=True):
-        if g is None:
-            assert not weighted and (w is None or not w.any())
-            continue
-        if g.numel():
-            assert_accurate(g, b, w, terms)
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])

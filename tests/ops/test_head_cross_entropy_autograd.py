@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from autograd_checks import COMPILERS, assert_autocast_changes_nothing, assert_transforms
 from inputs import make_input, needs_native
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -200,39 +202,21 @@ def test_forward_mode_is_refused() -> None:
 
 @needs_native
 def test_function_transforms_take_the_reference() -> None:
-    inputs = [t.detach() for t in make_problem(torch.float64)]
-    loss, _ = head_cross_entropy(*(t.requires_grad_() for t in inputs), Y, strength=0.3)
-    expected = torch.autograd.grad(loss, inputs)
-    plain = [t.detach() for t in inputs]
-    run = lambda *t: head_cross_entropy(*t, Y, strength=0.3)[0]  # noqa: E731
-    torch.testing.assert_close(torch.func.grad(run, argnums=(0, 1, 2))(*plain), expected)
-    batched = torch.func.vmap(run, in_dims=(0, None, None))(torch.stack([plain[0], -plain[0]]), *plain[1:])
-    torch.testing.assert_close(batched, torch.stack([loss, run(-plain[0], *plain[1:])]))
+    inputs = make_problem(torch.float64)
+    assert_transforms(partial(head_cross_entropy, target=Y, strength=0.3), inputs)
     with pytest.raises(RuntimeError, match=r"head_cross_entropy: backend 'native' .*torch.func"):
-        torch.func.grad(lambda *t: head_cross_entropy(*t, Y, backend="native")[0])(*plain)
+        torch.func.grad(lambda *t: head_cross_entropy(*t, Y, backend="native")[0])(
+            *(t.detach() for t in inputs)
+        )
 
 
 def test_autocast_changes_nothing(form: str, backend: str) -> None:
     logits, features, weight = make_problem()
-    inputs = logits.bfloat16(), features.bfloat16(), weight
-    plain = head_cross_entropy(*inputs, Y, backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = head_cross_entropy(*inputs, Y, backend=backend)
-        mixed[0].backward()
-    assert mixed[0].dtype == mixed[1].dtype == torch.float32
-    assert torch.equal(mixed[0], plain[0]) and torch.equal(mixed[1], plain[1])
+    run = partial(head_cross_entropy, target=Y, backend=backend)
+    assert_autocast_changes_nothing(run, (logits.bfloat16(), features.bfloat16(), weight))
 
 
-@pytest.mark.parametrize(
-    ("compiler", "dynamic", "reduction"),
-    [
-        ("aot_eager", False, "mean"),
-        ("aot_eager", True, "mean"),
-        ("aot_eager", False, "none"),
-        ("aot_eager", True, "none"),
-        pytest.param("inductor", False, "mean", marks=pytest.mark.slow),
-    ],
-)
+@COMPILERS
 def test_compiles_to_one_graph(compiler: str, dynamic: bool, reduction: str, backend: str) -> None:
     torch._dynamo.reset()
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from allocations import allocations, peak
+from autograd_checks import (
+    COMPILERS,
+    assert_autocast_changes_nothing,
+    assert_partial_grads,
+    assert_transforms,
+)
 from inputs import make_input, needs_native
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,20 +135,9 @@ def test_accumulation_over_calls(reduction: str, backend: str) -> None:
 @pytest.mark.parametrize("curvature_grad", [True, False])
 @pytest.mark.parametrize("mask", range(8))
 def test_partial_requires_grad(mask: int, curvature_grad: bool, reduction: str, backend: str) -> None:
-    options = {"curvature_grad": curvature_grad, "backend": backend, "reduction": reduction}
-    inputs, needs = make_problem(), [bool(mask & 1 << k) for k in range(3)]
-    loss, flatness = call(*inputs, **options)
-    expected = torch.autograd.grad(loss.sum(), inputs)
-    fewer = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
-    result, same = call(*fewer, **options)
-    torch.testing.assert_close((result, same), (loss, flatness))
-    assert result.requires_grad == any(needs)
-    if any(needs):
-        result.sum().backward()
-    for tensor, need, grad in zip(fewer, needs, expected, strict=True):
-        assert (tensor.grad is not None) == need
-        if need:
-            torch.testing.assert_close(tensor.grad, grad)
+    needs = [bool(mask & 1 << k) for k in range(3)]
+    run = partial(call, curvature_grad=curvature_grad, backend=backend, reduction=reduction)
+    assert_partial_grads(run, make_problem(), needs)
 
 
 class Recorder(TorchDispatchMode):
@@ -262,38 +258,18 @@ def test_forward_mode_is_refused() -> None:
 
 def test_function_transforms_take_the_reference() -> None:
     inputs = make_problem(torch.float64)
-    run = lambda *t: call(*t, strength=0.3)[0]  # noqa: E731
-    loss = run(*inputs)
-    expected, plain = torch.autograd.grad(loss, inputs), [t.detach() for t in inputs]
-    torch.testing.assert_close(torch.func.grad(run, argnums=(0, 1, 2))(*plain), expected)
-    batched = torch.func.vmap(run, in_dims=(0, None, None))(torch.stack([plain[0], -plain[0]]), *plain[1:])
-    torch.testing.assert_close(batched, torch.stack([loss, run(-plain[0], *plain[1:])]))
+    assert_transforms(partial(call, strength=0.3), inputs)
     if backends.native_loaded():
         with pytest.raises(RuntimeError, match=r"linear_cross_entropy: backend 'native' .*torch.func"):
-            torch.func.grad(lambda *t: call(*t, backend="native")[0])(*plain)
+            torch.func.grad(lambda *t: call(*t, backend="native")[0])(*(t.detach() for t in inputs))
 
 
 def test_autocast_changes_nothing(backend: str) -> None:
     x, w, b = make_problem()
-    inputs = x.bfloat16(), w, b
-    plain = call(*inputs, backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = call(*inputs, backend=backend)
-        mixed[0].backward()
-    assert mixed[0].dtype == mixed[1].dtype == torch.float32
-    assert torch.equal(mixed[0], plain[0]) and torch.equal(mixed[1], plain[1])
+    assert_autocast_changes_nothing(partial(call, backend=backend), (x.bfloat16(), w, b))
 
 
-@pytest.mark.parametrize(
-    ("compiler", "dynamic", "reduction"),
-    [
-        ("aot_eager", False, "mean"),
-        ("aot_eager", True, "mean"),
-        ("aot_eager", False, "none"),
-        ("aot_eager", True, "none"),
-        pytest.param("inductor", False, "mean", marks=pytest.mark.slow),
-    ],
-)
+@COMPILERS
 def test_compiles_to_one_graph(compiler: str, dynamic: bool, reduction: str, backend: str) -> None:
     if (compiler, backend) == ("inductor", "reference"):
         pytest.skip("plain PyTorch: whether inductor compiles it is torch's own test")

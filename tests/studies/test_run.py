@@ -31,7 +31,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     part = start(tmp_path, "--minutes", "0.0001", "--part", "comparison")
     assert "Not finished" in part.stdout
     done = start(tmp_path, "--part", "comparison")
-    assert "Not finished" not in done.stdout and "| fam_all_fisher | 2 |" in done.stdout
+    assert "Not finished" not in done.stdout and "### All tasks (2)" in done.stdout
     runs = {path: path.read_text() for path in (tmp_path / "runs").iterdir()}
     assert len(runs) == 2
     for text in runs.values():
@@ -53,7 +53,7 @@ def test_more_configurations_take_the_tests_of_another_best_one_again(tmp_path: 
 
     def add(phase: str, number: int, accuracy: float) -> None:
         hyper = {"rho": float(number)} if phase == "tune" else {"rho": 1.0}
-        numbers = {"validation_accuracy": accuracy, "validation_nll": 1.0, "step_ms": 1.0}
+        numbers = {"validation_accuracy": accuracy, "validation_nll": 1.0, "train_nll": 0.1, "step_ms": 1.0}
         store.add(Run("sam", phase, number, hyper, numbers))
 
     def left() -> list[tuple[str, int]]:
@@ -70,6 +70,38 @@ def test_more_configurations_take_the_tests_of_another_best_one_again(tmp_path: 
     assert left() == []
     add("tune", 2, 0.9)
     assert left() == [("test", 0), ("test", 1)]
+
+
+def test_a_configuration_that_fails_on_a_seed_is_left_for_the_next_best(tmp_path: Path) -> None:
+    from studies import run
+    from studies.store import Run, Store
+
+    grid = run.grids()["quick"]._replace(methods=["sam"], configurations=3, seeds=3)
+    task = grid.tasks[0]
+    grid = grid._replace(tasks=[task])
+    store = Store(tmp_path, task)
+
+    def add(phase: str, number: int, rho: float, accuracy: float, train_nll: float) -> None:
+        numbers = {
+            "validation_accuracy": accuracy,
+            "validation_nll": 1.0,
+            "train_nll": train_nll,
+            "step_ms": 1.0,
+        }
+        store.add(Run("sam", phase, number, {"rho": rho}, numbers))
+
+    for number, (accuracy, train_nll) in enumerate(((0.7, 0.1), (0.9, 0.1), (0.95, float("nan")))):
+        add("tune", number, float(number), accuracy, train_nll)
+    assert run.chosen(store, "sam", grid) == {"rho": 1.0}  # not the one that diverged
+    done = []
+    for store, _, _, _, number in run.wanted(grid, tmp_path):
+        rho = run.chosen(store, "sam", grid)["rho"]
+        done.append((number, rho))
+        failing = (number, rho) == (1, 1.0)
+        add("test", number, rho, 0.5, 2.3 if failing else 0.1)  # log(10) is 2.303
+    assert done == [(0, 1.0), (1, 1.0), (0, 0.0), (1, 0.0), (2, 0.0)]
+    again = Store(tmp_path, task)
+    assert run.chosen(again, "sam", grid) == {"rho": 0.0} and not list(run.outdated(again, "sam", grid))
 
 
 def test_bad_names_are_told() -> None:

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-from studies import comparison, figures
+from studies import comparison, cost, figures
 from studies.data import Raw, Split, split, wrong_labels
 from studies.methods import METHODS, Method, Training, learning_rate
 from studies.networks import NETWORKS, layer_names
@@ -252,11 +252,12 @@ def test_ranks_share_ties_and_need_all_methods() -> None:
 
 def test_comparison_counts_wins(tmp_path: Path) -> None:
     tasks = three_tasks()
-    lines = comparison.compare(tasks, tasks, "base")
+    lines = comparison.compare(tasks, "base")
     good = lines[0]
     assert (good.method, good.tasks, good.wins, good.ties, good.losses) == ("good", 3, 3, 0, 0)
     assert good.mean_difference == pytest.approx(0.101)
-    assert "| good | 3 | +10.10 | 3 / 0 / 0 |" in comparison.table(lines, "base")
+    assert "| +10.10 | 3 / 0 / 0 |" in comparison.table(tasks, "base")
+    assert comparison.by_task(tasks).count("**") == 6  # the best of each task
     header, rows = comparison.means(tasks)
     comparison.write_csv(tmp_path / "m.csv", header, rows)
     with open(tmp_path / "m.csv") as file:
@@ -276,4 +277,34 @@ def test_plots_are_written(tmp_path: Path) -> None:
     figures.rank_plot(tasks, tmp_path / "r.png")
     figures.difference_plot(tasks, "base", tmp_path / "d.png")
     figures.gap_plot({"kappa": [1.0, 2.0, 0.0]}, [0.1, 0.2, 0.3], ["a", "b", "a"], tmp_path / "g.png")
-    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in "rdg")
+    figures.strength_plot({"fam": [(0.01, 0.1, 0.0), (0.1, -0.1, 0.4)], "other": []}, tmp_path / "s.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in "rdgs")
+
+
+def test_divergence_counts_as_nothing_right(tmp_path: Path) -> None:
+    store = Store(tmp_path, TASK)
+    for seed, accuracy in enumerate((0.8, math.nan)):
+        store.add(
+            Run("m", "test", seed, {}, {"test_accuracy": accuracy, "test_nll": accuracy, "step_ms": 1.0})
+        )
+    assert comparison.collect(tmp_path, [TASK], "test_accuracy") == {TASK: {"m": {0: 0.8, 1: 0.0}}}
+    assert comparison.collect(tmp_path, [TASK], "test_nll") == {TASK: {"m": {0: 0.8}}}
+    scores = comparison.collect(tmp_path, [TASK], "test_accuracy")
+    assert comparison.finished(scores, ["m"], 2) == scores
+    assert comparison.finished(scores, ["m"], 3) == comparison.finished(scores, ["m", "other"], 1) == {}
+
+
+def test_gains_pair_configurations_of_one_number(tmp_path: Path) -> None:
+    store = Store(tmp_path, TASK)
+    for method, hyper, accuracies in (("base", {}, (0.5, math.nan)), ("fam", {"strength": 0.1}, (0.7, 0.6))):
+        for number, accuracy in enumerate(accuracies):
+            store.add(Run(method, "tune", number, hyper, {"validation_accuracy": accuracy, "step_ms": 1.0}))
+    gains = comparison.gains(tmp_path, [TASK], "fam", "base")
+    assert gains == [(0.1, pytest.approx(0.2), 0.4), (0.1, pytest.approx(0.6), 0.4)]
+
+
+def test_costs_are_ratios_to_the_baseline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cost, "load", lambda name: raw(6))
+    costs = cost.measure("set", "mlp", ["dropout"], "weight_decay", rounds=3)
+    assert [c.method for c in costs] == ["weight_decay", "dropout"] and costs[0].ratio == 1.0
+    assert "| dropout |" in cost.table(tmp_path, costs)

@@ -1,0 +1,143 @@
+"""Hugging Face language models with noise inside: whoever forms the loss, its mean is loss + strength * kappa of the layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fam_ext import _checks
+from fam_ext.errors import UnsupportedError
+from fam_ext.layers.find import select_layers
+from fam_ext.loss.fam_loss import FAMLoss
+from fam_ext.loss.noise_hook import Gate, NoiseHook
+
+NAME = "patch_causal_lm"
+_NO_NOISE = (
+    "measure",
+    "curvature",
+    "probes",
+    "norm_power",
+    "curvature_grad",
+    "generator",
+    "backend",
+    "label_smoothing",
+)
+
+
+class NoisePatch:
+    """A model whose layers are perturbed in training; undone by restore(), or at the end of a with block.
+
+    A forward pass of the model's body in training mode with grad enabled is a step: it has draws of its own. Passes without grad
+    (generate(), a reference model's) and evaluation are not perturbed. `criterion` holds strength, schedule and step:
+    `criterion.follow(optimizer)` counts updates in place of passes. `left_out` names layers that have no noise, with the reason.
+    """
+
+    def __init__(self, body: nn.Module, criterion: FAMLoss) -> None:
+        self.criterion = criterion
+        self._gate = Gate()
+        self._hooks: list[NoiseHook] = []
+        for term in criterion.terms:
+            assert isinstance(term.hook, NoiseHook)
+            term.hook.gate = self._gate
+            self._hooks.append(term.hook)
+        names = list(inspect.signature(body.forward).parameters)
+        self._mask_at = names.index("attention_mask") if "attention_mask" in names else None
+        self._began = False
+        self._handle: Any = body.register_forward_pre_hook(_BodyHook(self), with_kwargs=True)
+
+    @property
+    def last(self) -> Any:
+        """The strength of the latest step that ended; noise has no value of kappa, and the loss is the model's to tell."""
+        return self.criterion.last
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return self.criterion.left_out
+
+    def restore(self) -> None:
+        """Take the noise out of the model; without effect the second time."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+            self.criterion.detach()
+
+    def __enter__(self) -> NoisePatch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def begin(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward pass: whether it is perturbed, and where it has padding."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._current_graph_task_id() != -1:
+            return  # a checkpoint around the whole body: the hooks repeat the draws
+        gate, criterion = self._gate, self.criterion
+        gate.open = body.training and criterion.training and torch.is_grad_enabled()
+        if not gate.open:
+            return
+        mask = kwargs.get("attention_mask")
+        if mask is None and self._mask_at is not None and self._mask_at < len(args):
+            mask = args[self._mask_at]
+        gate.positions = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if compiling:
+            if criterion._counts_calls and (callable(criterion._strength) or criterion.every > 1):
+                raise UnsupportedError(
+                    f"{NAME}: a compiled model cannot count its passes: call criterion.follow(optimizer) of the patch for a "
+                    "strength that changes and for every > 1"
+                )
+            for hook in self._hooks:
+                hook.drawn, hook.later = None, None
+        elif self._began:
+            criterion.next_pass()
+        self._began = True
+
+
+class _BodyHook:
+    """The pre-hook of the model's body; a copy of the model has an inert one."""
+
+    __name__ = "fam_ext_body_hook"
+
+    def __init__(self, patch: NoisePatch | None = None) -> None:
+        self.patch = patch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.patch is not None:
+            self.patch.begin(module, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return _BodyHook, ()
+
+
+def patch_with_noise(
+    model: Any, strength: Any, layers: str | Sequence[str] | None, options: dict[str, Any]
+) -> NoisePatch:
+    """patch_causal_lm(..., method="noise"); see there."""
+    for name in _NO_NOISE:
+        if name in options:
+            _checks.bad_value(NAME, "options", f"none named {name} with method='noise'", options[name])
+    wanted = "*" if layers is None else layers
+    selection = select_layers(NAME, model, wanted)
+    exact = [wanted] if isinstance(wanted, str) else list(wanted)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    names = [name for name, module in selection.layers.items() if module is not head or name in exact]
+    if not names:
+        _checks.bad_value(NAME, "layers", "a pattern of layers inside of the model", wanted)
+    criterion = FAMLoss.for_model(_of_model, model, names, strength=strength, method="noise", **options)
+    criterion.left_out = selection.left_out | {
+        name: "the output embedding, which fused losses multiply with without calling it; name it exactly to have it"
+        for name in selection.layers
+        if name not in names
+    }
+    body = getattr(inner, "base_model", inner)
+    return NoisePatch(body if isinstance(body, nn.Module) else inner, criterion)
+
+
+def _of_model(loss: Tensor) -> Tensor:
+    """The model forms its loss itself."""
+    return loss
