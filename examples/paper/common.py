@@ -42,7 +42,7 @@ def need(module: str, package: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        sys.exit(f"{error}. {what} needs {package}:\n    pip install {package}\nor see it run with --smoke")
+        sys.exit(f"{error}. {what} needs {package}:\n    pip install {package}")
 
 
 def add_places(made: argparse.ArgumentParser) -> None:
@@ -69,6 +69,9 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
         default=defaults.pop("strength"),
         help="of kappa divided by the fan-in; 0: baseline",
     )
+    made.add_argument(
+        "--plain-kappa", action="store_true", help="strength is of kappa, not of kappa / fan-in"
+    )
     made.add_argument("--layer", default=defaults.pop("layer", "head"), help="name or pattern")
     made.add_argument("--form", choices=FORMS, default="auto", help="of the term")
     made.add_argument("--test", action="store_true", help="look at the test data, once, after training")
@@ -89,8 +92,8 @@ def settled(
 
 
 def fam_loss(criterion: Any, model: nn.Module, options: argparse.Namespace, **more: Any) -> fam_ext.FAMLoss:
-    """The criterion with strength * kappa / fan-in of the chosen layer."""
-    chosen = {"normalize": "fan_in", **FORMS[options.form], **more}
+    """The criterion with strength * kappa / fan-in (or kappa itself) of the chosen layer."""
+    chosen = {"normalize": None if options.plain_kappa else "fan_in", **FORMS[options.form], **more}
     return fam_ext.FAMLoss.for_model(criterion, model, options.layer, strength=options.strength, **chosen)
 
 
@@ -140,8 +143,7 @@ def train(
     `criterion(outputs, targets)` holds the term, and `criterion.last` its numbers. `score` is taken on the validation part. With
     --test the last line has it on the test data too.
     """
-    from tqdm import tqdm
-
+    tqdm = need("tqdm", "tqdm", "The progress bar").tqdm
     device = next(model.parameters()).device
     loader = DataLoader(parts.train, options.batch, shuffle=True, num_workers=options.workers)
     log: Log = []

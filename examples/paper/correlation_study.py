@@ -117,8 +117,7 @@ def summary(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    from tqdm import tqdm
-
+    tqdm = common.need("tqdm", "tqdm", "The progress bar").tqdm
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     common.add_places(parser)
     parser.add_argument("--epochs", type=int, default=200, help="at most, for each network")

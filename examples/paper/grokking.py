@@ -50,8 +50,7 @@ def split(p: int, share: float, seed: int) -> tuple[tuple[Tensor, Tensor], tuple
 
 def run(strength: float, options: argparse.Namespace) -> list[dict[str, float]]:
     """One training; a line of the log every options.log steps."""
-    from tqdm import tqdm
-
+    tqdm = common.need("tqdm", "tqdm", "The progress bar").tqdm
     torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() and not options.smoke else "cpu"
     parts = split(options.p, options.share, options.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class NoisePatch:
         return self.criterion.last
 
     @property
-    def left_out(self) -> dict[str, str]:
+    def left_out(self) -> Mapping[str, str]:
         return self.criterion.left_out
 
     def restore(self) -> None:

@@ -159,6 +159,7 @@ def test_held_out_samples_are_not_trained_on_and_not_augmented() -> None:
         ("correlation_study", "torchvision", "pip install torchvision"),
         ("skull_reconstruction", "monai", "pip install monai"),
         ("glue_bert", "transformers", "pip install transformers accelerate"),
+        ("grokking", "tqdm", "pip install tqdm"),
     ],
 )
 def test_a_missing_package_is_named(
@@ -227,13 +228,16 @@ def test_cutout() -> None:
     assert torch.equal(image, before)
 
 
-def test_skulls_term_is_that_of_the_full_hessian() -> None:
+@pytest.mark.parametrize("plain_kappa", [False, True])
+def test_skulls_term_is_that_of_the_full_hessian(plain_kappa: bool) -> None:
     """80 · Dice + strength · ‖W‖ · Tr(H) / fan-in, H the Hessian of the Dice loss itself, from the full Hessian in float64."""
     module, networks = recipe("skull_reconstruction"), recipe("networks")
     torch.manual_seed(0)
     model = networks.LinearLatentAutoencoder((8, 8, 8), (2, 3), latent=2).double()
     x, y = torch.rand(2, 1, 8, 8, 8, dtype=torch.float64), torch.randint(0, 2, (2, 1, 8, 8, 8)).double()
-    options = argparse.Namespace(form="auto", measure="layerwise", strength=0.1, layer="decode")
+    options = argparse.Namespace(
+        form="auto", measure="layerwise", strength=0.1, layer="decode", plain_kappa=plain_kappa
+    )
     total = module.fam_loss(model, options, method="exact")(model(x), y)
 
     weight = model.decode.weight.detach()
@@ -242,7 +246,7 @@ def test_skulls_term_is_that_of_the_full_hessian() -> None:
         return module.dice_loss(torch.func.functional_call(model, {"decode.weight": w}, x), y)
 
     hessian = torch.autograd.functional.hessian(loss_of, weight).reshape(weight.numel(), -1)
-    expected = 80 * loss_of(weight) + 0.1 * weight.norm() * hessian.trace() / 2
+    expected = 80 * loss_of(weight) + 0.1 * weight.norm() * hessian.trace() / (1 if plain_kappa else 2)
     torch.testing.assert_close(total, expected)
 
 
