@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
+from fam_ext.criteria import uncompiled
 from fam_ext.errors import UnsupportedError
 from fam_ext.ops.row_coefficients import cross_entropy_coefficients
 
@@ -363,14 +364,9 @@ _MODULES: dict[type[nn.Module], Callable[[Any], Callable[..., LossHessian]]] = {
 }
 
 
-def uncompiled(criterion: Any) -> Any:
-    """What torch.compile has wrapped, which is a submodule of its wrapper; else `criterion`."""
-    return (getattr(criterion, "_modules", None) or {}).get("_orig_mod", criterion)
-
-
 def read(caller: str, criterion: object) -> Callable[..., LossHessian]:
     """How to bind the arguments of `criterion` after its input. Raises UnsupportedError for one without a closed form."""
-    inner = uncompiled(criterion)
+    inner: Any = uncompiled(criterion)
     if isinstance(inner, nn.Module):
         for kind, bind in _MODULES.items():
             if (

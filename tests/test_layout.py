@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "fam_ext"
 FLOORS = (
     ("errors", "_checks", "_dtypes", "_version"),
     ("kernels", "ops", "derivatives", "schedules"),
-    ("layers", "loss_hessians", "options"),
+    ("layers", "criteria", "loss_hessians", "options"),
     ("capture", "head", "hessian", "flatness_noise"),
     ("loss", "functional"),
     ("measurement", "integrations", "correlation", "rescaling"),

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext import _checks, loss_hessians
+from fam_ext import _checks, criteria, loss_hessians
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import adapters, sharding
-from fam_ext.loss import flattened
 from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.one_call import hidden_calls
@@ -54,7 +53,7 @@ class LayerCriterion(nn.Module):
         """How to bind the criterion's arguments, where it has a closed form; else why not."""
         bind: Any = None
         why_not = ""
-        self._flattened = flattened.read(criterion)
+        self._flattened = criteria.flattened(criterion)
         try:
             bind = loss_hessians.read(
                 self.options.caller, criterion if self._flattened is None else self._flattened.func
@@ -94,7 +93,7 @@ class LayerCriterion(nn.Module):
     @property
     def _orig_mod(self) -> Any:
         """The criterion, for skorch: it unwraps a compiled criterion by this name to see which activation its loss implies."""
-        return loss_hessians.uncompiled(self.criterion)
+        return criteria.uncompiled(self.criterion)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         """As nn.Module's, for the tensors of a loss inside a criterion that is no module, too."""

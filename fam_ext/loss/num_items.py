@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from fam_ext import _checks
+from fam_ext.criteria import uncompiled
 from fam_ext.errors import UnsupportedError
-from fam_ext.loss_hessians import SUPPORTED, uncompiled
+from fam_ext.loss_hessians import SUPPORTED
 from fam_ext.options import Options
 
 _WAY_OUT = "pass a criterion with reduction='sum', and divide by num_items yourself"

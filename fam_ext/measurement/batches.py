@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext import _checks, loss_hessians
+from fam_ext import _checks, criteria, loss_hessians
 from fam_ext.errors import UnsupportedError
-from fam_ext.loss import flattened
 
 NAME = "measure"
 
@@ -95,7 +94,7 @@ class Mean:
 
 def batch_weight(criterion: Any, outputs: Any, targets: Any) -> tuple[float, float | None]:
     """(weight of a batch's loss in the data set's, its share of the total); the total is None for sums, where it is 1."""
-    inside = flattened.read(criterion)
+    inside = criteria.flattened(criterion)
     if inside is not None:
         criterion = inside.func
         outputs, (targets,) = inside.arguments(outputs, (targets,))

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from inputs import expect
 from torch import Tensor, nn
 
-from fam_ext import FAMLoss, RelativeFlatness, measure
-from fam_ext.loss import flattened
+from fam_ext import FAMLoss, RelativeFlatness, criteria, measure
 
 STRENGTH = 0.3
 
@@ -182,8 +181,8 @@ def test_another_call_is_no_closed_form(fastai: Any) -> None:
             loss: Tensor = 2 * super().__call__(outputs, target, **kwargs)
             return loss
 
-    assert flattened.read(Doubled()) is None
-    assert flattened.read(nn.CrossEntropyLoss()) is None and flattened.read(lambda z: z) is None
+    assert criteria.flattened(Doubled()) is None
+    assert criteria.flattened(nn.CrossEntropyLoss()) is None and criteria.flattened(lambda z: z) is None
     net, x, y = network(nn.Linear(6, 4)), torch.randn(6, 5), torch.randint(0, 4, (6,))
     net.float()
     doubled = RelativeFlatness(Doubled(), net[2])(net(x), y)
@@ -194,3 +193,13 @@ def test_another_call_is_no_closed_form(fastai: Any) -> None:
         "no closed form is known for the criterion",
         lambda: FAMLoss(Doubled(), net[2], 0.1, method="closed_form"),
     )
+
+
+def test_inside_of_compile() -> None:
+    ce = nn.CrossEntropyLoss()
+    assert criteria.uncompiled(torch.compile(ce)) is ce and criteria.uncompiled(F.mse_loss) is F.mse_loss
+    nested = FAMLoss(FAMLoss(ce, nn.Linear(3, 2), STRENGTH), nn.Linear(3, 2), STRENGTH)
+    assert (
+        criteria.uncompiled(nested) is nested
+    )  # no wrapper of torch.compile, although skorch may look inside
+    assert nested.criterion._orig_mod is ce and nested._bind is None

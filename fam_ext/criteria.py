@@ -1,7 +1,8 @@
-"""fastai's losses: a torch loss behind a step that moves the classes last and flattens input and target.
+"""The loss inside a criterion: of torch.compile's wrapper, and of fastai's losses.
 
-They are no modules. What the inner loss is given is asked of fastai's own code, which runs with a recorder in the inner loss's
-place; so the closed form of the inner loss is taken on the very tensors that it would get.
+fastai's move the classes last and flatten input and target before they call a torch loss. They are no modules. What the inner
+loss is given is asked of fastai's own code, which runs with a recorder in the inner loss's place; so the closed form of the inner
+loss is taken on the very tensors that it would get.
 """
 
 from __future__ import annotations
@@ -43,10 +44,15 @@ class Flattened:
         return given, (target,)
 
 
-def read(criterion: object) -> Flattened | None:
+def uncompiled(criterion: Any) -> Any:
+    """What torch.compile has wrapped, which is a submodule of its wrapper; else `criterion`."""
+    return (getattr(criterion, "_modules", None) or {}).get("_orig_mod", criterion)
+
+
+def flattened(criterion: object) -> Flattened | None:
     """`criterion` as a flattened loss; None for every other one, and for a subclass that calls its inner loss in its own way.
 
-    >>> read(nn.CrossEntropyLoss()) is None
+    >>> flattened(nn.CrossEntropyLoss()) is None
     True
     """
     base = getattr(sys.modules.get("fastai.losses"), "BaseLoss", None)
