@@ -256,6 +256,7 @@ def test_compiled_whole(name: str) -> None:
 
     torch._dynamo.reset()
     model, tokens = MODELS[name](use_cache=False), ids()
+    model.loss_type = "ForCausalLM"  # else GPT-2 logs that it takes this one, which dynamo does not trace
     clean = model(tokens, labels=tokens).loss.detach()
     patch = patch_causal_lm(model, 0.01, method="noise")
     counter = CompileCounterWithBackend("aot_eager")
@@ -267,17 +268,20 @@ def test_compiled_whole(name: str) -> None:
         loss.backward()
         losses.append(loss.detach())
     assert counter.frame_count == 1 and len({float(x) for x in (clean, *losses)}) == 5
-    mean = torch.stack([compiled(input_ids=tokens, labels=tokens).loss.detach() for _ in range(40)]).mean()
-    assert abs(mean - clean) < 0.5
     model.eval()
     torch.testing.assert_close(compiled(input_ids=tokens, labels=tokens).loss.detach(), clean)
+
+
+@pytest.mark.slow
+def test_compiled_with_a_schedule() -> None:
     torch._dynamo.reset()
-    model.train()
-    patch.criterion.strength = schedules.Warmup(0.1, 10)
+    model, tokens = llama(use_cache=False), ids()
+    patch = patch_causal_lm(model, schedules.Warmup(0.1, 10), method="noise")
+    compiled = torch.compile(model.base_model, backend="eager")
     with pytest.raises(Exception, match=r"cannot count its passes: call criterion\.follow"):
-        compiled(input_ids=tokens, labels=tokens)
+        compiled(tokens)
     patch.criterion.follow(torch.optim.SGD(model.parameters(), 0.1))
-    compiled(input_ids=tokens, labels=tokens)
+    compiled(tokens)
 
 
 def test_schedules_count_passes_or_updates() -> None:
@@ -335,14 +339,27 @@ def test_copies_are_inert() -> None:
     assert torch.equal(copied(tokens).logits, clean) and not torch.equal(model(tokens).logits, clean)
 
 
-def test_refusals() -> None:
+@pytest.mark.parametrize(
+    ("strength", "layers", "options", "error", "message"),
+    [
+        (0.1, None, {"method": "exact"}, ValueError, "method must be 'auto'"),
+        (0.1, "*", {}, ValueError, "layers must be None"),
+        (0.1, None, {"method": "noise", "probes": 2}, ValueError, "none named probes"),
+        (0.1, "*.nothing", {"method": "noise"}, ValueError, "near: "),
+        (0.1, "lm_h*", {"method": "noise"}, ValueError, "a pattern of layers inside"),
+        (-0.1, None, {"method": "noise"}, ValueError, "at least 0"),
+        (schedules.TargetRatio(0.1), None, {"method": "noise"}, TypeError, "no value of kappa"),
+    ],
+)
+def test_refusals(strength: Any, layers: Any, options: Any, error: Any, message: str) -> None:
     model = llama()
-    expect("method must be 'auto'", lambda: patch_causal_lm(model, 0.1, method="exact"))
-    expect("layers must be None", lambda: patch_causal_lm(model, 0.1, "*"))
-    expect("none named probes", lambda: patch_causal_lm(model, 0.1, method="noise", probes=2))
-    expect("near: ", lambda: patch_causal_lm(model, 0.1, "*.nothing", method="noise"))
-    expect("a pattern of layers inside", lambda: patch_causal_lm(model, 0.1, "lm_h*", method="noise"))
-    expect("no value of kappa", lambda: patch_causal_lm(model, schedules.TargetRatio(0.1), method="noise"))
+    with pytest.raises(error, match=message):
+        patch_causal_lm(model, strength, layers, **options)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_the_head_by_its_name() -> None:
+    model = llama()
     named = patch_causal_lm(model, 0.1, "lm_head", method="noise")
     assert [t.module for t in named.criterion.terms] == [model.lm_head]
 
