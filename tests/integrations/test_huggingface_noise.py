@@ -10,7 +10,6 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import expect
 from torch import Tensor, nn
 
 from fam_ext import FAMLoss, schedules
