@@ -87,16 +87,17 @@ class NoisePatch:
             mask = args[self._mask_at]
         gate.positions = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if compiling:
-            if criterion._counts_calls and (callable(criterion._strength) or criterion.every > 1):
+            if criterion.changes and criterion._counts_calls:
                 raise UnsupportedError(
                     f"{NAME}: a compiled model cannot count its passes: call criterion.follow(optimizer) of the patch for a "
                     "strength that changes and for every > 1"
                 )
             for hook in self._hooks:
                 hook.drawn, hook.later = None, None
-        elif self._passes:
-            if self._passes == 1:
-                self._look_for_silent_layers()
+            return
+        if self._passes == 1:
+            self._look_for_silent_layers()
+        if self._passes:
             criterion.next_pass()
         self._passes += 1
 
