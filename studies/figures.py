@@ -131,3 +131,36 @@ def strength_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], pa
     figure.supxlabel("strength", fontsize=8)
     figure.supylabel("validation accuracy gained, points", fontsize=8)
     _save(figure, path)
+
+
+def loss_plot(losses: dict[str, list[tuple[float, float, float]]], path: Path) -> None:
+    """Test loss (solid) and training loss (dotted) of each method on the way: (share of the steps, test, training)."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for k, (method, points) in enumerate(losses.items()):
+        shares, test, train = zip(*points, strict=True)
+        axis.plot(shares, test, color=f"C{k}", linewidth=1.5, label=method)
+        axis.plot(shares, train, ":", color=f"C{k}", linewidth=1)
+    axis.set_xlabel("share of the steps", fontsize=8)
+    axis.set_ylabel("cross-entropy: test (solid), training (dotted)", fontsize=8)
+    axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def loss_by_strength_plot(points: list[tuple[float, float, float]], path: Path) -> None:
+    """(strength, test loss at the best checkpoint, at the last step); strength 0 is drawn as lines across."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = figure.subplots()
+    known = [point for point in points if point[0] > 0]
+    for column, color, label in ((1, BLUE, "lowest validation loss"), (2, RED, "last step")):
+        axis.plot(
+            [p[0] for p in known], [p[column] for p in known], "o-", color=color, label=label, markersize=3
+        )
+        for p in points:
+            if p[0] == 0:
+                axis.axhline(p[column], color=color, linewidth=0.8, linestyle=":")
+    axis.set_xscale("log")
+    axis.set_xlabel("strength of FAM noise (dotted: none)", fontsize=8)
+    axis.set_ylabel("test loss", fontsize=8)
+    axis.legend(fontsize=7)
+    _save(figure, path)

@@ -225,8 +225,8 @@ def patch_causal_lm(
     noise. Any loss will do: the model's own, a fused one that forms no logits, or a trainer's, and any mask, attention kernel,
     checkpointing, precision, torch.compile of the whole model (fullgraph=True), DistributedDataParallel, low-rank adapters (the
     noise is that of the effective weight). Each sequence has draws of its own, of rank one. kappa is that of the mean over
-    tokens; the noise at a token has the variance 2 strength |phi|^2 of the token's features phi, however many tokens there are,
-    so that a strength keeps its meaning for other lengths and batches. Where attention_mask (B, T) is given, padding gets no
+    tokens; each entry of a token's features phi gets noise of variance 2 strength |phi|^2, however many tokens there are, so
+    that a strength keeps its meaning for other lengths and batches. Where attention_mask (B, T) is given, padding gets no
     noise. Evaluation, generate() and all passes without grad are left alone.
 
     **method="auto"**: `model(input_ids, labels=labels)` trains with CE + strength * kappa of its lm_head (linear_cross_entropy).

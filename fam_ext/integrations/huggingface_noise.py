@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,9 @@ class NoisePatch:
     `criterion.follow(optimizer)` counts updates in place of passes. `left_out` names layers that have no noise, with the reason.
     """
 
-    def __init__(self, body: nn.Module, criterion: FAMLoss) -> None:
+    def __init__(self, body: nn.Module, criterion: FAMLoss, names: Sequence[str]) -> None:
         self.criterion = criterion
+        self._names = names
         self._gate = Gate()
         self._hooks: list[NoiseHook] = []
         for term in criterion.terms:
@@ -46,7 +48,7 @@ class NoisePatch:
             self._hooks.append(term.hook)
         names = list(inspect.signature(body.forward).parameters)
         self._mask_at = names.index("attention_mask") if "attention_mask" in names else None
-        self._began = False
+        self._passes = 0
         self._handle: Any = body.register_forward_pre_hook(_BodyHook(self), with_kwargs=True)
 
     @property
@@ -85,16 +87,31 @@ class NoisePatch:
             mask = args[self._mask_at]
         gate.positions = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if compiling:
-            if criterion._counts_calls and (callable(criterion._strength) or criterion.every > 1):
+            if criterion.changes and criterion._counts_calls:
                 raise UnsupportedError(
                     f"{NAME}: a compiled model cannot count its passes: call criterion.follow(optimizer) of the patch for a "
                     "strength that changes and for every > 1"
                 )
             for hook in self._hooks:
                 hook.drawn, hook.later = None, None
-        elif self._began:
+            return
+        if self._passes == 1:
+            self._look_for_silent_layers()
+        if self._passes:
             criterion.next_pass()
-        self._began = True
+        self._passes += 1
+
+    def _look_for_silent_layers(self) -> None:
+        """After the first pass: layers that have noise and were never called."""
+        loud = [(name, hook) for name, hook in zip(self._names, self._hooks, strict=True) if hook.value]
+        silent = [name for name, hook in loud if not hook.seen]
+        if not silent:
+            return
+        what = f"{len(silent)} of {len(loud)} layers have not been called ({', '.join(silent[:3])}, ...) and had no noise"
+        why = "fused kernels may multiply with their weights without calling them"
+        if len(silent) == len(loud):
+            raise UnsupportedError(f"{NAME}: {what}: {why}; name layers that the model calls")
+        warnings.warn(f"{NAME}: {what}: experts without tokens are such layers, and {why}", stacklevel=2)
 
 
 class _BodyHook:
@@ -135,7 +152,7 @@ def patch_with_noise(
         if name not in names
     }
     body = getattr(inner, "base_model", inner)
-    return NoisePatch(body if isinstance(body, nn.Module) else inner, criterion)
+    return NoisePatch(body if isinstance(body, nn.Module) else inner, criterion, names)
 
 
 def _of_model(loss: Tensor) -> Tensor:

@@ -43,9 +43,9 @@ def select_layers(
 
     Patterns match Linear, Conv and ConvTranspose layers, transformers' Conv1D and LoRA wrappers, and leave out what cannot be
     regularized: layers that are never called (attention's out_proj, the convolution of Mamba-like mixers), weights that are tied
-    to an embedding, and modules that PEFT has put copies in place of. None asks the model for its head (get_output_embeddings of
-    transformers, get_classifier of timm), else takes the last layer outside of a transformers model's base model, or under a
-    usual name for heads, else the last one registered.
+    to an embedding, experts whose matrices lie in one parameter, and modules that PEFT has put copies in place of. None asks the
+    model for its head (get_output_embeddings of transformers, get_classifier of timm), else takes the last layer outside of a
+    transformers model's base model, or under a usual name for heads, else the last one registered.
 
     Raises:
         TypeError: an argument is of another type.
@@ -92,6 +92,7 @@ def select_layers(
                 chosen[id(modules[name])] = name, modules[name]
             else:
                 left_out[name] = reason
+        left_out |= {name: why for name, why in _grouped(modules, candidates) if _matches(name, str(one))}
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         _checks.bad_value(caller, "layer", f"a pattern of layers that can be regularized ({reasons})", layer)
@@ -177,14 +178,31 @@ def _by_name(caller: str, modules: dict[str, nn.Module], layer: object) -> str |
 def _by_pattern(
     caller: str, modules: dict[str, nn.Module], candidates: dict[str, nn.Module], pattern: str
 ) -> list[str]:
-    matches = [
-        n for n in candidates if fnmatch.fnmatchcase(_bare(n), pattern) or fnmatch.fnmatchcase(n, pattern)
-    ]
+    matches = [n for n in candidates if _matches(n, pattern)]
     if not matches:
         near = difflib.get_close_matches(pattern, [_bare(n) for n in modules if n], n=3, cutoff=0.4)
         known = ", ".join(near or list(candidates)[-3:]) or "none"
         _checks.bad_value(caller, "layer", f"the name of a module of the model (near: {known})", pattern)
     return matches
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(_bare(name), pattern) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _grouped(modules: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Modules with several matrices in one parameter (E, I, O), as transformers' experts have, with the reason."""
+    for name, module in modules.items():
+        stacks = [
+            own
+            for own, parameter in module._parameters.items()
+            if parameter is not None and parameter.dim() == 3 and parameter.shape[0] > 1
+        ]
+        if stacks and name not in candidates:
+            yield (
+                name,
+                f"it holds several matrices in one parameter ({', '.join(stacks)}), which is no layer of its own for each expert",
+            )
 
 
 def _unused(modules: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:

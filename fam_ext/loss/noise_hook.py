@@ -27,7 +27,7 @@ class Gate:
     """Which forward passes of a model are perturbed, and where: shared by its layers' hooks. Backward passes repeat what was."""
 
     def __init__(self) -> None:
-        self.open = False
+        self.open = True  # as in training: torch.compile would compile the first step's graph again otherwise
         self.positions: Tensor | None = None  # (S, N), 0 where a token is padding; None: all count
 
 

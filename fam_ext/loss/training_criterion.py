@@ -43,6 +43,7 @@ class TrainingCriterion(LayerCriterion):
         self._followed: Any = None  # handle of the hook on the optimizer
         self.last = StepRecord()
         self._noise = options.method == "noise"
+        self.changes = False  # the strength of the noise, from step to step
         if self._noise:
             self._set_noise()
 
@@ -177,6 +178,7 @@ class TrainingCriterion(LayerCriterion):
         strength = self._strength_now()
         if strength < 0:
             _checks.bad_value("FAMLoss", "strength", "at least 0 with method='noise', a variance", strength)
+        self.changes = callable(self._strength) or self.every > 1
         shared = self.options.per_sample_probes is False
         for term in self.terms:
             hook: Any = term.hook
@@ -197,7 +199,7 @@ class TrainingCriterion(LayerCriterion):
         self.last = StepRecord(None, None, self._strength_now())
         if self._counts_calls:
             self.step += 1
-        if callable(self._strength) or self.every > 1:
+        if self.changes:
             self._set_noise()
 
     def reset(self) -> None:
