@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian.hutchinson import rademacher
+from fam_ext.hessian import noise
 from fam_ext.hessian.products import LayerCall
 from fam_ext.layers.linear_map import LinearMap
 from fam_ext.ops.gram_trace import gram_trace
@@ -139,31 +139,14 @@ def _by_output(
 def _along_a_direction(
     layer: FactoredLayer, s: Tensor, weighted: bool, detached: bool, generator: torch.Generator | None
 ) -> Tensor:
-    """|W^T Gamma_i b_i|^2 (or |Gamma_i b_i|^2), (B,): Gamma_i b = sum_q s_iq <phi_iq, b>, <phi_iq, b> a layer of one output.
-
-    b_i has independent random signs: those of one vector for all samples, times signs of the input's channels for every sample.
-    """
-    linear_map, phi = layer.layer, _features(layer, detached)
+    """|W^T Gamma_i b_i|^2 (or |Gamma_i b_i|^2), (B,): Gamma_i b = sum_q s_iq <b, phi_iq>, b_i as noise draws it."""
+    phi = _features(layer, detached)
     s = (s.detach() if detached else s).to(phi.dtype)
-    weight = linear_map.canonical(layer.weight).to(phi.dtype)
-    groups, neurons, fan_in = weight.shape
-    assert generator is not None
-    if phi.dim() == 1 + linear_map.spatial and not (linear_map.linear and phi.dim() > 1):
-        phi, s = phi.unsqueeze(0), s.unsqueeze(0)
-    kernel = rademacher((groups, 1, fan_in), phi, generator)
-    signs = [len(phi), *(1,) * (phi.dim() - 1)]
-    signs[linear_map.class_dim] = phi.shape[linear_map.class_dim]
-    one_output = linear_map.to_module(kernel, linear_map.shape_with_outputs(groups))
-    along = linear_map.apply(
-        phi * rademacher(signs, phi, generator), one_output
-    )  # z's shape with groups outputs
-    class_dim = linear_map.class_dim
-    s = s.movedim(class_dim, -1).flatten(1, -2)
-    s = s.reshape(*s.shape[:2], groups, neurons)
-    along = along.movedim(class_dim, -1).flatten(1, -2).unsqueeze(-1)
-    gamma = (s * along).sum(1)  # (B, groups, O/groups)
+    gamma = noise.along_a_direction(layer.layer, phi, s, generator)  # (B, groups, O/groups)
     if weighted:
-        gamma = torch.einsum("bgs,gsi->bgi", gamma, weight)
+        weight = layer.layer.canonical(layer.weight).to(phi.dtype)
+        gamma = gamma.transpose(0, 1).bmm(weight)
+        return gamma.square().sum((0, 2))
     return gamma.square().sum((1, 2))
 
 
@@ -241,9 +224,9 @@ def check_samples_apart(
 ) -> list[bool]:
     """Refuse where one sample's output depends on another one's z (batch_norm in training, contrastive losses).
 
-    The layers, called with the same number of samples, share the backward passes: two for each bit of the samples' numbers, as any
-    two samples are on different sides in one of them. A check that is made `again`, for the k-th time, takes two passes only, with
-    random halves that depend on k. For each layer: False where nothing reached z, which tells nothing: a weight may be zero yet.
+    The layers, called with the same number of samples, share the backward passes: two for each bit of the samples' numbers, as
+    any two samples are on different sides in one of them. A check that is made `again`, for the k-th time, takes two passes only,
+    with random halves that depend on k. For each layer: False where nothing reached z, which tells nothing: a weight may be zero.
     """
     samples = layers[0][0].samples(layers[0][1].shape)
     if samples < 2:

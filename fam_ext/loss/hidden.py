@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fam_ext.derivatives import corrections, verdicts
+from fam_ext.derivatives import corrections, taken_twice, verdicts
 from fam_ext.errors import UnsupportedError
 from fam_ext.hessian import eigenvalue, finite_difference, gauss_newton, hutchinson, loss_factors, memory
 from fam_ext.hessian.estimate import Estimate
@@ -180,9 +180,17 @@ def positive_terms(
     loss_hessian.check(caller, outputs)
     options.check_fisher(loss_hessian)
     # second derivatives: what torch has none of is corrected
-    correct = [node for node in _all_between(hidden) if corrections.needs_correction(node)]
-    held = options.hold_statistics is not False and any("BatchNorm" in node.name() for node in correct)
-    with torch.autocast(outputs.device.type, enabled=False), corrections.corrected(correct, held):
+    between = _all_between(hidden)
+    correct = [node for node in between if corrections.needs_correction(node)]
+    hold = options.hold_statistics is not False
+    held = hold and any("BatchNorm" in node.name() for node in correct)
+    if held:
+        correct = [node for node in correct if not taken_twice.holds(node)]
+    with (
+        torch.autocast(outputs.device.type, enabled=False),
+        corrections.corrected(correct),
+        taken_twice.replaced(between, hold),
+    ):
         groups: dict[int, list[HiddenCall]] = {}  # by number of samples, which factors depend on
         for call in hidden:
             _check_calls(caller, call)
@@ -199,8 +207,8 @@ def _check_calls(caller: str, hidden: HiddenCall) -> None:
     """Refuse where the Gauss-Newton and Fisher matrices are no sum over the rows of one call."""
     if len(hidden.calls) > 1 or hidden.past_calls:
         raise UnsupportedError(
-            f"{caller}: curvature={hidden.term.options.curvature!r} is for a layer called once, on which the loss depends through "
-            "that call alone; use curvature='hessian'"
+            f"{caller}: curvature={hidden.term.options.curvature!r} is for a layer called once, on which the loss depends "
+            "through that call alone; use curvature='hessian'"
         )
 
 

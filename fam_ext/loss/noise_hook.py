@@ -21,7 +21,8 @@ class _Token:
 
 
 class NoiseHook:
-    """Adds the noise of one layer: to its input as a forward pre-hook, to its output as a forward hook (`noise.on_input`).
+    """Adds the noise of one layer: to its input as a forward pre-hook; or to its output as a forward hook (`noise.on_input`),
+    where it may be a forward pre-hook as well, which makes the backward pass cheaper.
 
     All calls of the layer between two losses share one draw, since they share one weight. Every call takes the same amount of
     random numbers all the same, so that a checkpointed call replays the generator as its first pass found it.
@@ -46,6 +47,9 @@ class NoiseHook:
         self.later: noise.Draw | None = None  # what calls after the first one take, where that differs
         # of the step before, whose backward pass may call the layer again
         self.kept: tuple[noise.Draw | None, noise.Draw | None] = (None, None)
+        self._aside: Any = (
+            None  # between the two hooks of one call: the features, the draw and their products
+        )
         self._first: Tensor | None = None  # the features of a first call whose draw is made for them alone
         self._token: Any = None
 
@@ -64,24 +68,31 @@ class NoiseHook:
         self.called = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward pre-hook of a layer whose input is perturbed."""
+        """The forward pre-hook: the input is perturbed, or given back with its products set aside."""
         if not self.active or not module.training or _exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
-        perturbed = noise.perturb_input(layer, self._draw(features), features, self._strength())
-        self._remember(perturbed)
+        drawn = self._draw(features)
+        if noise.on_input(layer):
+            given = noise.perturb_input(layer, drawn, features, self._strength())
+            self._remember(given)
+        else:
+            given, inner = noise.products(layer, drawn, features)
+            self._aside = (given, drawn, inner)
         if args:
-            return (perturbed, *args[1:]), kwargs
-        return args, {**kwargs, "input": perturbed}
+            return (given, *args[1:]), kwargs
+        return args, {**kwargs, "input": given}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook of a layer whose output is perturbed."""
         if not self.active or not module.training or _exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
-        drawn = self._draw(features)
+        aside, self._aside = self._aside, None
+        if aside is None or aside[0] is not features:
+            aside = (features, self._draw(features), None)
         perturbed = noise.perturb_output(
-            layer, drawn, features, layer_weight(module), output, self._strength()
+            layer, aside[1], features, layer_weight(module), output, self._strength(), aside[2]
         )
         self._remember(perturbed)
         return perturbed
@@ -90,9 +101,7 @@ class NoiseHook:
         """`rest` is (kwargs,) before the layer and (kwargs, output) after it."""
         if not self.active:
             return None
-        if noise.on_input(self._layer()):
-            return self.before(module, args, *rest)
-        return self.after(module, args, *rest)
+        return self.before(module, args, *rest) if len(rest) == 1 else self.after(module, args, *rest)
 
     def _layer(self) -> LinearMap:
         assert self.layer is not None
