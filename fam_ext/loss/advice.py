@@ -43,8 +43,8 @@ class Advice:
             self._give(
                 "sign",
                 f"kappa of a layer inside the network is negative ({curvature:.3g}; the loss is {plain:.3g}): the Hessian has "
-                "either sign there, and training can make kappa ever more negative. Use curvature='fisher' or method='noise', which "
-                "cannot be exploited so, or a smaller strength",
+                "either sign there, and training can make kappa ever more negative. Use curvature='fisher' or method='noise', "
+                "which cannot be exploited so, or a smaller strength",
             )
         elif abs(term) > abs(plain) and (inside or self.steps <= FIRST_STEPS):
             ways = (
