@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
 from fam_ext.errors import UnsupportedError
@@ -122,7 +123,27 @@ def _by_input(
 ) -> Tensor:
     """|phi|^2 |t|^2, (B,), with t = W^T s the gradient by the layer's input."""
     phi = _features(layer, detached)
-    return phi.square().sum(-1).reshape(-1) * t.to(phi.dtype).square().sum(-1).reshape(-1)
+    result: Tensor = _RowTrace.apply(phi, t.to(phi.dtype))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _RowTrace(torch.autograd.Function):
+    """|phi|^2 |t|^2 of every row, (B,)."""
+
+    @staticmethod
+    def forward(ctx: Any, phi: Tensor, t: Tensor) -> Tensor:
+        squares = [x.square().sum(-1) for x in (phi, t)]
+        ctx.save_for_backward(phi, t, *squares)
+        return (squares[0] * squares[1]).reshape(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        phi, t, of_phi, of_t = ctx.saved_tensors
+        twice = 2 * grad.view(of_t.shape)
+        by_phi = phi * (twice * of_t).unsqueeze(-1) if ctx.needs_input_grad[0] else None
+        by_t = t * (twice * of_phi).unsqueeze(-1) if ctx.needs_input_grad[1] else None
+        return by_phi, by_t
 
 
 def _by_output(
@@ -133,7 +154,8 @@ def _by_output(
     s = (s.detach() if detached else s).to(phi.dtype)
     if weighted:
         s = s @ layer.weight.to(phi.dtype)
-    return phi.square().sum(-1).reshape(-1) * s.square().sum(-1).reshape(-1)
+    result: Tensor = _RowTrace.apply(phi, s)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _along_a_direction(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.hessian.hutchinson import rademacher
@@ -59,16 +61,31 @@ def sampled_factors(
             yield h * rademacher(h.shape, h, generator)
         return
     dim, log_p, root = _softmax(loss_hessian, outputs)
-    p = log_p.exp()
-    classes_last = p.detach().movedim(dim, -1)
+    p = log_p.detach().exp()
+    classes_last = p.movedim(dim, -1)
     rows = classes_last.reshape(-1, p.shape[dim]).nan_to_num(nan=1.0)  # any label will do: the factor is NaN
     for _ in range(probes):
         drawn = torch.multinomial(rows, 1, generator=generator)
         label = drawn.reshape(*classes_last.shape[:-1], 1).movedim(-1, dim)
-        one_hot = torch.zeros_like(p).scatter_(dim, label, 1)
-        chance = log_p.gather(dim, label)
-        one = (0.5 * (chance - chance.detach())).exp()
-        yield root * one * (one_hot - p)
+        yield _Score.apply(log_p, p, label, root, dim)  # type: ignore[no-untyped-call]
+
+
+class _Score(torch.autograd.Function):
+    """root (e_y - p) sqrt(p_y / p_y) by log p, of which the denominator is a constant; for log p that is a log_softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, p: Tensor, label: Tensor, root: Tensor, dim: int) -> Tensor:
+        score = p.neg().scatter_add_(dim, label, torch.ones_like(label, dtype=p.dtype)).mul_(root)
+        ctx.save_for_backward(p, label, root, score)
+        ctx.dim = dim
+        return score
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        p, label, root, score = ctx.saved_tensors
+        along = 0.5 * (grad * score).sum(ctx.dim, keepdim=True)  # by log p_y
+        return (grad * p).mul_(-root).scatter_add_(ctx.dim, label, along), None, None, None, None
 
 
 def empirical_factors(

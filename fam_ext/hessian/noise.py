@@ -82,9 +82,11 @@ def draw(
     if on_input(layer):
         both = signs((2, samples, groups, channels), features, generator)
         return Draw(both[0], both[1], None)
-    left = signs((min(samples, DIFFERENT), groups, layer.fan_in), features, generator)
-    of_channels = signs((samples, groups, channels), features, generator)
-    return Draw(left, of_channels, _places(layer, samples, features, generator))
+    of_left, of_channels = (min(samples, DIFFERENT), groups, layer.fan_in), (samples, groups, channels)
+    count = math.prod(of_left)
+    both = signs((count + math.prod(of_channels),), features, generator)
+    places = _places(layer, samples, features, generator)
+    return Draw(both[:count].reshape(of_left), both[count:].reshape(of_channels), places)
 
 
 def _places(layer: LinearMap, samples: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
