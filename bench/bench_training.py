@@ -31,7 +31,7 @@ from case import Build, Case, Settings, Variant, results
 from machine import making_tensors, thread_count
 from models import MLP, BertClassifier, LanguageModel, ResNet18, ViT, WideResNet
 from pytorch_optimizer import SAM, LookSAM
-from report import Result, show, write_results
+from report import Result, replace_cases, show, write_results
 from rich.console import Console
 from timing import interleaved, quantiles, ratios, seconds_per_call
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ INSIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "FAM Fisher (middle layer)": ("middle", {"curvature": "fisher"}),
     "FAM Fisher (all layers)": ("*", {"curvature": "fisher"}),
     "FAM empirical Fisher (middle layer)": ("middle", {"curvature": "empirical_fisher"}),
+    "FAM empirical Fisher (all layers)": ("*", {"curvature": "empirical_fisher"}),
 }
 ALWAYS = (PLAIN, HEAD, MOMENTUM_SAM, *(name for name in INSIDE if "noise" in name))  # run in every round
 
@@ -302,7 +303,8 @@ def cases(quick: bool = False) -> list[Build]:
 def run(console: Console, settings: Settings) -> list[Result]:
     rows: list[Result] = []
     missing = []
-    problems = QUICK if settings.quick else PROBLEMS
+    every = QUICK if settings.quick else PROBLEMS
+    problems = [p for p in every if settings.only in p.name]
     for problem in problems:
         with thread_count(settings.threads[-1]):
             end = time.perf_counter() + 0.8 * settings.seconds / len(problems)
@@ -312,7 +314,10 @@ def run(console: Console, settings: Settings) -> list[Result]:
     show(console, rows)
     for line in missing:
         console.print(line, soft_wrap=True)
-    write_results(settings.out / f"{OP}.csv", rows)
+    if settings.only:
+        replace_cases(settings.out / f"{OP}.csv", rows, [p.name for p in every])
+    else:
+        write_results(settings.out / f"{OP}.csv", rows)
     return rows
 
 

@@ -33,6 +33,7 @@ class Settings:
     threads: tuple[int, ...] = tuple(sorted({1, ALL_THREADS}))
     compiled: bool = True
     out: Path = Path("out/bench")
+    only: str = ""  # of `training`: the networks whose names hold this
 
 
 LEAST_SECONDS = 0.3

@@ -34,8 +34,10 @@ TRAINING_COLUMNS = (
     ("the same, by parts", "FAM (head), by parts"),
     ("FAM, head, from features", "FAM (head, from features)"),
     ("FAM, a middle layer, 1 probe", "FAM (middle layer, 1 probe)"),
-    ("noise, all layers", "FAM noise (all layers)"),
-    ("Fisher, all layers", "FAM Fisher (all layers)"),
+    ("noise, a middle layer", "FAM noise (middle layer)"),
+    ("all layers", "FAM noise (all layers)"),
+    ("Fisher, a middle layer", "FAM Fisher (middle layer)"),
+    ("all layers", "FAM Fisher (all layers)"),
     ("SAM", "SAM"),
     ("paper's procedure", "paper's procedure (head)"),
 )

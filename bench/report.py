@@ -137,16 +137,29 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
     write_rows(path, [asdict(r) for r in results])
 
 
+def replace_cases(path: Path, results: Sequence[Result], cases: Sequence[str]) -> None:
+    """The results in place of those of the same cases in a CSV file; the others stay, with the machine they ran on.
+
+    `cases` gives the order of all of them.
+    """
+    new = {r.case for r in results}
+    rows: list[dict[str, Any]] = (
+        [dict(r) for r in read_csv(path) if r["case"] not in new] if path.exists() else []
+    )
+    rows += [asdict(r) for r in results]
+    write_rows(path, sorted(rows, key=lambda row: cases.index(row["case"])))
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A CSV file; the columns are all keys in order of appearance, then the machine line."""
+    """A CSV file; the columns are all keys in order of appearance, then the machine line where a row has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "machine"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*columns, "machine"])
         writer.writeheader()
         for row in rows:
             values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow({**values, "machine": machine_line()})
+            writer.writerow({"machine": machine_line(), **values})
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -53,6 +53,11 @@ def arguments(known: dict[str, Any]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="few rounds, fewer cases, nothing compiled: a minute or two"
     )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="training: the networks whose names hold this; the others' lines of the CSV file stay",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads (default: 1 and all)")
     parser.add_argument(
@@ -72,7 +77,7 @@ def arguments(known: dict[str, Any]) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> case.Settings:
-    settings = replace(case.QUICK if options.quick else case.Settings(), out=options.out)
+    settings = replace(case.QUICK if options.quick else case.Settings(), out=options.out, only=options.only)
     threads = tuple(sorted(set(options.threads or settings.threads)))
     return replace(settings, threads=threads[-1:] if machine.on_gpu() else threads)
 

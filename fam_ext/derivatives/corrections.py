@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fam_ext.derivatives import log_softmax
 
@@ -58,38 +57,6 @@ def batch_norm(saved: Any, grad: Tensor) -> Gradients:
     return _normalization_gradients(
         x, None if weight is None else weight.view(by_channel), grad, rstd, rows, rows
     )
-
-
-class _InverseStd(Function):
-    """1 / sqrt(var + eps) of x over `dims`, whose value is at hand: only its derivative takes a pass over x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rstd: Tensor, dims: list[int]) -> Tensor:
-        ctx.save_for_backward(x, rstd)
-        ctx.dims = dims
-        return rstd.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, rstd = ctx.saved_tensors
-        again = _InverseStd.apply(x, rstd, ctx.dims)  # type: ignore[no-untyped-call]
-        count = x.numel() // max(rstd.numel(), 1)
-        return -(grad * again**3 / count) * (x - x.mean(ctx.dims, keepdim=True)), None, None
-
-
-def batch_norm_held(saved: Any, grad: Tensor) -> Gradients:
-    """batch_norm whose statistics do not answer to its input, which keeps samples apart: the gradient of its input alone."""
-    x, weight = saved.input, saved.weight
-    if x.shape[0] == 1:  # instance_norm is batch_norm of one sample
-        return batch_norm(saved, grad)[:1]
-    acc = torch.promote_types(x.dtype, torch.float32)
-    rows = [d for d in range(x.dim()) if d != 1]
-    by_channel = [-1 if d == 1 else 1 for d in range(x.dim())]
-    rstd = saved.result2.detach().to(acc).view(by_channel)
-    scale: Tensor = _InverseStd.apply(x.to(acc), rstd, rows)  # type: ignore[no-untyped-call]
-    if weight is not None:
-        scale = scale * weight.to(acc).view(by_channel)
-    return (scale * grad.to(acc),)
 
 
 def layer_norm(saved: Any, grad: Tensor) -> Gradients:
@@ -184,16 +151,11 @@ def needs_correction(node: Any) -> bool:
 
 
 @contextmanager
-def corrected(nodes: Iterable[Any], hold_statistics: bool = False) -> Iterator[None]:
-    """Within the block, gradients through these autograd nodes can be differentiated to any order and are right.
-
-    `hold_statistics` makes them those of batch_norm with constant statistics, with respect to its input alone.
-    """
+def corrected(nodes: Iterable[Any]) -> Iterator[None]:
+    """Within the block, gradients through these autograd nodes can be differentiated to any order and are right."""
     handles = []
     for node in nodes:
         correction = REPLACED[node.name()]
-        if hold_statistics and correction is _BATCH_NORM:
-            correction = correction._replace(formula=batch_norm_held)
         # Unpacked here and not in the hook: a checkpointed tensor can be unpacked only once in a backward pass.
         saved = SimpleNamespace(**{name: getattr(node, f"_saved_{name}") for name in correction.saved})
 

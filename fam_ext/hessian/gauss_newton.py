@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian.hutchinson import rademacher
+from fam_ext.hessian import noise
 from fam_ext.hessian.products import LayerCall
 from fam_ext.layers.linear_map import LinearMap
 from fam_ext.ops.gram_trace import gram_trace
@@ -122,7 +123,27 @@ def _by_input(
 ) -> Tensor:
     """|phi|^2 |t|^2, (B,), with t = W^T s the gradient by the layer's input."""
     phi = _features(layer, detached)
-    return phi.square().sum(-1).reshape(-1) * t.to(phi.dtype).square().sum(-1).reshape(-1)
+    result: Tensor = _RowTrace.apply(phi, t.to(phi.dtype))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _RowTrace(torch.autograd.Function):
+    """|phi|^2 |t|^2 of every row, (B,)."""
+
+    @staticmethod
+    def forward(ctx: Any, phi: Tensor, t: Tensor) -> Tensor:
+        squares = [x.square().sum(-1) for x in (phi, t)]
+        ctx.save_for_backward(phi, t, *squares)
+        return (squares[0] * squares[1]).reshape(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        phi, t, of_phi, of_t = ctx.saved_tensors
+        twice = 2 * grad.view(of_t.shape)
+        by_phi = phi * (twice * of_t).unsqueeze(-1) if ctx.needs_input_grad[0] else None
+        by_t = t * (twice * of_phi).unsqueeze(-1) if ctx.needs_input_grad[1] else None
+        return by_phi, by_t
 
 
 def _by_output(
@@ -133,37 +154,21 @@ def _by_output(
     s = (s.detach() if detached else s).to(phi.dtype)
     if weighted:
         s = s @ layer.weight.to(phi.dtype)
-    return phi.square().sum(-1).reshape(-1) * s.square().sum(-1).reshape(-1)
+    result: Tensor = _RowTrace.apply(phi, s)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _along_a_direction(
     layer: FactoredLayer, s: Tensor, weighted: bool, detached: bool, generator: torch.Generator | None
 ) -> Tensor:
-    """|W^T Gamma_i b_i|^2 (or |Gamma_i b_i|^2), (B,): Gamma_i b = sum_q s_iq <phi_iq, b>, <phi_iq, b> a layer of one output.
-
-    b_i has independent random signs: those of one vector for all samples, times signs of the input's channels for every sample.
-    """
-    linear_map, phi = layer.layer, _features(layer, detached)
+    """|W^T Gamma_i b_i|^2 (or |Gamma_i b_i|^2), (B,): Gamma_i b = sum_q s_iq <b, phi_iq>, b_i as noise draws it."""
+    phi = _features(layer, detached)
     s = (s.detach() if detached else s).to(phi.dtype)
-    weight = linear_map.canonical(layer.weight).to(phi.dtype)
-    groups, neurons, fan_in = weight.shape
-    assert generator is not None
-    if phi.dim() == 1 + linear_map.spatial and not (linear_map.linear and phi.dim() > 1):
-        phi, s = phi.unsqueeze(0), s.unsqueeze(0)
-    kernel = rademacher((groups, 1, fan_in), phi, generator)
-    signs = [len(phi), *(1,) * (phi.dim() - 1)]
-    signs[linear_map.class_dim] = phi.shape[linear_map.class_dim]
-    one_output = linear_map.to_module(kernel, linear_map.shape_with_outputs(groups))
-    along = linear_map.apply(
-        phi * rademacher(signs, phi, generator), one_output
-    )  # z's shape with groups outputs
-    class_dim = linear_map.class_dim
-    s = s.movedim(class_dim, -1).flatten(1, -2)
-    s = s.reshape(*s.shape[:2], groups, neurons)
-    along = along.movedim(class_dim, -1).flatten(1, -2).unsqueeze(-1)
-    gamma = (s * along).sum(1)  # (B, groups, O/groups)
+    gamma = noise.along_a_direction(layer.layer, phi, s, generator)  # (B, groups, O/groups)
     if weighted:
-        gamma = torch.einsum("bgs,gsi->bgi", gamma, weight)
+        weight = layer.layer.canonical(layer.weight).to(phi.dtype)
+        gamma = gamma.transpose(0, 1).bmm(weight)
+        return gamma.square().sum((0, 2))
     return gamma.square().sum((1, 2))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.hessian.hutchinson import rademacher
@@ -61,17 +63,14 @@ def sampled_factors(
             yield h * rademacher(h.shape, h, generator)
         return
     dim, log_p, root = _softmax(loss_hessian, outputs)
-    p = log_p.exp()
-    with torch.no_grad():
-        labels, stretch = _label_chances(p.detach().movedim(dim, -1))
+    p = log_p.detach().exp()
+    labels, stretch = _label_chances(p.movedim(dim, -1))
     for _ in range(probes):
         drawn = torch.multinomial(labels.reshape(-1, labels.shape[-1]), 1, generator=generator)
         drawn = drawn.reshape(*labels.shape[:-1], 1)
-        label = drawn.movedim(-1, dim)
-        one_hot = torch.zeros_like(p).scatter_(dim, label, 1)
-        chance = log_p.gather(dim, label)
-        length = (0.5 * (chance - chance.detach())).exp() * stretch.gather(-1, drawn).movedim(-1, dim)
-        yield root * length * rademacher(length.shape, length, generator) * (one_hot - p)
+        length = stretch.gather(-1, drawn) * rademacher(drawn.shape, stretch, generator)
+        scale = root * length.movedim(-1, dim)
+        yield _Score.apply(log_p, p, drawn.movedim(-1, dim), scale, dim)  # type: ignore[no-untyped-call]
 
 
 def _label_chances(p: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +86,24 @@ def _label_chances(p: Tensor) -> tuple[Tensor, Tensor]:
     vanishes = total <= 1e-30
     chance = torch.where(vanishes, p, chance / total).nan_to_num(nan=1.0)
     return chance, torch.where(vanishes, 1.0, (total / distance).sqrt())
+
+
+class _Score(torch.autograd.Function):
+    """root (e_y - p) sqrt(p_y / p_y), of which the denominator and root are constants; for log p that is a log_softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, p: Tensor, label: Tensor, root: Tensor, dim: int) -> Tensor:
+        score = p.neg().scatter_add_(dim, label, torch.ones_like(label, dtype=p.dtype)).mul_(root)
+        ctx.save_for_backward(p, label, root, score)
+        ctx.dim = dim
+        return score
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        p, label, root, score = ctx.saved_tensors
+        along = 0.5 * (grad * score).sum(ctx.dim, keepdim=True)  # by log p_y
+        return (grad * p).mul_(-root).scatter_add_(ctx.dim, label, along), None, None, None, None
 
 
 def empirical_factors(

@@ -83,13 +83,47 @@ def draw(
     if on_input(layer):
         both = signs((2, samples, groups, channels), features, generator)
         return Draw(both[0], both[1], None)
-    kernel = layer.module.kernel_size
+    of_left, of_channels = (min(samples, DIFFERENT), groups, layer.fan_in), (samples, groups, channels)
+    count = math.prod(of_left)
+    both = signs((count + math.prod(of_channels),), features, generator)
+    places = _places(layer, samples, features, generator)
+    return Draw(both[:count].reshape(of_left), both[count:].reshape(of_channels), places)
+
+
+def _places(layer: LinearMap, samples: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """sqrt(K) u for u that picks one of the K places of the kernel, (S, groups, 1, *kernel)."""
+    kernel, groups = layer.module.kernel_size, layer.groups
     places = math.prod(kernel)
-    left = signs((min(samples, DIFFERENT), groups, layer.fan_in), features, generator)
-    of_channels = signs((samples, groups, channels), features, generator)
-    index = torch.randint(0, places, (samples, groups, 1), generator=generator, device=features.device)
-    place = features.new_zeros(samples, groups, places).scatter_(2, index, math.sqrt(places))
-    return Draw(left, of_channels, place.reshape(samples, groups, 1, *kernel))
+    index = torch.randint(0, places, (samples, groups, 1), generator=generator, device=like.device)
+    chosen = like.new_zeros(samples, groups, places).scatter_(2, index, math.sqrt(places))
+    return chosen.reshape(samples, groups, 1, *kernel)
+
+
+def along_a_direction(
+    layer: LinearMap, features: Tensor, factors: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """sum_q s_iq <b_i, phi_iq>, (S, groups, O/groups), for factors s of the shape of the layer's output; differentiable in both.
+
+    b_i is random with E[b b^T] = 1, drawn for every sample as :func:`draw` draws it.
+    """
+    samples, groups = layer.samples(factors.shape), layer.groups
+    if features.numel() == 0 or factors.numel() == 0:
+        return factors.new_zeros(samples, groups, layer.outputs // groups)
+    vector = signs((samples, groups, layer.inputs // groups), features, generator)
+    along = _weighted_sum(_rows(layer, features, layer.inputs, samples), vector)  # (S, groups, N)
+    if not layer.linear and not _keeps_positions(layer):
+        place = _places(layer, samples, features, generator)
+        along = layer.apply_each(along.reshape(samples, groups, *features.shape[-layer.spatial :]), place)
+    rows = _rows(layer, factors, layer.outputs, samples)
+    return _weighted_sum(rows.transpose(2, 3), along.flatten(2))
+
+
+def _keeps_positions(layer: LinearMap) -> bool:
+    """Whether a convolution maps every position alone."""
+    m = layer.module
+    padding = m.output_padding if layer.transposed else (0,)
+    padding = (*padding, *(m.padding if isinstance(m.padding, tuple) else ()))
+    return on_input(layer) and all(n == 1 for n in m.stride) and not any(padding)
 
 
 def along(features: Tensor, left: Tensor, signs: Tensor) -> Draw:
@@ -139,12 +173,32 @@ def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: flo
         return _whole(layer, perturbed, features.shape)
 
 
+def products(layer: LinearMap, drawn: Draw, features: Tensor) -> tuple[Tensor, Tensor]:
+    """(features, <r, x>): the features again, and what :func:`perturb_output` needs of them, (S, groups, N).
+
+    A layer that is called with these instead hands both gradients back at once, and they are added in one pass.
+    """
+    assert drawn.channels is not None
+    with _without_autocast(features):
+        vector = drawn.channels.to(features.dtype).expand(layer.samples(features.shape), -1, -1)
+        if features.requires_grad and torch.is_grad_enabled():
+            return _with_inner(features, vector)
+        return features, _InnerAside.forward(features, vector)[1]
+
+
 def perturb_output(
-    layer: LinearMap, drawn: Draw, features: Tensor, weight: Tensor, output: Tensor, strength: float | Tensor
+    layer: LinearMap,
+    drawn: Draw,
+    features: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    strength: float | Tensor,
+    inner: Tensor | None = None,
 ) -> Tensor:
     """z + W eps phi for the layer's output z, a new tensor of its dtype and layout; for the other layers.
 
-    `weight` is the one that the layer used, in the module's layout. `strength` as in :func:`perturb_input`.
+    `weight` is the one that the layer used, in the module's layout. `strength` as in :func:`perturb_input`. `inner` is the second
+    of :func:`products`, where that was called before the layer was.
     """
     scale = amplitude(strength)
     if output.numel() == 0:
@@ -152,18 +206,16 @@ def perturb_output(
     assert drawn.channels is not None and drawn.place is not None
     with _without_autocast(output):
         dtype, samples = output.dtype, layer.samples(output.shape)
-        rows = _rows(layer, features.to(dtype), layer.inputs, samples)
-        inner = _inner(rows, drawn.channels.to(dtype).expand(*rows.shape[:3]))
-        inner = inner.reshape(samples, layer.groups, *features.shape[-layer.spatial :])
+        if inner is None:
+            inner = products(layer, drawn, features)[1]
         place = drawn.place.to(dtype)  # the shift
+        inner = inner.to(dtype).reshape(samples, layer.groups, *features.shape[-layer.spatial :])
         inner = layer.apply(inner, place[0]) if len(place) == 1 else layer.apply_each(inner, place)
         canonical = layer.canonical(weight).to(dtype)  # (groups, O/groups, I)
         left = (drawn.left * scale).to(dtype).transpose(0, 1)
         outer = torch.bmm(left, canonical.transpose(1, 2)).transpose(0, 1)  # W a, (S, groups, O/groups)
-        if 1 < len(outer) < samples:
-            outer = outer.repeat(-(-samples // len(outer)), 1, 1)[:samples]
         z = _rows(layer, output, layer.outputs, samples)
-        perturbed = _add_outer(z, outer.expand(*z.shape[:3]), inner.flatten(2))
+        perturbed = _add_outer(z, outer, inner.flatten(2))
         return _whole(layer, perturbed, output.shape)
 
 
@@ -208,8 +260,60 @@ def _inner(rows: Tensor, vector: Tensor) -> Tensor:
     samples, groups, channels, count = rows.shape
     if channels == 1:
         return rows[:, :, 0] * vector
-    product = torch.bmm(vector.reshape(-1, 1, channels), rows.reshape(-1, channels, count))
-    return product.reshape(samples, groups, count)
+    # the vector first: a product of a matrix with one column takes ten times as long on the CPU
+    product = torch.bmm(vector.reshape(-1, 1, channels), rows.flatten(0, 1))
+    return product.view(samples, groups, count)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """<vector, row> as :func:`_inner` forms it, with gradients for both."""
+
+    @staticmethod
+    def forward(rows: Tensor, vector: Tensor) -> Tensor:
+        return _inner(rows, vector)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, vector = ctx.saved_tensors
+        of_rows = of_vector = None
+        if ctx.needs_input_grad[0]:
+            if rows.stride(2) == 1 != rows.stride(3):  # in their layout
+                of_rows = (grad.unsqueeze(3) * vector.unsqueeze(2)).transpose(2, 3)
+            else:
+                of_rows = vector.unsqueeze(3) * grad.unsqueeze(2)
+        if ctx.needs_input_grad[1]:
+            of_vector = _inner(rows.transpose(2, 3), grad)
+        return of_rows, of_vector
+
+
+class _InnerAside(torch.autograd.Function):
+    """(x, <vector, x>): x (S, C, *spatial), vector (S, groups, C/groups) without a gradient, the products (S, groups, N)."""
+
+    @staticmethod
+    def forward(x: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), _inner(x.reshape(*vector.shape, -1), vector)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.set_materialize_grads(False)
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, of_inner: Tensor | None) -> tuple[Tensor | None, None]:
+        (vector,) = ctx.saved_tensors
+        if of_inner is None:
+            return grad, None
+        with _without_autocast(of_inner):
+            left, right = vector.unsqueeze(3), of_inner.unsqueeze(2)
+            if grad is None:
+                return (left * right).reshape(ctx.shape), None
+            rows = grad.reshape(*vector.shape, -1)
+            return torch.addcmul(rows, left, right).reshape(ctx.shape), None
 
 
 class _AddRankOne(torch.autograd.Function):
@@ -232,11 +336,11 @@ class _AddRankOne(torch.autograd.Function):
 
 
 class _AddOuter(torch.autograd.Function):
-    """z + outer inner^T; z (S, groups, O, N), outer (S, groups, O), inner (S, groups, N)."""
+    """z + outer inner^T; z (S, groups, O, N), inner (S, groups, N), outer (D, groups, O): sample i has its row i % D."""
 
     @staticmethod
     def forward(z: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-        return torch.addcmul(z, outer.unsqueeze(3), inner.unsqueeze(2))
+        return torch.addcmul(z, _for_samples(outer, len(z)).unsqueeze(3), inner.unsqueeze(2))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -246,10 +350,22 @@ class _AddOuter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         outer, inner = ctx.saved_tensors
         with _without_autocast(grad):
-            by_row = grad.reshape(-1, *grad.shape[2:])
-            of_outer = torch.bmm(by_row, inner.reshape(len(by_row), -1, 1)).reshape(outer.shape)
-            return grad, of_outer, _inner(grad, outer)
+            of_outer = _inner(grad.transpose(2, 3), inner)
+            if len(outer) < len(grad):
+                more = -len(grad) % len(outer)
+                whole = of_outer if not more else F.pad(of_outer, (0, 0, 0, 0, 0, more))
+                of_outer = whole.view(-1, *outer.shape).sum(0)
+            return grad, of_outer, _inner(grad, _for_samples(outer, len(grad)))
 
 
+def _for_samples(outer: Tensor, samples: int) -> Tensor:
+    """Row i % D of `outer` (D, groups, O) for every sample i."""
+    if len(outer) == samples or len(outer) == 1:
+        return outer.expand(samples, -1, -1)
+    return outer.repeat(-(-samples // len(outer)), 1, 1)[:samples]
+
+
+_weighted_sum: Callable[..., Tensor] = _WeightedSum.apply
 _add_rank_one: Callable[..., Tensor] = _AddRankOne.apply
 _add_outer: Callable[..., Tensor] = _AddOuter.apply
+_with_inner: Callable[..., tuple[Tensor, Tensor]] = _InnerAside.apply

@@ -396,5 +396,7 @@ class FAMLoss(TrainingCriterion):
         """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
         state = self.__dict__
         state["last"] = last
+        if last.flatness is not None and state["_advice"].due():
+            self._advise(last)
         if state["_counts_calls"]:
             state["step"] += 1

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fam_ext.derivatives import corrections, verdicts
+from fam_ext.derivatives import corrections, taken_twice, verdicts
 from fam_ext.errors import UnsupportedError
 from fam_ext.hessian import eigenvalue, finite_difference, gauss_newton, hutchinson, loss_factors, memory
 from fam_ext.hessian.estimate import Estimate
@@ -187,8 +187,15 @@ def positive_terms(
         for node in between
         if not verdicts.check_sink(caller, node) and corrections.needs_correction(node)
     ]
-    held = options.hold_statistics is not False and any("BatchNorm" in node.name() for node in correct)
-    with torch.autocast(outputs.device.type, enabled=False), corrections.corrected(correct, held):
+    hold = options.hold_statistics is not False
+    held = hold and any("BatchNorm" in node.name() for node in correct)
+    if held:
+        correct = [node for node in correct if not taken_twice.holds(node)]
+    with (
+        torch.autocast(outputs.device.type, enabled=False),
+        corrections.corrected(correct),
+        taken_twice.replaced(between, hold),
+    ):
         groups: dict[int, list[HiddenCall]] = {}  # by number of samples, which factors depend on
         for call in hidden:
             _check_calls(caller, call)

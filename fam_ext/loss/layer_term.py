@@ -57,11 +57,10 @@ class LayerTerm:
         options, module = self.options, self.module
         if options.method == "noise":
             self.hook = NoiseHook(self.layer, options.generator, options.per_sample_probes is False)
-            if on_input(self.layer):
-                self.handle = module.register_forward_pre_hook(self.hook, with_kwargs=True)
-            else:
+            self.handle = _Handles([module.register_forward_pre_hook(self.hook, with_kwargs=True)])
+            if not on_input(self.layer):
                 # ahead of FSDP2's hook, which frees the weight
-                self.handle = module.register_forward_hook(self.hook, with_kwargs=True, prepend=True)
+                self.handle.append(module.register_forward_hook(self.hook, with_kwargs=True, prepend=True))
         else:
             self.hook = LayerHook(self.captures, owner.any_mode)
             self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
@@ -131,6 +130,14 @@ class LayerTerm:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["options"], state["module"])  # type: ignore[misc]
         self.set_share(state["share"])
+
+
+class _Handles(list[Any]):
+    """Several handles that are removed together."""
+
+    def remove(self) -> None:  # type: ignore[override]
+        for handle in self:
+            handle.remove()
 
 
 def _remove_inert_hooks(module: nn.Module) -> None:

@@ -32,7 +32,8 @@ class Gate:
 
 
 class NoiseHook:
-    """Adds the noise of one layer: to its input as a forward pre-hook, to its output as a forward hook (`noise.on_input`).
+    """Adds the noise of one layer: to its input as a forward pre-hook; or to its output as a forward hook (`noise.on_input`),
+    where it may be a forward pre-hook as well, which makes the backward pass cheaper.
 
     All calls of the layer between two losses share one draw, since they share one weight. Every call takes the same amount of
     random numbers all the same, so that a checkpointed call replays the generator as its first pass found it, and is recognized
@@ -61,6 +62,9 @@ class NoiseHook:
         self.kept: tuple[noise.Draw | None, noise.Draw | None] = (None, None)
         # of the latest calls: what was drawn, for recognizing a repeated one; what was taken in its place; the positions
         self._calls: deque[tuple[Tensor, noise.Draw | None, Tensor | None]] = deque(maxlen=_CALLS)
+        self._aside: Any = (
+            None  # between the two hooks of one call: the features, the draw and their products
+        )
         self._first: Tensor | None = None  # the features of a first call whose draw is made for them alone
         self._token: Any = None
 
@@ -88,22 +92,28 @@ class NoiseHook:
         self.called = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward pre-hook of a layer whose input is perturbed."""
+        """The forward pre-hook: the input is perturbed, or given back with its products set aside."""
         if not self.active or not module.training or _exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
-        if sharding.is_dtensor(features):
+        if noise.on_input(layer) and sharding.is_dtensor(features):
             split_noise.is_split("FAMLoss", features)
             like = features.to_local().new_empty(features.shape)  # of the whole width
             drawn = self._draw(like, features.device_mesh.get_group())
-            perturbed = split_noise.perturb("FAMLoss", drawn, features, self._strength())
+            given = split_noise.perturb("FAMLoss", drawn, features, self._strength())
+            self._remember(given)
         else:
             self._check_plain(module)
-            perturbed = noise.perturb_input(layer, self._draw(features), features, self._strength())
-        self._remember(perturbed)
+            drawn = self._draw(features)
+            if noise.on_input(layer):
+                given = noise.perturb_input(layer, drawn, features, self._strength())
+                self._remember(given)
+            else:
+                given, inner = noise.products(layer, drawn, features)
+                self._aside = (given, drawn, inner)
         if args:
-            return (perturbed, *args[1:]), kwargs
-        return args, {**kwargs, "input": perturbed}
+            return (given, *args[1:]), kwargs
+        return args, {**kwargs, "input": given}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook of a layer whose output is perturbed."""
@@ -111,9 +121,11 @@ class NoiseHook:
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
         self._check_plain(module)
-        drawn = self._draw(features)
+        aside, self._aside = self._aside, None
+        if aside is None or aside[0] is not features:
+            aside = (features, self._draw(features), None)
         perturbed = noise.perturb_output(
-            layer, drawn, features, layer_weight(module), output, self._strength()
+            layer, aside[1], features, layer_weight(module), output, self._strength(), aside[2]
         )
         self._remember(perturbed)
         return perturbed
@@ -122,9 +134,7 @@ class NoiseHook:
         """`rest` is (kwargs,) before the layer and (kwargs, output) after it."""
         if not self.active:
             return None
-        if noise.on_input(self._layer()):
-            return self.before(module, args, *rest)
-        return self.after(module, args, *rest)
+        return self.before(module, args, *rest) if len(rest) == 1 else self.after(module, args, *rest)
 
     def _layer(self) -> LinearMap:
         assert self.layer is not None

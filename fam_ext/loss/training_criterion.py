@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fam_ext import _checks
 from fam_ext.capture.calls import layer_weight
 from fam_ext.errors import UnsupportedError
+from fam_ext.loss.advice import Advice
 from fam_ext.loss.layer_criterion import LayerCriterion
 from fam_ext.loss.noise_hook import NoiseHook
-from fam_ext.loss.plan import NOISE, NOISE_SHARED
+from fam_ext.loss.plan import CLOSED_FORM, NOISE, NOISE_SHARED, UNUSED
 from fam_ext.loss.state import from_bytes, to_bytes
 from fam_ext.loss.step_record import StepRecord
 from fam_ext.options import Options
@@ -42,6 +43,7 @@ class TrainingCriterion(LayerCriterion):
         self._counts_calls = True
         self._followed: Any = None  # handle of the hook on the optimizer
         self.last = StepRecord()
+        self._advice = Advice()
         self._noise = options.method == "noise"
         self.changes = False  # the strength of the noise, from step to step
         if self._noise:
@@ -206,6 +208,13 @@ class TrainingCriterion(LayerCriterion):
         """Drop the features, and the noise, of forward calls that no loss follows."""
         super().reset()
         self._reset_noise()
+
+    def _advise(self, last: StepRecord) -> None:
+        """Look at the numbers of a step with the term."""
+        inside = self.options.curvature == "hessian" and any(
+            term.plan not in (None, CLOSED_FORM, UNUSED) for term in self.terms
+        )
+        self._advice.look(last, inside, isinstance(self._strength, float))
 
     def _strength_now(self) -> Any:
         """This step's strength: a number, or TargetRatio. 0 on a step without the term."""

@@ -363,6 +363,23 @@ def test_readme_table_is_made_from_the_csv(tmp_path: Path) -> None:
     assert "| other | 100 µs |  |  |  |" in lines
 
 
+def test_a_part_of_a_run_replaces_its_own_lines(tmp_path: Path) -> None:
+    """bench/run.py training --only: other networks' lines stay as they are, the machine of their run included."""
+    path = tmp_path / "training.csv"
+    first = [replace(result("plain", us), case=case) for case, us in (("a", 10.0), ("b", 20.0), ("c", 30.0))]
+    report.replace_cases(path, first, "abc")
+    lines = report.read_csv(path)
+    path.write_text(path.read_text().replace(lines[0]["machine"], "another"))
+    report.replace_cases(path, [replace(first[1], median_us=21.0), replace(first[1], variant="new")], "abc")
+    kept = [
+        (r["case"], r["variant"], float(r["median_us"]), r["machine"] == "another")
+        for r in report.read_csv(path)
+    ]
+    assert kept == [
+        ("a", "plain", 10, True), ("b", "plain", 21, False), ("b", "new", 20, False), ("c", "plain", 30, True)
+    ]  # fmt: skip
+
+
 def test_page_shows_the_committed_run() -> None:
     before, shown, after = readme.split((ROOT / readme.PAGE).read_text())
     assert before.endswith(readme.MARKS[0])

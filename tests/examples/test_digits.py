@@ -15,7 +15,7 @@ from example_runs import EXAMPLES, check_one_seed_is_refused, run
 DEMO = "digits.py"
 PACKAGES = ("matplotlib", "pytorch_optimizer", "rich", "sklearn", "tqdm")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-METHODS = {"SGD", "SAM", "FAM", "FAM, held"}
+METHODS = {"SGD", "SAM", "FAM", "FAM, held", "FAM, noise", "FAM, Fisher"}
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the demo needs {', '.join(MISSING)}")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fam_ext import UnsupportedError
-from fam_ext.hessian import gauss_newton, loss_factors
+from fam_ext.hessian import gauss_newton, loss_factors, noise
 from fam_ext.hessian.gauss_newton import FactoredLayer
 from fam_ext.hessian.products import LayerCall
 from fam_ext.layers.linear_map import LinearMap
@@ -85,12 +85,19 @@ def transposed() -> Problem:
     return Problem(nn.Conv1d(1, 2, 1), layer, tail, torch.randn(2, 1, 2), (2,))
 
 
+def pointwise() -> Problem:
+    """A kernel of one place, whose stride and padding leave as many positions as there were, and others."""
+    layer = nn.Conv1d(2, 2, 1, stride=2, padding=1)
+    tail = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(6, 3))
+    return Problem(nn.Conv1d(1, 2, 1), layer, tail, torch.randn(2, 1, 3), (2,))
+
+
 def unbatched() -> Problem:
     tail = nn.Sequential(nn.Tanh(), nn.Flatten(0), nn.Linear(4, 3))
     return Problem(nn.Conv1d(1, 2, 1), nn.Conv1d(2, 2, 2), tail, torch.randn(1, 3), ())
 
 
-PROBLEMS = [mlp, tokens, grouped_conv, transposed, unbatched]
+PROBLEMS = [mlp, tokens, grouped_conv, transposed, pointwise, unbatched]
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -158,33 +165,38 @@ def test_one_row_with_the_hessian_held() -> None:
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("make", [tokens, grouped_conv, transposed, unbatched])
+@pytest.mark.parametrize("make", [tokens, grouped_conv, transposed, pointwise, unbatched])
 def test_a_random_direction_in_the_mean(make: Any, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """|W^T Gamma_i b|^2 over every sign vector b: its mean is |W^T Gamma_i|^2, for each factor, value and gradients."""
+    """|W^T Gamma_i b|^2 over every b: its mean is |W^T Gamma_i|^2, for each factor, value and gradients."""
     case = make()
     layer = case.factored.layer
-    of_kernel = (layer.groups, 1, layer.fan_in)
-    kernels = [torch.tensor(s).double() for s in itertools.product((1, -1), repeat=math.prod(of_kernel))]
+    samples = 1 if make is unbatched else len(case.z)
+    channels = layer.inputs // layer.groups
+    vectors = torch.tensor(list(itertools.product((1.0, -1.0), repeat=layer.inputs))).double()
+    kernel = () if layer.linear else layer.module.kernel_size
+    places = math.prod(kernel)
     u = torch.randn_like(case.outputs)
-    own: dict[
-        Any, Tensor
-    ] = {}  # the signs of every sample and channel: they permute the vectors that a sample meets
+    # signs of every sample permute the vectors that it meets
+    own = ((torch.arange(samples * layer.inputs) * 2 // 3) % 2 * 2.0 - 1).double()
+    own = own.reshape(samples, layer.groups, channels)
     total: Any = 0
-    for kernel in kernels:
+    for place in range(places):
+        one = places**0.5 * (torch.arange(places) == place).double().reshape(1, 1, 1, *kernel)
+        monkeypatch.setattr(
+            noise, "_places", lambda *_, one=one: one.expand(samples, layer.groups, 1, *kernel)
+        )
+        for vector in vectors:
 
-        def drawn(shape: Any, like: Tensor, generator: Any, kernel: Tensor = kernel) -> Tensor:
-            if tuple(shape) == of_kernel:
-                return kernel.reshape(shape)
-            alternating = torch.arange(math.prod(shape)) * 2 // 3 % 2 * 2.0 - 1
-            return own.setdefault(tuple(shape), alternating.double().reshape(shape))
+            def drawn(shape: Any, like: Tensor, generator: Any, vector: Tensor = vector) -> Tensor:
+                assert shape == own.shape
+                return own * vector.reshape(1, layer.groups, channels)
 
-        monkeypatch.setattr(gauss_newton, "rademacher", drawn)
-        total = total + case.traces([u], weighted=weighted, generator=torch.Generator())
-    (signs,) = own.values()
-    assert signs.shape[0] == (1 if make is unbatched else len(case.z))
+            monkeypatch.setattr(noise, "signs", drawn)
+            total = total + case.traces([u], weighted=weighted, generator=torch.Generator())
+    mean = total / (places * len(vectors))
     expected = case.traces([u], weighted=weighted)
-    torch.testing.assert_close(total / len(kernels), expected, rtol=1e-9, atol=1e-13)
-    dense_factors.compare((total / len(kernels)).sum(), expected.sum(), case.parameters)
+    torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-13)
+    dense_factors.compare(mean.sum(), expected.sum(), case.parameters)
 
 
 @pytest.mark.parametrize("make", [tokens, grouped_conv, transposed])
