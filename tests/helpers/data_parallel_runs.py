@@ -50,6 +50,7 @@ def data_parallel(rank: int, layer: str, options: dict[str, Any], wrapping: dict
     rows = slice(rank * HALF, (rank + 1) * HALF)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*fam_ext|.*FAMLoss")
+        warnings.filterwarnings("ignore", message=".*inside the network is negative")
         try:
             return train(network, model, layer, options, rows)
         except UnsupportedError as error:

@@ -120,9 +120,8 @@ def test_sampled_factors_in_the_mean(make: Any, monkeypatch: pytest.MonkeyPatch)
     else:
         labels, of_labels = all_labels(z.detach())
         rows = z.numel() // z.shape[min(1, z.dim() - 1)]
-        shape = list(z.shape)
-        shape[min(1, z.dim() - 1)] = 1
-        signs = [sign.reshape(shape) for sign in all_signs((rows,))]
+        classes_last = z.movedim(min(1, z.dim() - 1), -1)
+        signs = [sign.reshape(*classes_last.shape[:-1], 1) for sign in all_signs((rows,))]
         draws = list(itertools.product(labels, signs))
         chances = of_labels.repeat_interleave(len(signs)) / len(signs)
         one_by_one([label for label, _ in draws], monkeypatch, "multinomial", torch)
