@@ -128,22 +128,23 @@ def check_unusual(
 ) -> None:
     """As LinearMap.check_unusual: compare the first row of the layer's output, or this process's classes of it."""
     parts = split(caller, weight)
+    if not is_dtensor(features):
+        return  # refused later
     eps = max(torch.finfo(d).eps for d in (dtype, got.dtype, features.dtype, weight.dtype))
     with torch.autocast(device_type=features.device.type, enabled=False):
-        local = features.to_local()
+        local, w = features.to_local(), parts.weight.double()
         x = local.reshape(-1, local.shape[-1])[:1].double()
-        expected = x @ parts.weight.double().t()
-        scale = (
-            parts.total(torch.stack([parts.weight.double().square().sum(), x.square().sum()])).sqrt().prod()
-        )
-        expected = (expected if parts.by_class else parts.total(expected))[0]
+        expected, squares = x @ w.t(), torch.stack([w.square().sum(), x.square().sum()])
+        if not parts.by_class:  # else nothing is communicated: a process without classes is not here
+            expected, squares = parts.total(expected), parts.total(squares)
+        expected = expected[0]
         bias = layer.module.bias
         if bias is not None:
             expected = expected + (bias.to_local() if is_dtensor(bias) else bias).double()
         if parts.by_class and len(got) == parts.classes:
             got = got[parts.begin : parts.begin + len(expected)]
         if len(got) == len(expected) and len(got):
-            layer.check_row(caller, got, expected, scale, eps)
+            layer.check_row(caller, got, expected, squares.sqrt().prod(), eps)
 
 
 def _norms(caller: str, features: Any, rows: Tensor | None, ignored: Tensor | None, parts: Split) -> Tensor:
