@@ -22,11 +22,6 @@ class Advice:
         self.steps = 0
         self.given: set[str] = set()
 
-    def due(self) -> bool:
-        """Count a step with the term: whether its numbers are to be looked at."""
-        self.steps += 1
-        return not self.steps & (self.steps - 1)
-
     def look(self, last: StepRecord, inside: bool, chosen: bool) -> None:
         """Warn where the numbers of a step ask for it.
 

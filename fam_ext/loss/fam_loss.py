@@ -344,8 +344,11 @@ class FAMLoss(TrainingCriterion):
                     self._warn_of_a_guess(self._guess)
                 if isinstance(strength, TargetRatio):
                     strength = strength.update(sharding.local(loss), kappa)
-                total = sharding.add(options.caller, loss, strength * kappa)
-                alone = sharding.local(loss.detach())
+                alone = loss.detach()
+                if type(loss) is Tensor:
+                    total: Tensor = loss + strength * kappa
+                else:
+                    total, alone = sharding.add(options.caller, loss, strength * kappa), sharding.local(alone)
                 self._finish(StepRecord(total.detach(), kappa.detach(), strength, alone, error))
                 return total
             taken = one_pass.from_logits(
@@ -396,7 +399,10 @@ class FAMLoss(TrainingCriterion):
         """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
         state = self.__dict__
         state["last"] = last
-        if last.flatness is not None and state["_advice"].due():
-            self._advise(last)
+        if last.flatness is not None:
+            advice = state["_advice"]
+            advice.steps = steps = advice.steps + 1
+            if not steps & (steps - 1):  # the 1st, 2nd, 4th, 8th, ...
+                self._advise(last)
         if state["_counts_calls"]:
             state["step"] += 1

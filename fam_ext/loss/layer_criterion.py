@@ -14,7 +14,7 @@ from fam_ext.errors import UnsupportedError
 from fam_ext.layers import adapters, sharding
 from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
-from fam_ext.loss.one_call import hidden_calls
+from fam_ext.loss.one_call import distributed, hidden_calls
 from fam_ext.loss.plan import Plan, Plans
 from fam_ext.options import Options
 
@@ -165,7 +165,7 @@ class LayerCriterion(nn.Module):
 
     def weight_product(self, loss: Tensor, direction: Tensor) -> Tensor:
         """H D of one loss for the first layer, without graph; both in canonical layout (fam_ext.layers.linear_map)."""
-        (hidden,) = hidden_calls(self.options, self.terms[:1], loss)
+        (hidden,) = hidden_calls(self.options, self.terms[:1], loss, distributed())
         with sharding.held():
             return weight_product(self.options, loss, hidden, direction)
 

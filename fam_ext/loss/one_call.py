@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,11 @@ from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.plan import CLOSED_FORM, UNUSED
 from fam_ext.loss_hessians import LossHessian
 from fam_ext.options import Options
+
+
+def distributed() -> bool:
+    """Whether anything can be sharded."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class HeadCall(NamedTuple):
@@ -174,9 +180,10 @@ def loss_and_terms(
             estimates.append(difference_term(term, closure, per_sample))
     elif others:
         assert loss is not None
-        hidden = hidden_calls(options, others, loss)
+        sharded = distributed()
+        hidden = hidden_calls(options, others, loss, sharded)
         if hidden:
-            with sharding.held():
+            with sharding.held() if sharded else nullcontext():
                 if options.curvature == "hessian":
                     estimates += hessian_terms(options, loss, hidden, per_sample)
                 else:
@@ -202,7 +209,9 @@ def _check_hooks(caller: str, call: LossCall, loss: Any) -> None:
         )
 
 
-def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> list[HiddenCall]:
+def hidden_calls(
+    options: Options, terms: Sequence[LayerTerm], loss: Tensor, sharded: bool
+) -> list[HiddenCall]:
     """The calls of layers that `loss` depends on, by one walk of its graph; a layer that this step skipped is left out.
 
     Raises UnsupportedError where a layer has no call that the loss depends on.
@@ -223,14 +232,16 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
             term.captures.gather()
             of_layer += term.module.parameters()
     walks = graph_walk.find(loss, [term.captures for term in terms], parameters)
-    sharding.check_flat(caller, (getattr(node, "variable", None) for node in walks[0].nodes))
+    if sharded:
+        sharding.check_flat(caller, (getattr(node, "variable", None) for node in walks[0].nodes))
     hidden = []
     for term, walk in zip(terms, walks, strict=True):
         if walk.calls or walk.past_calls:
             if walk.past_calls and term.captures.owners:
                 sharding.check_shards(caller, walk.nodes)
-            sharding.check_between(caller, walk.between)
-            hidden.append(_hidden_call(caller, term, walk))
+            if sharded:
+                sharding.check_between(caller, walk.between)
+            hidden.append(_hidden_call(caller, term, walk, sharded))
         elif term.captures.idle():
             if not term.captures.seen or term.plan is CLOSED_FORM:
                 raise term.captures.not_called(caller)
@@ -244,17 +255,19 @@ def hidden_calls(options: Options, terms: Sequence[LayerTerm], loss: Tensor) -> 
     return [h._replace(own_input=next(own)) if h.calls else h for h in hidden]
 
 
-def _hidden_call(caller: str, term: LayerTerm, walk: graph_walk.Walk) -> HiddenCall:
+def _hidden_call(caller: str, term: LayerTerm, walk: graph_walk.Walk, sharded: bool) -> HiddenCall:
     calls: list[LayerCall] = []
     weight: Any = None
     taken = [call.stored.take(caller) for call in walk.calls]
-    term.captures.gather(*[call.stored for call in walk.calls])
+    if term.captures.owners:
+        term.captures.gather(*[call.stored for call in walk.calls])
     term.captures.done()
     for (node, number, stored), features in zip(walk.calls, taken, strict=True):
         stored.used[0] = True
         weight = stored.weight
-        sharding.check_whole(caller, weight)
-        sharding.check_local(caller, weight, features)
+        if sharded:
+            sharding.check_whole(caller, weight)
+            sharding.check_local(caller, weight, features)
         term.layer.check_call(caller, features, weight, stored.shape)
         if stored.first is not None:
             term.layer.check_unusual(caller, features, weight, stored.first, stored.dtype)
