@@ -99,20 +99,9 @@ class FAMLoss(TrainingCriterion):
         hold_statistics: bool | None = None,
     ) -> None:
         options = Options(
-            "FAMLoss",
-            measure,
-            curvature,
-            method,
-            probes,
-            normalize,
-            norm_power,
-            curvature_grad,
-            generator,
-            backend,
-            per_sample_probes,
-            max_bytes,
-            hold_statistics,
-        )
+            "FAMLoss", measure, curvature, method, probes, normalize, norm_power, curvature_grad,
+            generator, backend, per_sample_probes, max_bytes, hold_statistics,
+        )  # fmt: skip
         super().__init__(criterion, layer, options, strength, every)
         self._one_pass = (  # what of it does not change from step to step
             options.closed_form

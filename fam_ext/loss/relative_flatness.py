@@ -60,20 +60,9 @@ class RelativeFlatness(LayerCriterion):
     ) -> None:
         caller = "RelativeFlatness"
         options = Options(
-            caller,
-            measure,
-            curvature,
-            method,
-            probes,
-            normalize,
-            norm_power,
-            curvature_grad,
-            generator,
-            backend,
-            per_sample_probes,
-            max_bytes,
-            hold_statistics,
-        )
+            caller, measure, curvature, method, probes, normalize, norm_power, curvature_grad,
+            generator, backend, per_sample_probes, max_bytes, hold_statistics,
+        )  # fmt: skip
         super().__init__(criterion, layer, options)
 
     @classmethod
