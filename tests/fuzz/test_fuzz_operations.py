@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fuzz_operations
+import fuzz_windows
 import pytest
 from fuzz_run import check
 
@@ -17,4 +18,5 @@ SHARES = {
 
 @pytest.mark.parametrize("name", SHARES)
 def test_operations(name: str) -> None:
-    check(name, getattr(fuzz_operations, name), SHARES[name])
+    module = fuzz_operations if hasattr(fuzz_operations, name) else fuzz_windows
+    check(name, getattr(module, name), SHARES[name])
