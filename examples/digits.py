@@ -1,6 +1,6 @@
 """Handwritten digits: plain SGD, SAM and FAM side by side, with the same data, start and batches for each seed.
 
-    python examples/digits.py            # one to two minutes
+    python examples/digits.py            # about two minutes
     python examples/digits.py --quick    # a first look
 
 A small CNN learns scikit-learn's 8×8 digits from 200 images, once with clean labels and once with 30 % of them wrong.
@@ -81,9 +81,9 @@ class Setting:
 # splits of those seeds draw from the same 1797 images.
 SETTINGS = (
     Setting("clean labels", 0.0, lr=0.1, weight_decay=5e-3, rho=0.1, strength=0.03, strength_held=0.01,
-            strength_noise=0.003, strength_fisher=0.003),
+            strength_noise=0.001, strength_fisher=0.001),
     Setting("30 % wrong labels", 0.3, lr=0.02, weight_decay=5e-4, rho=0.02, strength=0.01, strength_held=0.003,
-            strength_noise=0.003, strength_fisher=0.003),
+            strength_noise=0.001, strength_fisher=0.001),
 )  # fmt: skip
 
 

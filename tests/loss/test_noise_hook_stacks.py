@@ -93,9 +93,9 @@ class Checkpointed(nn.Module):
 
 
 def step(model: nn.Module, network: Network, criterion: FAMLoss) -> tuple[Tensor, Tensor]:
-    x, y = batch(network)
-    x.requires_grad_()
+    """Loss and gradients of a step, with the same random numbers every time."""
     torch.manual_seed(4)
+    x, y = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
     network.zero_grad()
     loss = criterion(model(x), y)
     loss.backward()
