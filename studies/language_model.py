@@ -1,11 +1,12 @@
 """Whether FAM helps small language models: python studies/language_model.py, or the part of it that is not there yet.
 
-    python studies/language_model.py --part pretrain     # or finetune, strength, topics, summary; all in this order
+    python studies/language_model.py --part pretrain     # or finetune, strength, longer, topics, summary; all in this order
     python studies/language_model.py --quick             # all of its code on a small scale, within seconds
     python studies/language_model.py --minutes 60        # stop starting runs then; the next start goes on
 
 pretrain: a causal transformer on packages of the standard library, validated and tested on other packages. finetune: that model
-on a little of PyTorch's sources. strength: FAM noise over strengths. topics: a bidirectional transformer tells packages apart.
+on a little of PyTorch's sources. strength: FAM noise over strengths. longer: pre-training at a higher learning rate for twice as
+many steps, until it overfits, nothing tuned. topics: a bidirectional transformer tells packages apart.
 Rows and plots go to studies/results/language.
 """
 
@@ -34,7 +35,8 @@ from studies.methods import Range
 from studies.store import RESULTS, Run, Store
 
 TUNING_SEED = 10_000  # no seed of the tests
-PARTS = ("pretrain", "finetune", "strength", "topics")
+PARTS = ("pretrain", "finetune", "strength", "longer", "topics")
+LONGER = {"lr": 2e-3, "weight_decay": 0.25}
 
 
 class Grid(NamedTuple):
@@ -46,19 +48,26 @@ class Grid(NamedTuple):
     configurations: int
     seeds: int
     strengths: Sequence[float]  # of the curve
+    longer: Mapping[str, Mapping[str, float]]  # what is added to AdamW, by name
 
 
 FULL = Grid(
     {
         "pretrain": Part(600, 8, Range(1e-3, 1e-2)),
         "finetune": Part(120, 8, Range(1e-4, 4e-3)),
+        "longer": Part(1200, 8, Range(1e-3, 1e-2)),
         "topics": Part(200, 12, Range(3e-4, 4e-3)),
     },
     Size(), tuple(METHODS), 5, 5, (0.0, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+    {
+        "adamw": {}, "fam_noise 0.0003": {"strength": 3e-4}, "dropout 0.2": {"dropout": 0.2},
+        "fam_noise 0.001": {"strength": 1e-3}, "fam_head 0.001": {"head_strength": 1e-3},
+    },
 )  # fmt: skip
 QUICK = Grid(
     {name: Part(8, 4, part.rates) for name, part in FULL.parts.items()},
     Size(3000, 2000, 1500, 1500, 300, 6), ("adamw", "sam", "fam_noise", "fam_head"), 2, 2, (0.0, 1e-3),
+    {"adamw": {}, "fam_noise 0.001": {"strength": 1e-3}},
 )  # fmt: skip
 
 
@@ -71,7 +80,9 @@ class Study:
         self._base: dict[str, Tensor] = {}
 
     def data(self, part: str) -> Windows:
-        return topics(self.grid.size) if part == "topics" else language(part, self.grid.size)
+        if part == "topics":
+            return topics(self.grid.size)
+        return language("finetune" if part == "finetune" else "pretrain", self.grid.size)
 
     def chosen(self, part: str, method: str) -> dict[str, float] | None:
         """The configuration with the lowest validation loss; None before all of them were tried."""
@@ -83,11 +94,11 @@ class Study:
     def wanted(self, part: str) -> Iterator[tuple[str, str, int]]:
         """(method, phase, number) of runs that are not there yet."""
         store = self.stores[part]
-        if part == "strength":
-            for number in range(2):
-                for strength in self.grid.strengths:
-                    if store.get(f"{strength:g}", "test", number) is None:
-                        yield f"{strength:g}", "test", number
+        if part in ("strength", "longer"):
+            names = list(self.grid.longer) if part == "longer" else [f"{x:g}" for x in self.grid.strengths]
+            yield from (
+                (name, "test", k) for k in range(2) for name in names if store.get(name, "test", k) is None
+            )
             return
         for phase, count in (("tune", self.grid.configurations), ("test", self.grid.seeds)):
             for number in range(count):
@@ -103,6 +114,8 @@ class Study:
             hyper = {**(self.chosen(of, "fam_noise") or {}), "strength": float(name)}
             if hyper["strength"] == 0:
                 del hyper["strength"]
+        elif part == "longer":
+            method, of, hyper = Method(), part, {**LONGER, **grid.longer[name]}
         else:
             method, of = METHODS[name], part
             hyper = configuration(method, grid.parts[of], number, grid.configurations)

@@ -24,6 +24,15 @@ def tests(store: Store, method: str) -> dict[int, Run]:
     return {run.number: run for run in store.of(method, "test")}
 
 
+def _names(store: Store) -> list[str]:
+    return list(dict.fromkeys(run.method for run in store.rows.values() if run.phase == "test"))
+
+
+def _share(name: str) -> float:
+    """Of the steps that the other methods take."""
+    return METHODS[name].share if name in METHODS else 1.0
+
+
 def _column(runs: Mapping[int, Run], name: str) -> dict[int, float]:
     return {seed: run.numbers[name] for seed, run in runs.items()}
 
@@ -47,10 +56,8 @@ def rows(store: Store) -> list[list[object]]:
     baseline = tests(store, BASELINE)
     limit = TOLERANCE * statistics.median(_column(baseline, "step_ms").values()) if baseline else float("inf")
     lines: list[list[object]] = []
-    for name, method in METHODS.items():
+    for name in _names(store):
         runs = tests(store, name)
-        if not runs:
-            continue
         mean = {
             key: statistics.fmean(_column(runs, key).values())
             for key in ("test", "train", "final_test", "accuracy")
@@ -63,7 +70,7 @@ def rows(store: Store) -> list[list[object]]:
             [
                 name, len(runs), mean["test"], *((d.mean, d.low, d.high) if d else ("", "", "")),
                 mean["test"] - mean["train"], mean["final_test"],
-                statistics.fmean(within(run, method.share, limit) for run in timed), mean["accuracy"], step,
+                statistics.fmean(within(run, _share(name), limit) for run in timed), mean["accuracy"], step,
             ]
         )  # fmt: skip
     return sorted(lines, key=lambda line: float(str(line[2])))
@@ -111,15 +118,14 @@ def write(stores: Mapping[str, Store], folder: Path, versions: str) -> str:
 def _losses(store: Store) -> dict[str, list[tuple[float, float, float]]]:
     """By method: (share of the steps, mean test loss, mean training loss) at each checkpoint."""
     losses = {}
-    for name, method in METHODS.items():
+    for name in _names(store):
         runs = tests(store, name)
-        if runs:
-            losses[name] = [
-                (
-                    method.share * k / CHECKPOINTS,
-                    statistics.fmean(_column(runs, f"test_{k}").values()),
-                    statistics.fmean(_column(runs, f"train_{k}").values()),
-                )
-                for k in range(1, CHECKPOINTS + 1)
-            ]
+        losses[name] = [
+            (
+                _share(name) * k / CHECKPOINTS,
+                statistics.fmean(_column(runs, f"test_{k}").values()),
+                statistics.fmean(_column(runs, f"train_{k}").values()),
+            )
+            for k in range(1, CHECKPOINTS + 1)
+        ]
     return losses

@@ -276,7 +276,7 @@ def test_compiled_with_a_schedule() -> None:
     torch._dynamo.reset()
     model, tokens = llama(use_cache=False), ids()
     patch = patch_causal_lm(model, schedules.Warmup(0.1, 10), method="noise")
-    compiled = torch.compile(model.base_model, backend="eager")
+    compiled = torch.compile(model.base_model, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"cannot count its passes: call criterion\.follow"):
         compiled(tokens)
     patch.criterion.follow(torch.optim.SGD(model.parameters(), 0.1))
