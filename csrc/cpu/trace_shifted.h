@@ -174,16 +174,16 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
   if (!shifts.defined()) own_shifts = at::empty({step, fan_in}, w.options());
   if (grads) means = at::empty({step, fan_in}, w.options());
   if (grad_logits != nullptr) dots = at::empty_like(block.p);
-  ShiftedBlock<T> found(static_cast<int64_t>(block.stats.size()));
+  ShiftedBlock<T> shifted(static_cast<int64_t>(block.stats.size()));
   std::vector<T> sums(grad_weight ? classes : 0, T(0));
 
   for (block.first = 0; block.first < rows; block.first += step) {
     block.rows = std::min(step, rows - block.first);
     T* p_data = block.data();
-    found.resize(block.rows);
+    shifted.resize(block.rows);
     block.for_each_tile(8 * classes, [&](int64_t first, int64_t lanes, int64_t column, RowStats<T>& stats) {
       load_tile_softmax(logits, policy, first, lanes, p_data + column, ld, stats);
-      shifted_begin_tile(p_data + column, ld, classes, lanes, column, squares, stats, have_shifts, found);
+      shifted_begin_tile(p_data + column, ld, classes, lanes, column, squares, stats, have_shifts, shifted);
     });
     at::Tensor u = shifts.defined() ? shifts.narrow(0, block.first, block.rows) : own_shifts.narrow(0, 0, block.rows);
     if (!have_shifts) at::mm_out(u, block.view().t(), w);
@@ -193,10 +193,10 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
     at::parallel_for(
         0, block.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(fan_in, 1)), [&](int64_t begin, int64_t end) {
           for (int64_t n = begin; n < end; ++n) {
-            found.values[n] =
-                shifted_row(u_data + n * fan_in, w_data + found.y[n] * fan_in, found.r[n], found.weighted[n], fan_in,
-                            have_shifts ? nullptr : whole + n * fan_in, grads ? mean_data + n * fan_in : nullptr);
-            if (!have_shifts) p_data[found.y[n] * ld + n] = -found.r[n];
+            shifted.values[n] = shifted_row(u_data + n * fan_in, w_data + shifted.y[n] * fan_in, shifted.r[n],
+                                            shifted.weighted[n], fan_in, have_shifts ? nullptr : whole + n * fan_in,
+                                            grads ? mean_data + n * fan_in : nullptr);
+            if (!have_shifts) p_data[shifted.y[n] * ld + n] = -shifted.r[n];
           }
         });
     at::Tensor mean_rows = grads ? means.narrow(0, 0, block.rows) : at::Tensor();
@@ -209,15 +209,15 @@ at::Tensor shifted_blocks(const Rows<T>& logits, const at::Tensor& weight, at::T
                         [&](int64_t first, int64_t lanes, int64_t column, RowStats<T>& stats) {
                           T* dz = dot_data == nullptr ? nullptr : dot_data + column;
                           shifted_grad_tile(policy, first, lanes, column, p_data + column, ld, classes, squares, stats,
-                                            products, found, dz);
+                                            products, shifted, dz);
                           if (dz != nullptr) grad_logits->store_tile(first, lanes, dz, ld);
                         });
     if (!grad_weight) continue;
-    scale_rows(mean_data, found.g, fan_in);
+    scale_rows(mean_data, shifted.g, fan_in);
     at::Tensor share = at::mm(block.view(), mean_rows);
-    scatter_rows(u_data, found.y, found.g, fan_in, share.template mutable_data_ptr<T>());
+    scatter_rows(u_data, shifted.y, shifted.g, fan_in, share.template mutable_data_ptr<T>());
     t = t.defined() ? t.add_(share) : share;
-    add_class_sums(p_data, ld, block.rows, found.g, sums);
+    add_class_sums(p_data, ld, block.rows, shifted.g, sums);
   }
   if (!grad_weight) return {};
   if (!t.defined()) t = at::zeros({classes, fan_in}, w.options());  // no rows

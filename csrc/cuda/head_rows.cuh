@@ -69,7 +69,7 @@ __device__ __forceinline__ RowTarget<T> row_target(const Head<T>& h, int64_t row
   const double omega = h.omega == nullptr ? 1.0 : static_cast<double>(h.omega[t]);
   const double c = index_coefficient(h.smoothing, omega, h.denominators[kPartials], static_cast<double>(classes));
   result.coefficient = static_cast<T>(c) * scale;
-  if (result.coefficient == T(0)) return result;  // takes no part
+  if (result.coefficient == T(0)) return result;  // the row does not count
   result.index = t;
   result.hard = static_cast<T>(omega) * (static_cast<T>(1 - h.smoothing) * scale);
   return result;

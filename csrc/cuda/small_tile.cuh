@@ -44,7 +44,7 @@ struct TileItem {
 
 __device__ __forceinline__ bool rows_are_neighbours(const RowView& view) { return view.strides[view.dims - 1] == 1; }
 
-// Targets of a tile's rows and their logits, zeros where a row takes no part.
+// Targets of a tile's rows and their logits, zeros where a row does not count.
 template <typename T, bool kHead>
 __device__ void load_tile(const SmallTrace<T>& pass, const Head<T>& head, T scale, int64_t first, int rows,
                           const Tile<T>& tile) {
