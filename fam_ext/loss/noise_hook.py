@@ -79,10 +79,9 @@ class NoiseHook:
 
     def set(self, strength: float, device: torch.device) -> None:
         """The strength of the next step."""
-        if self.tensor is None or self.tensor.device != device:
+        if self.tensor is None or self.tensor.device != device or strength != self.value:
+            # a new one: compiled code may keep the old one for the backward pass that is still to come
             self.tensor = torch.full((), strength, device=device)
-        elif strength != self.value:
-            self.tensor.fill_(strength)
         self.value = strength
 
     def finish(self) -> None:
