@@ -46,6 +46,7 @@ class Size(NamedTuple):
     test: int = 12_000
     vocabulary: int = 768
     windows: int = 120  # of each topic: two thirds to train on, a sixth each to validate and test
+    characters: int = 1_000_000  # of a text with a topic, at most
 
 
 def sources(package: str) -> list[str]:
@@ -122,7 +123,7 @@ def topics(size: Size) -> Windows:
     for label, package in enumerate(TOPICS):
         texts = sources(package)
         for k, share in enumerate((slice(0, None, 3), slice(1, None, 3), slice(2, None, 3))):
-            known = [tokenizer(size).encode(text).ids for text in texts[share]]
+            known = [tokenizer(size).encode(text[: size.characters]).ids for text in texts[share]]
             ids = torch.tensor([i for text in known for i in text])
             rows = ids.unfold(0, CONTEXT, CONTEXT)
             evenly = torch.linspace(0, len(rows) - 1, min(counts[k], len(rows))).long()

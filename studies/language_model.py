@@ -66,7 +66,7 @@ FULL = Grid(
 )  # fmt: skip
 QUICK = Grid(
     {name: Part(8, 4, part.rates) for name, part in FULL.parts.items()},
-    Size(3000, 2000, 1500, 1500, 300, 6), ("adamw", "sam", "fam_noise", "fam_head"), 2, 2, (0.0, 1e-3),
+    Size(3000, 2000, 1500, 1500, 300, 6, 3000), ("adamw", "sam", "fam_noise"), 1, 2, (0.0, 1e-3),
     {"adamw": {}, "fam_noise 0.001": {"strength": 1e-3}},
 )  # fmt: skip
 

@@ -29,7 +29,7 @@ from studies.methods import Range
 from studies.store import Run, Store
 
 SCRIPT = Path(__file__).parents[2] / "studies" / "language_model.py"
-SMALL = Size(1500, 800, 500, 700, 280, 6)
+SMALL = Size(1500, 800, 500, 700, 280, 6, 3000)
 PART = Part(16, 4, Range(1e-3, 1e-2))
 
 
