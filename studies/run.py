@@ -170,7 +170,7 @@ def summarize(grid: Grid, folder: Path) -> str:
             parts.append(f"### {title} ({len(tasks)})\n\n{comparison.table(chosen_tasks, BASELINE)}")
     tried = {m for of_task in everything.values() for m in of_task}
     more = comparison.finished(everything, [m for m in METHODS if m in tried], grid.seeds)
-    if more and tried - set(main_methods):
+    if len(more) >= 3 and tried - set(main_methods):
         parts.append(f"### All methods ({len(more)} tasks)\n\n{comparison.table(more, BASELINE)}")
     parts.append(f"### Each task\n\n{comparison.by_task(scores)}")
     parts.append(_calibration(main_methods, folder, list(scores)))
