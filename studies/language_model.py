@@ -118,9 +118,10 @@ class Study:
             method, of, hyper = Method(), part, {**LONGER, **grid.longer[name]}
         else:
             method, of = METHODS[name], part
-            hyper = configuration(method, grid.parts[of], number, grid.configurations)
             if phase == "test":
                 hyper = self.chosen(part, name) or {}
+            else:
+                hyper = configuration(method, grid.parts[of], number, grid.configurations)
         seed = number if phase == "test" else TUNING_SEED
         start = self.base() if of == "finetune" else None
         numbers = run(

@@ -94,7 +94,7 @@ def _places(layer: LinearMap, samples: int, like: Tensor, generator: torch.Gener
     """sqrt(K) u for u that picks one of the K places of the kernel, (S, groups, 1, *kernel)."""
     kernel, groups = layer.module.kernel_size, layer.groups
     places = math.prod(kernel)
-    index = torch.randint(0, places, (samples, groups, 1), generator=generator, device=like.device)
+    index = torch.randint(0, places, (samples, groups, 1), device=like.device, **_given(generator))
     chosen = like.new_zeros(samples, groups, places).scatter_(2, index, math.sqrt(places))
     return chosen.reshape(samples, groups, 1, *kernel)
 
@@ -146,8 +146,13 @@ def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None)
             0, 256, (-(-count // 8),), dtype=torch.int32, generator=generator, device="cpu"
         )
         return F.embedding(bytes_, _BYTE_SIGNS).flatten()[:count].reshape(tuple(shape)).to(like.dtype)
-    bits = torch.randint(0, 2, tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
+    bits = torch.randint(0, 2, tuple(shape), device=like.device, dtype=like.dtype, **_given(generator))
     return bits.mul_(2).sub_(1)
+
+
+def _given(generator: torch.Generator | None) -> dict[str, Any]:
+    """Without the argument the shape may vary in a compiled graph."""
+    return {} if generator is None else {"generator": generator}
 
 
 def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: float | Tensor) -> Tensor:
