@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
 import time
 import warnings
@@ -59,6 +60,18 @@ def measure(
         )
         for name, values in times.items()
     ]
+
+
+def read(folder: Path) -> list[Cost]:
+    """What `table` has written, if anything."""
+    path = folder / "cost.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [
+            Cost(r["network"], r["method"], float(r["step_ms"]), float(r["ratio"]))
+            for r in csv.DictReader(file)
+        ]
 
 
 def table(folder: Path, costs: Sequence[Cost]) -> str:

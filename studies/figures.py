@@ -164,3 +164,31 @@ def loss_by_strength_plot(points: list[tuple[float, float, float]], path: Path) 
     axis.set_ylabel("test loss", fontsize=8)
     axis.legend(fontsize=7)
     _save(figure, path)
+
+
+def course_plot(courses: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    """kappa against the step, a line for each method."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for k, (method, points) in enumerate(courses.items()):
+        axis.plot([s for s, _ in points], [kappa for _, kappa in points], color=f"C{k}", label=method)
+    axis.set_yscale("log")
+    axis.set_xlabel("step", fontsize=8)
+    axis.set_ylabel("kappa of all layers, training data", fontsize=8)
+    axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def cost_plot(gains: Mapping[str, float], costs: Mapping[str, float], path: Path) -> None:
+    """Mean accuracy over the baseline's against the price of a step, for methods with both."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for method in gains.keys() & costs.keys():
+        axis.plot(costs[method], 100 * gains[method], "o", color=_color(method), markersize=5)
+        axis.annotate(
+            method, (costs[method], 100 * gains[method]), (4, 3), textcoords="offset points", fontsize=7
+        )
+    axis.axhline(0, color=GRAY, linewidth=0.8)
+    axis.set_xlabel("price of a step, in plain steps (MLP)", fontsize=8)
+    axis.set_ylabel("mean test accuracy gained, points", fontsize=8)
+    _save(figure, path)

@@ -4,6 +4,7 @@
     python studies/run.py --quick              # all of its code on a small scale, within a minute
     python studies/run.py --part comparison --grid full --minutes 60
     python studies/run.py --part summary       # tables and plots of what is finished
+    python studies/run.py --part course        # kappa while networks are trained
     python studies/run.py --part cost --grid full   # what a step of each method costs, on a machine that does nothing else
 
 Every finished run is a row in studies/results; started again, the study goes on where it stopped.
@@ -26,7 +27,7 @@ sys.path.append(
     str(Path(__file__).resolve().parents[1])
 )  # the package `studies`; an installed fam_ext goes first
 
-from studies import comparison, cost, figures, gaps
+from studies import comparison, cost, course, figures, gaps
 from studies.data import LOADERS, SERIES, TABLES, load, split
 from studies.methods import METHODS
 from studies.store import RESULTS, Run, Store, Task, best
@@ -181,6 +182,9 @@ def summarize(grid: Grid, folder: Path) -> str:
         comparison.write_csv(folder / f"{number}.csv", header, rows)
     figures.rank_plot(scores, folder / "ranks.png")
     figures.difference_plot(scores, BASELINE, folder / "differences.png")
+    prices = {c.method: c.ratio for c in cost.read(folder) if c.network == "mlp"}
+    if prices:
+        figures.cost_plot({x.method: x.mean_difference for x in lines}, prices, folder / "accuracy_cost.png")
     curves = {
         name: comparison.gains(folder, grid.tasks, name, BASELINE)
         for name in tried
@@ -216,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a small grid into a folder of its own")
     parser.add_argument(
-        "--part", choices=("all", "comparison", "correlation", "cost", "summary"), default="all"
+        "--part", choices=("all", "comparison", "correlation", "cost", "course", "summary"), default="all"
     )
     parser.add_argument("--grid", choices=("core", "full"), default="core")
     parser.add_argument("--sets", nargs="+", choices=LOADERS, help="only tasks on these data sets")
@@ -250,6 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for c in cost.measure(d, n, grid.methods, BASELINE, 5 if options.quick else 60)
         ]
         print(cost.table(folder, costs))
+        return
+    if options.part == "course":
+        made = course.courses("digits" if options.quick else "mnist", folder, options.quick)
+        figures.course_plot(made, folder / "course.png")
         return
     print(summarize(grid, folder))
     if not finished:

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-from studies import comparison, cost, figures
+from studies import comparison, cost, course, figures
 from studies.data import Raw, Split, split, wrong_labels
 from studies.methods import METHODS, Method, Training, learning_rate
 from studies.networks import NETWORKS, layer_names
@@ -308,3 +308,21 @@ def test_costs_are_ratios_to_the_baseline(monkeypatch: pytest.MonkeyPatch, tmp_p
     costs = cost.measure("set", "mlp", ["dropout"], "weight_decay", rounds=3)
     assert [c.method for c in costs] == ["weight_decay", "dropout"] and costs[0].ratio == 1.0
     assert "| dropout |" in cost.table(tmp_path, costs)
+    assert [(c.method, c.network) for c in cost.read(tmp_path)] == [
+        ("weight_decay", "mlp"),
+        ("dropout", "mlp"),
+    ]
+    assert cost.read(tmp_path / "nothing") == []
+
+
+def test_the_course_of_kappa_is_that_of_a_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(course, "load", lambda name: raw(6))
+    made = course.courses("set", tmp_path, quick=True)
+    assert made.keys() == course.HYPER.keys()
+    assert all([step for step, _ in points] == [0, 10, 20] for points in made.values())
+    starts = {name: points[0][1] for name, points in made.items()}
+    assert len(set(starts.values())) == 1  # the same network to begin with
+    assert made["fam_all_noise"][-1][1] != made["weight_decay"][-1][1]
+    figures.course_plot(made, tmp_path / "c.png")
+    figures.cost_plot({"sam": 0.1, "fam_head": 0.2}, {"sam": 2.0, "fam_head": 1.0}, tmp_path / "a.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in "ca")
