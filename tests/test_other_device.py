@@ -94,7 +94,7 @@ def test_the_host_waits_for_nothing_else(name: str) -> None:
         **{"criterion": nn.CrossEntropyLoss(), "layer": net[index], "strength": 0.1, **options}
     )
     step: Callable[[], Tensor] = lambda: criterion(net(x), y)  # noqa: E731
-    for _ in range(8):  # advice on the term reads at the 1st, 2nd, 4th, 8th, ... step
+    for _ in range(9):  # advice on the term, and checks of samples, read at the 1st, 2nd, 4th, 8th, ... time
         step().backward()
     before = other_device.register().reads()
     for _ in range(3):
