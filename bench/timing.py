@@ -13,7 +13,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -76,6 +76,17 @@ def strides(costs: Mapping[str, float], seconds: float, rounds: int) -> dict[str
     return {name: max(1, math.ceil(min(cost * rounds / part, rounds))) for name, cost in costs.items()}
 
 
+def _shown(rounds: int) -> Iterable[int]:
+    """The rounds, with a progress bar on a terminal after two seconds, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return range(rounds)
+    tqdm.monitor_interval = 0  # no thread of its own beside what is timed
+    shown: Iterable[int] = tqdm(range(rounds), unit="round", delay=2, leave=False, disable=None)
+    return shown
+
+
 def interleaved(
     variants: Sequence[Any], rounds: int, least: int = 1, seconds: float = math.inf
 ) -> dict[str, list[float]]:
@@ -94,7 +105,7 @@ def interleaved(
     gc.collect()
     gc.disable()  # a collection would fall on whichever variant happens to run
     try:
-        for done in range(rounds):
+        for done in _shown(rounds):
             if done >= least and time.perf_counter() > end:
                 break
             shuffle.shuffle(order)
