@@ -63,7 +63,7 @@ def measure(
 
 
 def read(folder: Path) -> list[Cost]:
-    """What `table` has written, if anything."""
+    """What `write` has written, if anything."""
     path = folder / "cost.csv"
     if not path.exists():
         return []
@@ -74,9 +74,12 @@ def read(folder: Path) -> list[Cost]:
         ]
 
 
-def table(folder: Path, costs: Sequence[Cost]) -> str:
-    """A Markdown table; also written as CSV."""
+def write(folder: Path, costs: Sequence[Cost]) -> None:
     write_csv(folder / "cost.csv", Cost._fields, costs)
+
+
+def table(costs: Sequence[Cost]) -> str:
+    """A Markdown table."""
     networks = list(dict.fromkeys(cost.network for cost in costs))
     rows = [f"| method | {' | '.join(networks)} |", "|---" * (len(networks) + 1) + "|"]
     for method in dict.fromkeys(cost.method for cost in costs):

@@ -132,34 +132,65 @@ def _learnt(row: dict[str, Any], names: Iterable[str]) -> bool:
     )
 
 
-def summary(path: Path, folder: Path) -> str:
-    """Correlations by set, within methods, written as CSV and plot; and what the attack does to each measure."""
-    rows = read(path)
-    names = (*LAYER_MEASURES, *NETWORK_MEASURES)
-    text = []
+def _correlations(rows: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any]], int, Any]]:
+    """By set: the networks that learnt, the number of all, and fam_ext.correlation's result; sets with few are left out."""
+    names, by_set = (*LAYER_MEASURES, *NETWORK_MEASURES), {}
     for data in sorted({row["data"] for row in rows}):
         trained_here = [row for row in rows if row["data"] == data]
         chosen = [row for row in trained_here if _learnt(row, names)]
-        if len(chosen) < 3:
-            continue
-        measures = {name: [float(row[name]) for row in chosen] for name in names}
-        gaps, groups = [float(row["gap"]) for row in chosen], [row["method"] for row in chosen]
-        result = fam_ext.correlation(measures, gaps, groups)
+        if len(chosen) >= 3:
+            measures = {name: [float(row[name]) for row in chosen] for name in names}
+            of_gap, groups = [float(row["gap"]) for row in chosen], [row["method"] for row in chosen]
+            by_set[data] = (chosen, len(trained_here), fam_ext.correlation(measures, of_gap, groups))
+    return by_set
+
+
+def _changes(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The median ratio of each measure after the attack to before."""
+    return {
+        name: statistics.median(
+            float(row[f"rescaled_{name}"]) / float(row[name])
+            for row in rows
+            if float(row[name]) and not math.isnan(float(row[name]))
+        )
+        for name in (*LAYER_MEASURES, *NETWORK_MEASURES)
+    }
+
+
+def summary(path: Path, folder: Path) -> str:
+    """Correlations by set, within methods, written as CSV and plot; and what the attack does to each measure."""
+    rows = read(path)
+    text = []
+    for data, (chosen, trained_here, result) in _correlations(rows).items():
         result.to_csv(folder / f"correlation_{data}.csv")
-        figures.gap_plot(measures, gaps, groups, folder / f"gaps_{data}.png")
+        measures = {
+            name: [float(row[name]) for row in chosen] for name in (*LAYER_MEASURES, *NETWORK_MEASURES)
+        }
+        groups = [row["method"] for row in chosen]
+        figures.gap_plot(measures, [float(r["gap"]) for r in chosen], groups, folder / f"gaps_{data}.png")
         text.append(
-            f"{data}, {len(chosen)} networks ({len(trained_here) - len(chosen)} that did not learn are left out)\n\n```\n"
+            f"{data}, {len(chosen)} networks ({trained_here - len(chosen)} that did not learn are left out)\n\n```\n"
             f"{result.table()}\n```"
         )
     if rows:
-        changes = {
-            name: statistics.median(
-                float(row[f"rescaled_{name}"]) / float(row[name])
-                for row in rows
-                if float(row[name]) and not math.isnan(float(row[name]))
-            )
-            for name in names
-        }
-        lines = "\n".join(f"  {name:24s} {value:10.4g}" for name, value in changes.items())
+        lines = "\n".join(f"  {name:24s} {value:10.4g}" for name, value in _changes(rows).items())
         text.append(f"layers rescaled by {FACTOR:g}, median ratio of each measure\n\n```\n{lines}\n```")
     return "\n\n".join(text)
+
+
+def table(path: Path) -> str:
+    """A Markdown table: Kendall's tau of each measure with its interval, by set and within methods, and the attack's ratio."""
+    rows = read(path)
+    results = {data: result for data, (_, _, result) in _correlations(rows).items()}
+    heads = [f"{data}{within}" for data in results for within in (", tau", ", within methods")]
+    lines = [f"| measure | {' | '.join(heads)} | after rescaling |", "|---" * (len(heads) + 2) + "|"]
+    for name, ratio in _changes(rows).items():
+        cells = []
+        for result in results.values():
+            row = result[name]
+            cells += [
+                "" if c is None else f"{c.value:+.2f} [{c.low:+.2f}, {c.high:+.2f}]"
+                for c in (row.kendall, row.kendall_within)
+            ]
+        lines.append(f"| {name} | {' | '.join(cells)} | {ratio:.3g} |")
+    return "\n".join(lines)

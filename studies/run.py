@@ -4,6 +4,7 @@
     python studies/run.py --quick              # all of its code on a small scale, within a minute
     python studies/run.py --part comparison --grid full --minutes 60
     python studies/run.py --part summary       # tables and plots of what is finished
+    python studies/run.py --part page          # the tables and plots of docs/results.md, from studies/results
     python studies/run.py --part course        # kappa while networks are trained
     python studies/run.py --part cost --grid full   # what a step of each method costs, on a machine that does nothing else
 
@@ -18,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -27,53 +27,14 @@ sys.path.append(
     str(Path(__file__).resolve().parents[1])
 )  # the package `studies`; an installed fam_ext goes first
 
-from studies import comparison, cost, course, figures, gaps
-from studies.data import LOADERS, SERIES, TABLES, load, split
+from studies import cost, course, figures, gaps, summary
+from studies.data import LOADERS, load, split
+from studies.grids import BASELINE, Grid, grids
 from studies.methods import METHODS
 from studies.store import RESULTS, Run, Store, Task, best
-from studies.training import Budget, run
+from studies.training import run
 
-BASELINE = "weight_decay"
 TUNING_SEED = 10_000  # no seed of the tests
-CORE_METHODS = (
-    "weight_decay", "dropout", "feature_noise", "sam", "fam_head", "fam_all_fisher", "fam_all_noise", "adamw",
-)  # fmt: skip
-
-
-class Grid(NamedTuple):
-    """What is compared: tasks, methods, random configurations for each, and seeds of the tests."""
-
-    tasks: Sequence[Task]
-    methods: Sequence[str]
-    configurations: int
-    seeds: int
-    budget: Budget
-
-
-def grids() -> dict[str, Grid]:
-    sets = ("letter", "satimage", "texture", "mnist", "spambase", "penbased")
-    core = [Task(data, "mlp", noise, 1000) for data in sets for noise in (0.0, 0.4)]
-    tables = [name for name in TABLES if name not in sets]
-    full = [
-        *core,
-        *(Task(data, "mlp", 0.2, 1000) for data in sets),
-        *(Task(data, "mlp", noise, 1000) for data in tables for noise in (0.0, 0.2, 0.4)),
-        *(Task(data, "mlp", 0.0, 200) for data in sets),
-        *(Task(data, "cnn", noise, 500) for data in ("digits", "mnist", *SERIES) for noise in (0.0, 0.4)),
-        *(
-            Task(data, "transformer", noise, 500)
-            for data in ("digits", "JapaneseVowels")
-            for noise in (0.0, 0.4)
-        ),
-    ]
-    return {
-        "core": Grid(core, CORE_METHODS, 12, 10, Budget()),
-        "full": Grid(full, tuple(METHODS), 12, 10, Budget()),
-        "quick": Grid(
-            [Task("digits", "mlp", 0.0, 200), Task("digits", "cnn", 0.4, 100)],
-            ("weight_decay", "sam", "fam_head", "fam_all_fisher"), 2, 2, Budget(40, 20),
-        ),
-    }  # fmt: skip
 
 
 def chosen(store: Store, method: str, grid: Grid) -> Mapping[str, float] | None:
@@ -155,72 +116,15 @@ def correlate(folder: Path, quick: bool, minutes: float | None) -> bool:
     return True
 
 
-def summarize(grid: Grid, folder: Path) -> str:
-    """Tables and plots of what is finished; returns the text."""
-    everything = comparison.collect(folder, grid.tasks, "test_accuracy")
-    main_methods = [m for m in CORE_METHODS if m in grid.methods] or list(grid.methods)
-    scores = comparison.finished(everything, main_methods, grid.seeds)
-    parts = []
-    for title, tasks in (
-        ("All tasks", list(scores)),
-        ("Clean labels", [t for t in scores if t.noise == 0]),
-        ("Wrong labels", [t for t in scores if t.noise > 0]),
-    ):
-        chosen_tasks = {t: scores[t] for t in tasks}
-        if chosen_tasks:
-            parts.append(f"### {title} ({len(tasks)})\n\n{comparison.table(chosen_tasks, BASELINE)}")
-    tried = {m for of_task in everything.values() for m in of_task}
-    more = comparison.finished(everything, [m for m in METHODS if m in tried], grid.seeds)
-    if len(more) >= 3 and tried - set(main_methods):
-        parts.append(f"### All methods ({len(more)} tasks)\n\n{comparison.table(more, BASELINE)}")
-    parts.append(f"### Each task\n\n{comparison.by_task(scores)}")
-    parts.append(_calibration(main_methods, folder, list(scores)))
-    lines = comparison.compare(scores, BASELINE)
-    comparison.write_csv(folder / "methods.csv", comparison.Line._fields, lines)
-    for number in ("test_accuracy", "test_nll", "test_ece", "train_nll", "kappa_all"):
-        header, rows = comparison.means(comparison.collect(folder, grid.tasks, number))
-        comparison.write_csv(folder / f"{number}.csv", header, rows)
-    figures.rank_plot(scores, folder / "ranks.png")
-    figures.difference_plot(scores, BASELINE, folder / "differences.png")
-    prices = {c.method: c.ratio for c in cost.read(folder) if c.network == "mlp"}
-    if prices:
-        figures.cost_plot({x.method: x.mean_difference for x in lines}, prices, folder / "accuracy_cost.png")
-    curves = {
-        name: comparison.gains(folder, grid.tasks, name, BASELINE)
-        for name in tried
-        if name.startswith("fam_")
-    }
-    figures.strength_plot(curves, folder / "strength.png")
-    parts.append(gaps.summary(folder / "gaps.csv", folder))
-    text = "\n\n".join(part for part in parts if part) + "\n"
-    (folder / "summary.md").write_text(text)
-    return text
-
-
-def _calibration(methods: Sequence[str], folder: Path, tasks: Sequence[Task]) -> str:
-    """Mean negative log-likelihood and calibration error over tasks, clean | wrong labels."""
-    rows = [
-        "| method | NLL clean | NLL wrong labels | ECE clean | ECE wrong labels |",
-        "|---|---|---|---|---|",
-    ]
-    numbers = [comparison.collect(folder, tasks, number) for number in ("test_nll", "test_ece")]
-    for method in methods:
-        cells = []
-        for scores in numbers:
-            for noisy in (False, True):
-                part = {t: s for t, s in scores.items() if (t.noise > 0) is noisy}
-                cells.append(f"{comparison.mean_over_tasks(part, method):.3f}")
-        rows.append(f"| {method} | {' | '.join(cells)} |")
-    return "### Negative log-likelihood and calibration error, means over tasks\n\n" + "\n".join(rows)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a small grid into a folder of its own")
     parser.add_argument(
-        "--part", choices=("all", "comparison", "correlation", "cost", "course", "summary"), default="all"
+        "--part",
+        choices=("all", "comparison", "correlation", "cost", "course", "summary", "page"),
+        default="all",
     )
     parser.add_argument("--grid", choices=("core", "full"), default="core")
     parser.add_argument("--sets", nargs="+", choices=LOADERS, help="only tasks on these data sets")
@@ -253,13 +157,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for d, n in networks
             for c in cost.measure(d, n, grid.methods, BASELINE, 5 if options.quick else 60)
         ]
-        print(cost.table(folder, costs))
+        cost.write(folder, costs)
+        print(cost.table(costs))
         return
     if options.part == "course":
         made = course.courses("digits" if options.quick else "mnist", folder, options.quick)
         figures.course_plot(made, folder / "course.png")
         return
-    print(summarize(grid, folder))
+    if options.part == "page":
+        summary.fill_page(grids()["full"])
+        return
+    print(summary.write(grid, folder))
     if not finished:
         print("Not finished: run the same command again to go on.")
 

@@ -1,0 +1,107 @@
+"""What is finished, as tables and plots in a folder of results; and those of the committed results in docs/results.md."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from studies import comparison, cost, figures, gaps
+from studies.grids import BASELINE, CORE_METHODS, Grid
+from studies.methods import METHODS
+from studies.store import RESULTS, Task
+
+ROOT = Path(__file__).parents[1]
+PAGE, PLOTS = ROOT / "docs" / "results.md", ROOT / "docs" / "plots"
+_BLOCK = re.compile(r"(<!-- study: (\w+) -->\n\n).*?(\n\n<!-- study: end -->)", flags=re.DOTALL)
+_PLOT = re.compile(rf"\({PLOTS.name}/study_(\w+\.png)\)")
+
+
+def sections(grid: Grid, folder: Path) -> dict[str, str]:
+    """Markdown of the comparison by name; what is not finished is left out."""
+    everything = comparison.collect(folder, grid.tasks, "test_accuracy")
+    methods = _main_methods(grid)
+    scores = comparison.finished(everything, methods, grid.seeds)
+    made = {}
+    for name, title, noisy in (
+        ("all", "All tasks", (False, True)),
+        ("clean", "Clean labels", (False,)),
+        ("wrong", "Wrong labels", (True,)),
+    ):
+        part = {task: of_task for task, of_task in scores.items() if (task.noise > 0) in noisy}
+        if part:
+            made[name] = f"### {title} ({len(part)})\n\n{comparison.table(part, BASELINE)}"
+    tried = {m for of_task in everything.values() for m in of_task}
+    more = comparison.finished(everything, [m for m in METHODS if m in tried], grid.seeds)
+    if len(more) >= 3 and tried - set(methods):
+        made["more"] = f"### All methods ({len(more)} tasks)\n\n{comparison.table(more, BASELINE)}"
+    made["each"] = f"### Each task\n\n{comparison.by_task(scores)}"
+    made["calibration"] = _calibration(methods, folder, list(scores))
+    return made
+
+
+def write(grid: Grid, folder: Path) -> str:
+    """Tables and plots of what is finished; returns the text."""
+    everything = comparison.collect(folder, grid.tasks, "test_accuracy")
+    scores = comparison.finished(everything, _main_methods(grid), grid.seeds)
+    lines = comparison.compare(scores, BASELINE)
+    comparison.write_csv(folder / "methods.csv", comparison.Line._fields, lines)
+    for number in ("test_accuracy", "test_nll", "test_ece", "train_nll", "kappa_all"):
+        header, rows = comparison.means(comparison.collect(folder, grid.tasks, number))
+        comparison.write_csv(folder / f"{number}.csv", header, rows)
+    figures.rank_plot(scores, folder / "ranks.png")
+    figures.difference_plot(scores, BASELINE, folder / "differences.png")
+    prices = {c.method: c.ratio for c in cost.read(folder) if c.network == "mlp"}
+    if prices:
+        figures.cost_plot({x.method: x.mean_difference for x in lines}, prices, folder / "accuracy_cost.png")
+    tried = {m for of_task in everything.values() for m in of_task}
+    curves = {
+        name: comparison.gains(folder, grid.tasks, name, BASELINE)
+        for name in tried
+        if name.startswith("fam_")
+    }
+    figures.strength_plot(curves, folder / "strength.png")
+    parts = [*sections(grid, folder).values(), gaps.summary(folder / "gaps.csv", folder)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (folder / "summary.md").write_text(text)
+    return text
+
+
+def filled(page: str, grid: Grid, folder: Path) -> str:
+    """`page` with the tables of a folder of results between its marks `<!-- study: name -->` and `<!-- study: end -->`."""
+    made: Mapping[str, str] = {
+        **sections(grid, folder),
+        "cost": cost.table(cost.read(folder)),
+        "correlation": gaps.table(folder / "gaps.csv"),
+    }
+    return _BLOCK.sub(lambda block: block[1] + made[block[2]] + block[3], page)
+
+
+def fill_page(grid: Grid) -> None:
+    """The tables of docs/results.md, and its plots in docs/plots, from the committed results."""
+    page = filled(PAGE.read_text(), grid, RESULTS)
+    PAGE.write_text(page)
+    for name in _PLOT.findall(page):
+        shutil.copyfile(RESULTS / name, PLOTS / f"study_{name}")
+
+
+def _main_methods(grid: Grid) -> list[str]:
+    return [m for m in CORE_METHODS if m in grid.methods] or list(grid.methods)
+
+
+def _calibration(methods: Sequence[str], folder: Path, tasks: Sequence[Task]) -> str:
+    """Mean negative log-likelihood and calibration error over tasks, clean | wrong labels."""
+    rows = [
+        "| method | NLL clean | NLL wrong labels | ECE clean | ECE wrong labels |",
+        "|---|---|---|---|---|",
+    ]
+    numbers = [comparison.collect(folder, tasks, number) for number in ("test_nll", "test_ece")]
+    for method in methods:
+        cells = []
+        for scores in numbers:
+            for noisy in (False, True):
+                part = {t: s for t, s in scores.items() if (t.noise > 0) is noisy}
+                cells.append(f"{comparison.mean_over_tasks(part, method):.3f}")
+        rows.append(f"| {method} | {' | '.join(cells)} |")
+    return "### Negative log-likelihood and calibration error, means over tasks\n\n" + "\n".join(rows)
