@@ -13,7 +13,7 @@ the plain loss stay torch's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -151,9 +151,19 @@ def needs_correction(node: Any) -> bool:
 
 
 @contextmanager
-def corrected(nodes: Iterable[Any]) -> Iterator[None]:
+def hooked(hooks: Iterable[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Within the block, these hooks are on these autograd nodes."""
+    handles = [node.register_hook(hook) for node, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def corrected(nodes: Iterable[Any]) -> AbstractContextManager[None]:
     """Within the block, gradients through these autograd nodes can be differentiated to any order and are right."""
-    handles = []
+    hooks = []
     for node in nodes:
         correction = REPLACED[node.name()]
         # Unpacked here and not in the hook: a checkpointed tensor can be unpacked only once in a backward pass.
@@ -172,9 +182,5 @@ def corrected(nodes: Iterable[Any]) -> Iterator[None]:
                 for theirs, mine in zip(inputs, ours, strict=True)
             )
 
-        handles.append(node.register_hook(replace))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        hooks.append((node, replace))
+    return hooked(hooks)

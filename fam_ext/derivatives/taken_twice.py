@@ -9,8 +9,8 @@ apart. A derivative of these derivatives raises an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fam_ext.derivatives.corrections import hooked
 from fam_ext.derivatives.nodes import signed
 
 _PAYS = 2**15  # numbers of a gradient from which a hook in Python costs less than what it saves
@@ -154,13 +155,12 @@ def _batch_norm(node: Any) -> Any:
 _CHEAPER = {"ConvolutionBackward0": _convolution, "ReluBackward0": _relu}
 
 
-@contextmanager
-def replaced(nodes: Iterable[Any], hold_statistics: bool) -> Iterator[None]:
+def replaced(nodes: Iterable[Any], hold_statistics: bool) -> AbstractContextManager[None]:
     """Within the block, gradients through those of these autograd nodes that are known here have the derivatives given here.
 
     `hold_statistics`: the gradient of batch_norm in training mode is that of its input with constant statistics.
     """
-    handles = []
+    hooks = []
     for node in nodes:
         make = _CHEAPER.get(node.name())
         if hold_statistics and holds(node):
@@ -175,9 +175,5 @@ def replaced(nodes: Iterable[Any], hold_statistics: bool) -> Iterator[None]:
             ours = of_node(inputs[0], grads[0])
             return None if ours is None else (ours, *inputs[1:])
 
-        handles.append(node.register_hook(replace))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        hooks.append((node, replace))
+    return hooked(hooks)

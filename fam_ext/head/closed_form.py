@@ -98,6 +98,19 @@ def row_norms(features: Tensor, loss_hessian: LossHessian, backend: str) -> Tens
     return squared_norms(features, backend)
 
 
+def prepared(
+    options: Options, outputs: Tensor, norms: Tensor, weight: Tensor, *others: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and |phi|^2 without gradient where the Hessian is held; all in float64 where one of them, or of `others`, is."""
+    if not options.curvature_grad:
+        outputs, norms = outputs.detach(), norms.detach()
+    if (
+        accumulation_dtype(outputs, norms, weight, *others) == torch.float64
+    ):  # no part may be formed in float32
+        outputs, norms, weight = outputs.double(), norms.double(), weight.double()
+    return outputs, norms, weight
+
+
 def summands(
     options: Options,
     loss_hessian: LossHessian,
@@ -113,11 +126,7 @@ def summands(
     (*rows, groups), rows the other dimensions of `outputs`.
     """
     held = not options.curvature_grad
-    if held:
-        outputs, norms = outputs.detach(), norms.detach()
-    # no part may be formed in float32
-    if accumulation_dtype(outputs, norms, weight, *loss_hessian.tensors()) == torch.float64:
-        outputs, norms, weight = outputs.double(), norms.double(), weight.double()
+    outputs, norms, weight = prepared(options, outputs, norms, weight, *loss_hessian.tensors())
     if isinstance(loss_hessian, CrossEntropy):
         c = loss_hessian.coefficients(outputs)
         c = c.detach() if held else c

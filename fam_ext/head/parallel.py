@@ -98,16 +98,8 @@ def flatness(
                 f"{caller}: outputs hold {prod(row_shape)} rows, of {len(norms)} that the layer was called with (split over "
                 "processes?); give the criterion all of them"
             )
-        if (
-            accumulation_dtype(logits, norms, parts.weight) == torch.float64
-        ):  # no part may be formed in float32
-            logits, norms, parts = (
-                logits.double(),
-                norms.double(),
-                parts._replace(weight=parts.weight.double()),
-            )
-        if not options.curvature_grad:
-            logits, norms = logits.detach(), norms.detach()
+        logits, norms, own = closed_form.prepared(options, logits, norms, parts.weight)
+        parts = parts._replace(weight=own)
         if isinstance(loss_hessian, CrossEntropy):
             terms = _softmax_terms(options, loss_hessian, outputs, logits, norms, parts, whole).reshape(
                 row_shape

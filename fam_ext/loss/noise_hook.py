@@ -119,9 +119,9 @@ class NoiseHook:
         if not self.active or not module.training or _exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
-        self._check_plain(module)
         aside, self._aside = self._aside, None
         if aside is None or aside[0] is not features:
+            self._check_plain(module)
             aside = (features, self._draw(features), None)
         perturbed = noise.perturb_output(
             layer, aside[1], features, layer_weight(module), output, self._strength(), aside[2]
