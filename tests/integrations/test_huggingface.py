@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_language_models
 import torch
 import torch.nn.functional as F
 from inputs import expect
+from tiny_language_models import WIDER, transformers
 from torch import Tensor, nn
 
 from fam_ext import FAMLoss
 from fam_ext.integrations.huggingface import patch_causal_lm
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 VOCABULARY, STRENGTH = 61, 0.05
 
 
-def gpt2(**options: Any) -> Any:
-    """Its lm_head is tied to the token embedding."""
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, **options,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(config).train()
+gpt2 = partial(tiny_language_models.gpt2, vocab_size=VOCABULARY, n_embd=16)
 
 
 def llama(kind: str = "Llama", **options: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, head_dim=8, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-        **options,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).train()
+    return tiny_language_models.llama(kind, vocab_size=VOCABULARY, **{**WIDER, **options})
 
 
 def granite() -> Any:

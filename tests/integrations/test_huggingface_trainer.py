@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inputs import expect
+from tiny_language_models import WIDER, llama
 from torch import Tensor, nn
 
 from fam_ext import FAMLoss
@@ -26,12 +27,7 @@ class FAMTrainer(FAMTrainerMixin, transformers.Trainer):
 
 
 def language_model() -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, head_dim=8, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config)
+    return llama(vocab_size=VOCABULARY, num_hidden_layers=1, **WIDER)
 
 
 def classifier(dropout: float = 0.0) -> Any:
