@@ -93,7 +93,7 @@ class Options:
             self._check_noise()
         if self.method == "finite_difference" and not self.curvature_grad:
             _checks.bad_value(self.caller, "curvature_grad", "True with method='finite_difference'", False)
-        if self.curvature == "hessian":
+        if self.curvature == "hessian" or (self.sampled and self.curvature == "ggn" and not eigenvalue):
             return
         if eigenvalue or self.method not in ("auto", "closed_form"):
             _checks.bad_value(
@@ -102,6 +102,11 @@ class Options:
                 f"'hessian' with measure={self.measure!r} and method={self.method!r}",
                 self.curvature,
             )
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a positive form is estimated from `probes` random factors of the criterion's Hessian."""
+        return self.curvature == "fisher" or (self.curvature == "ggn" and self.method == "hutchinson")
 
     def _check_noise(self) -> None:
         """Refuse what a perturbed loss does not have."""
@@ -131,5 +136,6 @@ class Options:
         if self.curvature in ("fisher", "empirical_fisher") and not loss_hessian.fisher():
             raise NoClosedForm(
                 f"{self.caller}: curvature={self.curvature!r} is defined for cross-entropy without class weights and label "
-                "smoothing, BCE without weights, and Poisson NLL, where it equals the Hessian; use curvature='hessian'"
+                "smoothing, BCE without weights, and Poisson NLL, where it equals the Hessian; use curvature='ggn' with "
+                "method='hutchinson', which costs as much"
             )

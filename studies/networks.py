@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Which = Literal["head", "hidden", "all", "inner"]
+Which = Literal["head", "hidden", "first", "all", "inner"]
 Noise = Callable[[], nn.Module]
 
 
@@ -35,6 +35,12 @@ def mlp(shape: torch.Size, classes: int, noise: Noise = nn.Identity) -> nn.Seque
         *(nn.Linear(256, 128), nn.ReLU(), noise()),
         nn.Linear(128, classes),
     )
+
+
+def mlp_bottleneck(shape: torch.Size, classes: int, noise: Noise = nn.Identity) -> nn.Sequential:
+    """The MLP with a linear layer of 64 units before its head, as the paper inserts it: no activation between the two."""
+    *body, _ = mlp(shape, classes, noise)
+    return nn.Sequential(*body, nn.Linear(128, 64), nn.Linear(64, classes))
 
 
 def cnn(shape: torch.Size, classes: int, noise: Noise = nn.Identity) -> nn.Sequential:
@@ -113,12 +119,16 @@ class Transformer(nn.Module):
         return out
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "transformer": Transformer}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp, "mlp_bottleneck": mlp_bottleneck, "cnn": cnn, "transformer": Transformer,
+}  # fmt: skip
 
 
 def layer_names(model: nn.Module, which: Which) -> list[str]:
     """Names of the layers to regularize: "inner" leaves out the one that reads the input, where noise is augmentation."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    chosen = {"head": names[-1:], "hidden": [names[len(names) // 2]], "all": names, "inner": names[1:]}
+    chosen = {
+        "head": names[-1:], "hidden": [names[len(names) // 2]], "first": names[:1], "all": names, "inner": names[1:],
+    }  # fmt: skip
     return chosen[which]

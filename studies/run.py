@@ -14,7 +14,6 @@ Every finished run is a row in studies/results; started again, the study goes on
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ def chosen(store: Store, method: str, grid: Grid) -> Mapping[str, float] | None:
     tuned = [run for run in store.of(method, "tune") if run.number < grid.configurations]
     if len(tuned) < grid.configurations:
         return None
-    failed = store.failed(method, math.log(load(store.task.data).classes))
+    failed = store.failed(method, load(store.task.data).guessing)
     return best([run for run in tuned if run.hyper not in failed] or tuned)
 
 
@@ -126,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=("all", "comparison", "correlation", "cost", "course", "summary", "page"),
         default="all",
     )
-    parser.add_argument("--grid", choices=("core", "full"), default="core")
+    parser.add_argument("--grid", choices=[name for name in grids() if name != "quick"], default="core")
     parser.add_argument("--sets", nargs="+", choices=LOADERS, help="only tasks on these data sets")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these methods")
     parser.add_argument("--minutes", type=float, help="stop starting runs after this time")
@@ -167,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.part == "page":
         summary.fill_page(grids()["full"])
         return
-    print(summary.write(grid, folder))
+    print(summary.write(grids()["quick" if options.quick else "full"], folder))
     if not finished:
         print("Not finished: run the same command again to go on.")
 

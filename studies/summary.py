@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from studies import comparison, cost, figures, gaps
-from studies.grids import BASELINE, CORE_METHODS, Grid
-from studies.methods import METHODS
+from studies.grids import BASELINE, CORE_METHODS, Grid, grids
 from studies.store import RESULTS, Task
 
 ROOT = Path(__file__).parents[1]
@@ -32,13 +31,48 @@ def sections(grid: Grid, folder: Path) -> dict[str, str]:
         part = {task: of_task for task, of_task in scores.items() if (task.noise > 0) in noisy}
         if part:
             made[name] = f"### {title} ({len(part)})\n\n{comparison.table(part, BASELINE)}"
-    tried = {m for of_task in everything.values() for m in of_task}
-    more = comparison.finished(everything, [m for m in METHODS if m in tried], grid.seeds)
-    if len(more) >= 3 and tried - set(methods):
+    made["kinds"] = "### Mean ranks by kind of task\n\n" + comparison.ranks_by_kind(_kinds(scores))
+    more = comparison.finished(everything, grid.methods, grid.seeds)
+    if len(more) >= 3 and set(grid.methods) - set(methods):
         made["more"] = f"### All methods ({len(more)} tasks)\n\n{comparison.table(more, BASELINE)}"
     made["each"] = f"### Each task\n\n{comparison.by_task(scores)}"
     made["calibration"] = _calibration(methods, folder, list(scores))
     return made
+
+
+def others(folder: Path) -> dict[str, str]:
+    """Markdown of the smaller grids: what a choice in FAM changes, the paper's bottleneck, a regression."""
+    made = {}
+    for name, title, number in (
+        ("choices", "Choices in FAM", "accuracy"),
+        ("bottleneck", "With the paper's bottleneck", "accuracy"),
+        ("regression", "Regression", "R²"),
+    ):
+        grid = grids()[name]
+        every = comparison.collect(folder, grid.tasks, "test_accuracy")
+        scores = comparison.finished(every, grid.methods, grid.seeds)
+        if scores:
+            table = comparison.table(scores, BASELINE, number)
+            each = f"\n\n{comparison.by_task(scores)}" if len(scores) > 1 else ""
+            made[name] = f"### {title} ({len(scores)} task{'s' if each else ''})\n\n{table}{each}"
+    return made
+
+
+def _kinds(scores: comparison.Scores) -> dict[str, comparison.Scores]:
+    """Tasks by what is special about them; those of the MLP by wrong labels, those of little data apart."""
+
+    def those(which: Callable[[Task], bool]) -> comparison.Scores:
+        return {task: of_task for task, of_task in scores.items() if which(task)}
+
+    def wrong(percent: int) -> comparison.Scores:
+        return those(lambda t: t.network == "mlp" and t.samples > 200 and round(100 * t.noise) == percent)
+
+    return {
+        **{f"MLP, {percent} % wrong": wrong(percent) for percent in (0, 20, 40)},
+        "MLP, 200 samples": those(lambda t: t.network == "mlp" and t.samples <= 200),
+        "CNN": those(lambda t: t.network == "cnn"),
+        "transformer": those(lambda t: t.network == "transformer"),
+    }
 
 
 def write(grid: Grid, folder: Path) -> str:
@@ -62,7 +96,11 @@ def write(grid: Grid, folder: Path) -> str:
         if name.startswith("fam_")
     }
     figures.strength_plot(curves, folder / "strength.png")
-    parts = [*sections(grid, folder).values(), gaps.summary(folder / "gaps.csv", folder)]
+    parts = [
+        *sections(grid, folder).values(),
+        *others(folder).values(),
+        gaps.summary(folder / "gaps.csv", folder),
+    ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "summary.md").write_text(text)
     return text
@@ -72,6 +110,7 @@ def filled(page: str, grid: Grid, folder: Path) -> str:
     """`page` with the tables of a folder of results between its marks `<!-- study: name -->` and `<!-- study: end -->`."""
     made: Mapping[str, str] = {
         **sections(grid, folder),
+        **others(folder),
         "cost": cost.table(cost.read(folder)),
         "correlation": gaps.table(folder / "gaps.csv"),
     }

@@ -25,6 +25,10 @@ class Budget(NamedTuple):
     batch: int = 50
 
 
+def criterion_for(data: Split) -> nn.CrossEntropyLoss | nn.MSELoss:
+    return nn.MSELoss() if data.train_y.is_floating_point() else nn.CrossEntropyLoss()
+
+
 def train(
     method: Method, network: str, hyper: Mapping[str, float], data: Split, seed: int, budget: Budget
 ) -> tuple[nn.Module, float]:
@@ -37,7 +41,7 @@ def train(
     plain = model.state_dict()
     model = NETWORKS[network](data.train_x.shape[1:], data.classes, method.noise(hyper))
     model.load_state_dict(plain)  # dropout and noise have no parameters
-    optimizer, step = method.build(Training(model, hyper, seed))
+    optimizer, step = method.build(Training(model, hyper, seed, criterion_for(data)))
     order = torch.Generator().manual_seed(seed)
     samples = len(data.train_y)
     batch = min(budget.batch, samples)
@@ -58,10 +62,21 @@ def train(
 
 @torch.no_grad()
 def scores(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Accuracy, negative log-likelihood and expected calibration error; nan where the model diverged."""
+    """Accuracy, negative log-likelihood and expected calibration error; nan where the model diverged.
+
+    Of a regression the accuracy is R^2, the share of the variance that is explained, and the likelihood's place has the mean
+    squared error.
+    """
     logits = torch.cat([model(part) for part in x.split(1000)])
     if not bool(logits.isfinite().all()):
         return {"accuracy": math.nan, "nll": math.nan, "ece": math.nan}
+    if y.is_floating_point():
+        error = F.mse_loss(logits, y)
+        return {
+            "accuracy": float(1 - error / y.var(correction=0)),
+            "nll": float(error),
+            "ece": math.nan,
+        }
     p, predicted = logits.softmax(1).max(1)
     right = (predicted == y).float()
     bins = (p * BINS).ceil().long().clamp(1, BINS) - 1
@@ -75,7 +90,7 @@ def scores(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
 
 def kappas(model: nn.Module, data: Split) -> dict[str, float]:
     """Relative flatness of the head and the sum of its Gauss-Newton form over all layers, on the training data."""
-    criterion = nn.CrossEntropyLoss()
+    criterion = criterion_for(data)
     batches = list(zip(data.train_x.split(500), data.train_y.split(500), strict=True))
     names = layer_names(model, "all")
     options: dict[str, Any] = {"progress": False, "generator": torch.Generator().manual_seed(0)}

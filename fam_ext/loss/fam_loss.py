@@ -44,7 +44,7 @@ class FAMLoss(TrainingCriterion):
         measure: "neuronwise" (kappa above), "layerwise" |W|_F^norm_power Tr(H), "trace" Tr(H), "layerwise_eigenvalue"
             |W|_F^norm_power lambda_max(H), or "neuronwise_eigenvalue" sum_s |w_s|^2 lambda_max(H_ss).
         curvature: "hessian"; "ggn", the generalized Gauss-Newton matrix, never negative; "fisher", the same with `probes` draws
-            of labels. On a head all three are the Hessian.
+            of labels (with label smoothing, class weights or MSE: "ggn" with method="hutchinson"). On a head all are the Hessian.
         method: "auto", "closed_form", "exact", "hutchinson", or "finite_difference" of a closure (see forward) for models that
             cannot be differentiated twice. "auto" takes the closed form on a head, else "exact" for up to 32 Hessian products,
             else "hutchinson"; `plan` tells which and why.

@@ -170,8 +170,8 @@ def positive_terms(
     loss_hessian: LossHessian | None,
     per_sample: bool,
 ) -> list[Estimate]:
-    """The terms of layers for a positive form: "ggn" (every factor of the criterion's Hessian), "fisher" (`probes` draws of
-    labels) or "empirical_fisher" (the batch's own labels). One backward pass pulls a factor back to all layers.
+    """The terms of layers for a positive form. "ggn": every factor of the criterion's Hessian, or `probes` random ones; "fisher":
+    `probes` draws of labels; "empirical_fisher": the batch's own labels. One backward pass pulls a factor back to all layers.
     """
     caller = options.caller
     if loss_hessian is None or not isinstance(outputs, Tensor):
@@ -247,14 +247,14 @@ def _positive(
 ) -> Estimate:
     options = group[0].term.options
     generator = group[0].term.generator(outputs.device)
-    if options.curvature == "ggn":
-        factors = loss_factors.output_factors(loss_hessian, outputs, samples)
-    elif options.curvature == "fisher":
+    if options.sampled:
         factors = loss_factors.sampled_factors(loss_hessian, outputs, options.probes, generator)
+    elif options.curvature == "ggn":
+        factors = loss_factors.output_factors(loss_hessian, outputs, samples)
     else:
         factors = loss_factors.empirical_factors(loss_hessian, outputs, samples, options.probes, generator)
     layers = [gauss_newton.FactoredLayer(h.term.layer, h.weight, h.calls[0], h.own_input) for h in group]
-    exact = options.curvature == "ggn"
+    exact = options.curvature == "ggn" and not options.sampled
     by_layer = gauss_newton.factor_traces(
         layers,
         outputs,
@@ -267,6 +267,9 @@ def _positive(
     total: Any = 0
     for call, layer, each in zip(group, layers, by_layer, strict=True):
         reason = "asked for" + "; batch statistics held constant" * held
+        reason += "; random factors of the criterion's Hessian" * (
+            options.sampled and options.curvature == "ggn"
+        )
         if not exact and not layer.one_row:
             reason += "; along a random direction of the input for each draw"
         call.term.record_plan(Plan(options.curvature, "samples", len(each), reason))

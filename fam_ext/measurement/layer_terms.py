@@ -37,8 +37,8 @@ class Term:
     @property
     def estimated(self) -> bool:
         plan: Any = self.flatness.plan
-        if plan is not None and plan.method == "empirical_fisher":  # one factor without draws is exact
-            return plan.products > 1 or "random" in plan.reason
+        if plan is not None and plan.method in ("ggn", "empirical_fisher"):  # exact without draws
+            return "random" in plan.reason or (plan.method == "empirical_fisher" and plan.products > 1)
         return plan is not None and plan.method in _ESTIMATES
 
     def add(self, data: DataSet, inputs: Any, outputs: Any, targets: Any) -> None:

@@ -19,7 +19,8 @@ pytest.importorskip("matplotlib")
 
 from studies import comparison, cost, course, figures
 from studies.data import Raw, Split, split, wrong_labels
-from studies.methods import METHODS, Method, Training, learning_rate
+from studies.grids import CORE_METHODS
+from studies.methods import CHOICES, METHODS, Method, Training, learning_rate
 from studies.networks import NETWORKS, layer_names
 from studies.store import Run, Store, Task, best
 from studies.training import Budget, run, scores, train
@@ -72,6 +73,22 @@ def test_test_labels_are_never_wrong() -> None:
     assert int((clean.validation_y != noisy.validation_y).sum()) == 32
 
 
+def numbers(samples: int = 300) -> Raw:
+    source = raw(6, samples=samples)
+    return Raw(source.x, source.x[:, :2].sum(1, keepdim=True) * 7 + 40)
+
+
+def test_a_regressions_target_is_scaled_by_the_training_part() -> None:
+    source = numbers()
+    data = split(source, 0, 0.0, 80)
+    assert (source.classes, source.guessing, data.classes) == (1, 1.0, 1)
+    torch.testing.assert_close(data.train_y.mean(), torch.zeros(()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(data.train_y.var(), torch.ones(()))
+    assert abs(float(data.test_y.mean())) > 1e-4  # not by itself
+    with pytest.raises(ValueError, match="noise must be 0 for a regression"):
+        split(source, 0, 0.4, 80)
+
+
 # networks and methods
 
 
@@ -79,6 +96,7 @@ def test_test_labels_are_never_wrong() -> None:
     ("network", "shape"),
     [
         ("mlp", (6,)),
+        ("mlp_bottleneck", (6,)),
         ("cnn", (1, 8, 8)),
         ("cnn", (2, 50)),
         ("transformer", (1, 8, 8)),
@@ -119,6 +137,19 @@ def test_a_method_learns(name: str) -> None:
     model, milliseconds = train(method, "mlp", hyper, data, 0, Budget(60, 20))
     assert scores(model, data.train_x, data.train_y)["accuracy"] > 0.8
     assert milliseconds > 0 and not model.training
+
+
+@pytest.mark.parametrize("name", sorted({*CORE_METHODS, *CHOICES, "gsam", "nso"}))
+def test_a_method_learns_a_regression(name: str) -> None:
+    method = METHODS[name]
+    hyper = {k: v.at(0.2) for k, v in {**method.common, **method.own}.items()}
+    data = split(numbers(), 0, 0.0, 80)
+    model, _ = train(method, "mlp", hyper, data, 0, Budget(60, 20))
+    found = scores(model, data.test_x, data.test_y)
+    error = (model(data.test_x) - data.test_y).square().mean()
+    assert found["nll"] == pytest.approx(float(error), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(1 - float(error / data.test_y.var(correction=0)), abs=1e-5)
+    assert found["accuracy"] > 0.7 and math.isnan(found["ece"])
 
 
 def test_methods_start_alike_and_share_their_draws() -> None:

@@ -12,9 +12,9 @@ sys.path.append(str(Path(__file__).parents[2]))
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-from studies import summary
-from studies.grids import grids
-from studies.store import RESULTS
+from studies import comparison, summary
+from studies.grids import CORE_METHODS, grids
+from studies.store import RESULTS, Run, Store, Task
 
 
 def test_the_page_shows_the_committed_results() -> None:
@@ -22,6 +22,32 @@ def test_the_page_shows_the_committed_results() -> None:
     assert summary.filled(page, grids()["full"], RESULTS) == page
     plots = summary._PLOT.findall(page)
     assert plots and all((summary.PLOTS / f"study_{name}").exists() for name in plots)
+
+
+def test_the_smaller_grids_have_tables_where_they_are_finished(tmp_path: Path) -> None:
+    assert summary.others(tmp_path) == {}
+    for task in grids()["regression"].tasks:
+        for method in CORE_METHODS:
+            for seed in range(10):
+                share = 0.5 + (method == "dropout") * 0.01 + seed / 100
+                Store(tmp_path, task).add(
+                    Run(method, "test", seed, {}, {"test_accuracy": share, "step_ms": 1.0})
+                )
+    made = summary.others(tmp_path)
+    assert list(made) == ["regression"] and "mean R²" in made["regression"]
+    assert "| dropout | 55.50 | +1.00 | 1 / 0 / 0 |" in made["regression"]
+
+
+def test_ranks_by_kind_of_task() -> None:
+    scores = {
+        Task("a", "mlp", 0.4, 1000): {"x": {0: 0.5}, "y": {0: 0.6}},
+        Task("b", "mlp", 0.4, 1000): {"x": {0: 0.5}, "y": {0: 0.6}},
+        Task("b", "mlp", 0.0, 200): {"x": {0: 0.7}, "y": {0: 0.6}},
+        Task("b", "cnn", 0.4, 500): {"x": {0: 0.7}, "y": {0: 0.6}},
+    }
+    table = comparison.ranks_by_kind(summary._kinds(scores))
+    assert table.splitlines()[0] == "| method | MLP, 40 % wrong (2) | MLP, 200 samples (1) | CNN (1) |"
+    assert table.splitlines()[2:] == ["| y | **1.00** | 2.00 | 2.00 |", "| x | 2.00 | **1.00** | **1.00** |"]
 
 
 def test_only_what_stands_between_marks_is_written(monkeypatch: Any, tmp_path: Path) -> None:
