@@ -96,7 +96,15 @@ def kappas(model: nn.Module, data: Split) -> dict[str, float]:
     options: dict[str, Any] = {"progress": False, "generator": torch.Generator().manual_seed(0)}
     head = fam_ext.measure(model, batches, names[-1], criterion, ["neuronwise"], **options)
     every = fam_ext.measure(
-        model, batches, names, criterion, ["neuronwise"], curvature="fisher", probes=4, **options
+        model,
+        batches,
+        names,
+        criterion,
+        ["neuronwise"],
+        curvature="ggn",
+        method="hutchinson",
+        probes=4,
+        **options,
     )
     return {"kappa_head": head.values["neuronwise"], "kappa_all": sum(every.values.values())}
 

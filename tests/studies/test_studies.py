@@ -183,6 +183,14 @@ def test_a_run_repeats() -> None:
     assert not any(k.startswith("test") for k in run(method, "mlp", hyper, data, 3, Budget(2, 20), False))
 
 
+def test_a_run_of_a_regression() -> None:
+    hyper = {**METHODS["fam_all_fisher"].configuration(0), "lr": 0.02}
+    found = run(
+        METHODS["fam_all_fisher"], "mlp", hyper, split(numbers(), 0, 0.0, 40), 0, Budget(20, 20), True
+    )
+    assert 0 < found["kappa_head"] < found["kappa_all"] and found["test_accuracy"] < 1
+
+
 def test_noise_stability_steps_with_the_mean_of_both_sides() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
     before = model[1].weight.detach().clone()
