@@ -97,7 +97,10 @@ class Study:
         if part in ("strength", "longer"):
             names = list(self.grid.longer) if part == "longer" else [f"{x:g}" for x in self.grid.strengths]
             yield from (
-                (name, "test", k) for k in range(2) for name in names if store.get(name, "test", k) is None
+                (name, "test", k)
+                for k in range(self.grid.seeds)
+                for name in names
+                if store.get(name, "test", k) is None
             )
             return
         for phase, count in (("tune", self.grid.configurations), ("test", self.grid.seeds)):
