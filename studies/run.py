@@ -4,7 +4,7 @@
     python studies/run.py --quick              # all of its code on a small scale, within a minute
     python studies/run.py --part comparison --grid full --minutes 60
     python studies/run.py --part summary       # tables and plots of what is finished
-    python studies/run.py --part page          # the tables and plots of docs/results.md, from studies/results
+    python studies/run.py --part page          # the tables and plots of docs/results.md and README
     python studies/run.py --part course        # kappa while networks are trained
     python studies/run.py --part cost --grid full   # what a step of each method costs, on a machine that does nothing else
 
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures.course_plot(made, folder / "course.png")
         return
     if options.part == "page":
-        summary.fill_page(grids()["full"])
+        summary.fill_pages(grids()["full"])
         return
     print(summary.write(grids()["quick" if options.quick else "full"], folder))
     if not finished:

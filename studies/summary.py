@@ -1,4 +1,4 @@
-"""What is finished, as tables and plots in a folder of results; and those of the committed results in docs/results.md."""
+"""What is finished, as tables and plots in a folder of results; those of the committed results in docs/results.md and README."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from studies.grids import BASELINE, CORE_METHODS, Grid, grids
 from studies.store import RESULTS, Task
 
 ROOT = Path(__file__).parents[1]
-PAGE, PLOTS = ROOT / "docs" / "results.md", ROOT / "docs" / "plots"
+PAGES, PLOTS = (ROOT / "docs" / "results.md", ROOT / "README.md"), ROOT / "docs" / "plots"
+SHORT = {
+    "weight_decay": "SGD", "sam": "SAM", "dropout": "dropout", "fam_head": "FAM, last layer",
+    "fam_all_noise": "**FAM, all layers, noise**", "fam_all_fisher": "**FAM, all layers, Fisher**",
+}  # fmt: skip
 _BLOCK = re.compile(r"(<!-- study: (\w+) -->\n\n).*?(\n\n<!-- study: end -->)", flags=re.DOTALL)
 _PLOT = re.compile(rf"\({PLOTS.name}/study_(\w+\.png)\)")
 
@@ -35,6 +39,7 @@ def sections(grid: Grid, folder: Path) -> dict[str, str]:
     more = comparison.finished(everything, grid.methods, grid.seeds)
     if len(more) >= 3 and set(grid.methods) - set(methods):
         made["more"] = f"### All methods ({len(more)} tasks)\n\n{comparison.table(more, BASELINE)}"
+    made["short"] = _short(scores)
     made["each"] = f"### Each task\n\n{comparison.by_task(scores)}"
     made["calibration"] = _calibration(methods, folder, list(scores))
     return made
@@ -117,12 +122,31 @@ def filled(page: str, grid: Grid, folder: Path) -> str:
     return _BLOCK.sub(lambda block: block[1] + made[block[2]] + block[3], page)
 
 
-def fill_page(grid: Grid) -> None:
-    """The tables of docs/results.md, and its plots in docs/plots, from the committed results."""
-    page = filled(PAGE.read_text(), grid, RESULTS)
-    PAGE.write_text(page)
-    for name in _PLOT.findall(page):
-        shutil.copyfile(RESULTS / name, PLOTS / f"study_{name}")
+def fill_pages(grid: Grid) -> None:
+    """The tables of docs/results.md and README, and their plots in docs/plots, from the committed results."""
+    for path in PAGES:
+        page = filled(path.read_text(), grid, RESULTS)
+        path.write_text(page)
+        for name in _PLOT.findall(page):
+            shutil.copyfile(RESULTS / name, PLOTS / f"study_{name}")
+
+
+def _short(scores: comparison.Scores) -> str:
+    """Mean test accuracy by label noise, and wins over the baseline, of the methods in SHORT."""
+    noises = sorted({round(100 * task.noise) for task in scores})
+    parts = [{t: s for t, s in scores.items() if round(100 * t.noise) == noise} for noise in noises]
+    titles = [
+        f"{f'{n} % wrong labels' if n else 'clean'} ({len(p)})" for n, p in zip(noises, parts, strict=True)
+    ]
+    lines = {line.method: line for line in comparison.compare(scores, BASELINE)}
+    rows = [f"| | {' | '.join(titles)} | wins / ties / losses |", "|---" * (len(parts) + 2) + "|"]
+    for method, title in SHORT.items():
+        if method in lines:
+            line = lines[method]
+            counts = "" if method == BASELINE else f"{line.wins} / {line.ties} / {line.losses}"
+            cells = [f"{100 * comparison.mean_over_tasks(part, method):.2f}" for part in parts]
+            rows.append(f"| {' | '.join([title, *cells, counts])} |")
+    return "\n".join(rows)
 
 
 def _main_methods(grid: Grid) -> list[str]:

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md are those of the committed results."""
+"""The tables of docs/results.md and README are those of the committed results."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from studies.store import RESULTS, Run, Store, Task
 
 
 def test_the_page_shows_the_committed_results() -> None:
-    page = summary.PAGE.read_text()
-    assert summary.filled(page, grids()["full"], RESULTS) == page
-    plots = summary._PLOT.findall(page)
-    assert plots and all((summary.PLOTS / f"study_{name}").exists() for name in plots)
+    for path in summary.PAGES:
+        page = path.read_text()
+        assert "<!-- study: " in page and summary.filled(page, grids()["full"], RESULTS) == page
+        assert all((summary.PLOTS / f"study_{name}").exists() for name in summary._PLOT.findall(page))
+    assert summary._PLOT.findall(summary.PAGES[0].read_text())
 
 
 def test_the_smaller_grids_have_tables_where_they_are_finished(tmp_path: Path) -> None:
