@@ -76,7 +76,11 @@ def weight_factor(weight: Tensor, measure: str, norm_power: int) -> Tensor | Non
     """|W|_F^norm_power for the layerwise measures, which the curvature is multiplied with."""
     if not measure.startswith("layerwise"):
         return None
-    square = weight.to(accumulation_dtype(weight)).square().sum()
+    return norm_to_power(weight.to(accumulation_dtype(weight)).square().sum(), norm_power)
+
+
+def norm_to_power(square: Tensor, norm_power: int) -> Tensor:
+    """|W|_F^norm_power from |W|_F^2."""
     return square if norm_power == 2 else square.sqrt()
 
 

@@ -90,7 +90,7 @@ def flatness(
     caller = options.caller
     parts = split(caller, weight)
     with torch.autocast(device_type=outputs.device.type, enabled=False):
-        norms = _norms(caller, features, rows, loss_hessian.ignored(), parts)
+        norms = _norms(caller, features, rows, loss_hessian, parts)
         whole, logits = _logits(caller, layer, outputs, class_dim, parts)
         row_shape = tuple(s for d, s in enumerate(outputs.shape) if d != class_dim)
         if len(norms) != prod(row_shape):
@@ -98,7 +98,8 @@ def flatness(
                 f"{caller}: outputs hold {prod(row_shape)} rows, of {len(norms)} that the layer was called with (split over "
                 "processes?); give the criterion all of them"
             )
-        logits, norms, own = closed_form.prepared(options, logits, norms, parts.weight)
+        others = loss_hessian.tensors()
+        logits, norms, own = closed_form.prepared(options, logits, norms, parts.weight, *others)
         parts = parts._replace(weight=own)
         if isinstance(loss_hessian, CrossEntropy):
             terms = _softmax_terms(options, loss_hessian, outputs, logits, norms, parts, whole).reshape(
@@ -139,7 +140,9 @@ def check_unusual(
             layer.check_row(caller, got, expected, squares.sqrt().prod(), eps)
 
 
-def _norms(caller: str, features: Any, rows: Tensor | None, ignored: Tensor | None, parts: Split) -> Tensor:
+def _norms(
+    caller: str, features: Any, rows: Tensor | None, loss_hessian: LossHessian, parts: Split
+) -> Tensor:
     """|phi|^2 of the rows that the criterion sees, (N,)."""
     placement = features.placements[0] if is_dtensor(features) else None
     inputs_split = placement is not None and placement.is_shard(features.dim() - 1)
@@ -152,6 +155,9 @@ def _norms(caller: str, features: Any, rows: Tensor | None, ignored: Tensor | No
     phi = features.to_local()
     phi = phi.reshape(-1, phi.shape[-1])
     phi = phi if rows is None else phi[rows.flatten()]
+    if accumulation_dtype(phi, parts.weight, *loss_hessian.tensors()) == torch.float64:
+        phi = phi.double()
+    ignored = loss_hessian.ignored()
     if ignored is not None and ignored.numel() == len(phi):  # their gradient is 0 whatever they hold
         phi = torch.where(ignored.reshape(-1, 1), 0.0, phi)
     squares = squared_norms(phi)[:, 0]
@@ -243,8 +249,7 @@ def _squares(parts: Split) -> Tensor:
 def _weight_factor(options: Options, parts: Split) -> Tensor | None:
     if not options.measure.startswith("layerwise"):
         return None
-    square = _squares(parts).sum()
-    return square if options.norm_power == 2 else square.sqrt()
+    return closed_form.norm_to_power(_squares(parts).sum(), options.norm_power)
 
 
 def _shifted(logits: Tensor, parts: Split) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -41,6 +41,14 @@ def test_confident_predictions_in_float32(layout: str) -> None:
             assert (got.double() - right).norm() <= 1e-5 * right.norm()
 
 
+@pytest.mark.parametrize("layout", ["classes", "inputs"])
+def test_float64_weights_of_the_loss_keep_their_digits(layout: str) -> None:
+    for of_rank in runs.results(2):
+        kappa, by_hand = of_rank["precise", layout]
+        assert kappa.dtype == torch.float64
+        torch.testing.assert_close(kappa, by_hand, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("layout", runs.LAYOUTS)
 def test_a_criterion_made_before_the_split(layout: str) -> None:
     expected = runs.step(runs.Network(), "mean")

@@ -138,6 +138,8 @@ def heads(rank: int) -> dict[Any, Any]:
         results["confident", layout] = confident(split(layout, Network(20.0).float()), layout)
         results["tokens", layout] = tokens(split(layout), layout)
         results["made first", layout] = made_first(layout)
+        if layout in ("classes", "inputs"):
+            results["precise", layout] = precise(split(layout, Network().float()))
     results["refused"] = refusals()
     results["sums"] = sums(rank)
     return results
@@ -153,6 +155,21 @@ def confident(model: Any, layout: str) -> list[Tensor]:
     kappa: Any = criterion.last.flatness
     criterion.detach()
     return [kappa, *(whole(p.grad) for p in model.parameters())]
+
+
+def precise(model: Any) -> tuple[Tensor, Tensor]:
+    """kappa of a float32 head under float64 weights of the loss, and the same by hand in float64 from the same numbers."""
+    loss = nn.BCEWithLogitsLoss(pos_weight=WEIGHT)
+    criterion = RelativeFlatness(loss, model.head)
+    x, y = batch("binary")
+    out = model(x.float())
+    kappa = criterion(out, y)
+    criterion.detach()
+    phi = torch.tanh(model.second(torch.tanh(model.first(x.float())))).detach().double()
+    p = out.detach().double().sigmoid()
+    curvature = (1 + (WEIGHT - 1) * y) * p * (1 - p) / y.numel()
+    squares = whole(model.head.weight).double().square().sum(1)
+    return kappa.detach(), (curvature * squares * phi.square().sum(1, keepdim=True)).sum()
 
 
 def tokens(model: Any, layout: str) -> list[Tensor]:
