@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from studies import comparison, cost, figures, gaps
+from studies import comparison, cost, figures, flatness, gaps
 from studies.grids import BASELINE, CORE_METHODS, Grid, grids
 from studies.store import RESULTS, Task
 
@@ -39,6 +39,8 @@ def sections(grid: Grid, folder: Path) -> dict[str, str]:
     more = comparison.finished(everything, grid.methods, grid.seeds)
     if len(more) >= 3 and set(grid.methods) - set(methods):
         made["more"] = f"### All methods ({len(more)} tasks)\n\n{comparison.table(more, BASELINE)}"
+    of_kappa = flatness.table(folder, list(scores), methods, BASELINE)
+    made["flatness"] = f"### Kappa and training loss over those of {BASELINE}\n\n{of_kappa}"
     made["short"] = _short(scores)
     made["each"] = f"### Each task\n\n{comparison.by_task(scores)}"
     made["calibration"] = _calibration(methods, folder, list(scores))

@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-from studies import comparison, summary
+from studies import comparison, flatness, summary
 from studies.grids import CORE_METHODS, grids
 from studies.store import RESULTS, Run, Store, Task
 
@@ -49,6 +49,26 @@ def test_ranks_by_kind_of_task() -> None:
     table = comparison.ranks_by_kind(summary._kinds(scores))
     assert table.splitlines()[0] == "| method | MLP, 40 % wrong (2) | MLP, 200 samples (1) | CNN (1) |"
     assert table.splitlines()[2:] == ["| y | **1.00** | 2.00 | 2.00 |", "| x | 2.00 | **1.00** | **1.00** |"]
+
+
+def test_kappa_beside_accuracy(tmp_path: Path) -> None:
+    """x halves kappa on one task and takes an eighth on another, and is better on both; y is twice as sharp and worse."""
+    for name, own in (("a", 0.5), ("b", 0.125)):
+        store = Store(tmp_path, Task(name, "mlp", 0.4, 100))
+        for method, share, accuracy in (("base", 1.0, 0.5), ("x", own, 0.6), ("y", 2.0, 0.4)):
+            numbers = {
+                "kappa_all": 8 * share,
+                "kappa_head": 1.0,
+                "train_nll": share,
+                "test_accuracy": accuracy,
+            }
+            store.add(Run(method, "test", 0, {}, {**numbers, "step_ms": 1.0}))
+    tasks = [Task(name, "mlp", 0.4, 100) for name in "ab"]
+    lines = flatness.table(tmp_path, tasks, ["base", "x", "y"], "base").splitlines()
+    assert lines[2:5] == [
+        "| base | 1.00 | 1.00 | 1.00 |", "| x | 0.25 | 1.00 | 0.25 |", "| y | 2.00 | 1.00 | 2.00 |"
+    ]  # fmt: skip
+    assert lines[-1].endswith("wrong labels (2): -1.00 (2 of 2 negative).")
 
 
 def test_only_what_stands_between_marks_is_written(monkeypatch: Any, tmp_path: Path) -> None:
