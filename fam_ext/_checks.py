@@ -150,6 +150,21 @@ def check_between(function: str, argument: str, value: object, low: float, high:
         bad_value(function, argument, expected, value)
 
 
+def check_count(function: str, argument: str, value: object) -> None:
+    """Raise TypeError or ValueError unless `value` is a number, or a 0-d tensor, of at least 0.
+
+    What a sum is divided by: 0 gives what the mean over nothing is. A number on another device is not read.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() or value.is_complex() or value.dtype == torch.bool or value.requires_grad:
+            expected = "a number, or a tensor of shape () that does not require grad"
+            bad_value(function, argument, expected, value)
+        if not value.is_cpu or not readable(value):
+            return
+        value = value.item()
+    check_between(function, argument, value, 0.0, math.inf)
+
+
 def check_cross_entropy_options(
     function: str, ignore_index: object, label_smoothing: object, strength: object, curvature_grad: object
 ) -> None:

@@ -89,9 +89,11 @@ class FlatnessNoise(nn.Module):
         """The input with noise, in training mode."""
         if not isinstance(input, Tensor):
             _checks.bad_type(_NAME, "input", "a floating-point tensor", input)
+        if input.is_nested or input.layout != torch.strided:  # a DTensor will do
+            _checks.check_dense(_NAME, "input", input)
         if input.dim() == 0:
             _checks.bad_value(_NAME, "input", "of shape (*, I)", input)
-        if not input.is_floating_point():
+        if input.dtype not in _checks.FLOATING:
             raise TypeError(f"FlatnessNoise: input must be a floating-point tensor, got one of {input.dtype}")
         if not self.training or not self._active:
             return input

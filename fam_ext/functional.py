@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fam_ext import _checks, loss_hessians
-from fam_ext._dtypes import accumulation_dtype
+from fam_ext._dtypes import accumulation_dtype, without_autocast
 from fam_ext.head.closed_form import row_norms, summands
 from fam_ext.loss_hessians import CrossEntropy, LossHessian
 from fam_ext.ops.gram_trace import gram_trace
@@ -121,7 +120,7 @@ def relative_flatness(
         if target is not None:
             loss_hessian.target = target.reshape(z.shape if target.is_floating_point() else -1)
     loss_hessian.check_values(_NAME, z)
-    with torch.autocast(device_type=logits.device.type, enabled=False):
+    with without_autocast(logits):
         acc = accumulation_dtype(features, weight, logits, *loss_hessian.tensors())
         phi = features.reshape(rows.numel(), fan_in).to(acc)
         row_shape = rows if class_dim == len(rows) else z.shape[:1]

@@ -265,7 +265,7 @@ class GaussianNLL(LossHessian):
     def check_values(self, caller: str, outputs: Tensor) -> None:
         var = self.var
         if isinstance(var, Tensor) and _checks.readable(var) and bool((var < 0).any()):
-            _checks.bad_value(caller, "variance", "at least 0 everywhere", f"{float(var.min())}")
+            _checks.bad_value(caller, "variance", "at least 0 everywhere", float(var.min()))
 
     def diagonal(self, outputs: Tensor) -> Tensor:
         var = self.var

@@ -63,6 +63,13 @@ def test_dtypes() -> None:
         noise(torch.ones(2, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"FlatnessNoise: input must be a floating-point tensor, got \[1.0\]"):
         noise([1.0])
+    for value in (
+        torch.ones(2, 3).to_sparse(),
+        torch.nested.nested_tensor([torch.ones(2, 3)], layout=torch.jagged),
+        torch.ones(2, 3).to(torch.float8_e4m3fn),
+    ):
+        with pytest.raises(TypeError, match=r"FlatnessNoise: input must be a (dense|floating-point) tensor"):
+            noise(value)
     with pytest.raises(ValueError, match=r"FlatnessNoise: input must be of shape \(\*, I\)"):
         noise(torch.tensor(1.0))
 

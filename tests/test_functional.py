@@ -311,3 +311,18 @@ def test_a_float64_argument_of_the_loss_makes_all_digits_those_of_float64(
         features.double(), weight.double(), logits.double(), loss=loss, **options
     )
     torch.testing.assert_close(kappa, wide, rtol=1e-14, atol=0)
+
+
+def test_on_the_meta_device() -> None:
+    """Shapes alone, as for counting operations."""
+    z, x, w = (torch.empty(s, device="meta", requires_grad=True) for s in ((5, 3), (5, 4), (3, 4)))
+    y = torch.empty(5, dtype=torch.int64, device="meta")
+    image, kernel, factors = (torch.empty(s, device="meta") for s in ((2, 3, 6), (4, 3, 2), (2, 4, 5)))
+    assert fam_ext.relative_flatness(x, w, z, target=y).shape == ()
+    assert fam_ext.functional.softmax_trace(z, w).shape == (5,)
+    assert fam_ext.functional.head_cross_entropy(z, x, w, y)[0].shape == ()
+    assert fam_ext.functional.linear_cross_entropy(x, w, y)[0].shape == ()
+    assert fam_ext.functional.patch_sqnorm(image, 2, padding="same").shape == (2, 1, 6)
+    assert fam_ext.functional.gram_trace(image, factors, kernel).shape == (2,)
+    layer = torch.nn.Linear(4, 3, device="meta")
+    assert fam_ext.FAMLoss(torch.nn.CrossEntropyLoss(), layer, 0.1)(layer(x), y).is_meta

@@ -285,8 +285,9 @@ class CapturedCalls:
         if all(c is None or c.features is None for c in (ref() for ref in self.pending)):
             if self.called_without_grad:
                 return UnsupportedError(
-                    f"{caller}: the layer was called under torch.no_grad or inference_mode (or by reentrant checkpointing): its "
-                    "output has no graph; call the model with gradients enabled, or call criterion.eval() for the plain loss"
+                    f"{caller}: the layer was called under torch.no_grad or inference_mode (or by reentrant checkpointing: set "
+                    "use_reentrant=False): its output has no graph; call the model with gradients enabled, or call "
+                    "criterion.eval() for the plain loss"
                 )
             if not torch.is_grad_enabled():
                 return UnsupportedError(
@@ -312,8 +313,9 @@ class CapturedCalls:
         return LayerNotCalled(
             f"{caller}: {self.layer} was not called since the last loss; call the model in training mode before each use of "
             "the criterion, and check that `layer` is the very module the model uses: torch bypasses the modules inside some "
-            "layers, nn.MultiheadAttention's out_proj for one. Where neither it nor anything before it requires grad, only "
-            "its own output keeps a call"
+            "layers, nn.MultiheadAttention's out_proj for one; a model that torch.compile has compiled before the criterion was "
+            "made does not know of it (make it first, or call torch.compiler.reset()). Where neither it nor anything before it "
+            "requires grad, only its own output keeps a call"
         )
 
     @staticmethod

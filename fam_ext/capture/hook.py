@@ -15,6 +15,14 @@ class _NotScriptable(UnsupportedError, AttributeError):
     """hasattr() answers False."""
 
 
+def refuse_scripting(attribute: str) -> None:
+    """Raise where a hook is asked for `attribute` because TorchScript is about to compile it."""
+    if attribute == "__globals__":
+        raise _NotScriptable(
+            "torch.jit.script compiles a module's forward hooks, and fam_ext's cannot be: call criterion.detach() first"
+        )
+
+
 class LayerHook:
     """Forward hook of one criterion on one of its layers. A copy of the layer carries an inert hook, tied to no criterion.
 
@@ -37,6 +45,8 @@ class LayerHook:
             if not torch.compiler.is_exporting():  # an exported program has no loss
                 _outside_graph(self, module, args, rest)
             return
+        if torch._C._get_tracing_state() is not None:  # nor has a trace of torch.jit
+            return
         self.record(module, args, rest)
 
     def record(self, module: nn.Module, args: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
@@ -57,16 +67,17 @@ class LayerHook:
         return False
 
     def __getattr__(self, name: str) -> Any:
-        if name == "__globals__":  # TorchScript is about to compile the hook
-            raise _NotScriptable(
-                "torch.jit.script compiles a module's forward hooks, and fam_ext's cannot be: call criterion.detach() first"
-            )
+        refuse_scripting(name)
         raise AttributeError(name)
 
     def __reduce__(self) -> Any:
         return LayerHook, ()
 
 
-@torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    recursive=True,
+    reason="fam_ext keeps a layer's input on the autograd graph outside of compiled code: compile without fullgraph=True, or "
+    "call criterion.eval() or detach() first",
+)
 def _outside_graph(hook: LayerHook, module: nn.Module, args: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
     hook.record(module, args, rest)

@@ -27,6 +27,7 @@ _MATH = (
 )
 
 _NO_SECOND = "torch has no second derivative of it"
+_REENTRANT = "CheckpointFunctionBackward"
 
 REFUSED: dict[str, tuple[str, str]] = {
     # node name without its trailing digit: (why, ways out); curvature='ggn' needs second derivatives, too
@@ -52,7 +53,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         "a graph made by torch.compile cannot be differentiated twice",
         "use the model without torch.compile, or with backend='eager', or " + _DIFFERENCES,
     ),
-    "CheckpointFunctionBackward": (
+    _REENTRANT: (
         "reentrant checkpointing cannot be differentiated twice",
         "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
     ),
@@ -126,6 +127,19 @@ def check_sink(caller: str, node: Any) -> bool:
     return True
 
 
+def _refusal(caller: str, name: str) -> UnsupportedError:
+    why, way_out = REFUSED[name]
+    return UnsupportedError(
+        f"{caller}: the graph between the layer and the loss holds {name.removesuffix('Backward')}: {why}; {way_out}"
+    )
+
+
+def check_reentrant(caller: str, nodes: Iterable[Any]) -> None:
+    """Refuse reentrant checkpointing where gradients are taken once only, too: its backward pass knows no inputs to stop at."""
+    if any(node.name().startswith(_REENTRANT) for node in nodes):
+        raise _refusal(caller, _REENTRANT)
+
+
 def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
     """The nodes to correct, and the names of those never verified, of which it warns once.
 
@@ -145,10 +159,7 @@ def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
         if corrections.needs_correction(node):
             correct.append(node)
         elif name in REFUSED:
-            why, way_out = REFUSED[name]
-            raise UnsupportedError(
-                f"{caller}: the graph between the layer and the loss holds {name.removesuffix('Backward')}: {why}; {way_out}"
-            )
+            raise _refusal(caller, name)
         elif "fam_ext" in name:
             operation = readable(name)
             raise UnsupportedError(

@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from fam_ext._dtypes import accumulation_dtype
+from fam_ext._dtypes import accumulation_dtype, without_autocast
 from fam_ext.errors import NoClosedForm
 from fam_ext.layers.linear_map import LinearMap, squared_norms
 from fam_ext.loss_hessians import CrossEntropy, LossHessian
@@ -149,7 +149,7 @@ def summands(
     factor = weight_factor(weight, options.measure, options.norm_power)
     if factor is not None:
         terms = terms * factor
-    return terms if options.normalize is None else terms / fan_in
+    return terms if options.normalize is None else terms / max(fan_in, 1)
 
 
 def flatness(
@@ -169,11 +169,11 @@ def flatness(
     `outputs` is what the criterion received, `class_dim` its dimension of neurons (None: squeezed), `rows` the layer rows it
     consists of (None: all, in order).
     """
-    with torch.autocast(device_type=outputs.device.type, enabled=False):
+    with without_autocast(outputs):
         if accumulation_dtype(outputs, features, weight, *loss_hessian.tensors()) == torch.float64:
             features = features.double()
         if layer.linear:
-            phi = features.reshape(-1, features.shape[-1])
+            phi = features.reshape(prod(features.shape[:-1]), features.shape[-1])  # of no feature, too
             layer_rows = phi.shape[0]
             norms = row_norms(phi if rows is None else phi[rows.flatten()], loss_hessian, options.backend)
         else:

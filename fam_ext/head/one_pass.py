@@ -24,6 +24,14 @@ from fam_ext.ops.linear_cross_entropy import linear_cross_entropy
 from fam_ext.options import Options
 
 NAME = "FAMLoss.linear_cross_entropy"
+_REFUSALS = (IndexError, TypeError, ValueError, UnsupportedError)
+
+
+def _of(caller: str, error: Exception) -> Exception:
+    """The operation's refusal in the name of what was called."""
+    operation, _, text = str(error).partition(": ")
+    ours = operation in ("head_cross_entropy", "linear_cross_entropy")
+    return type(error)(f"{caller}: {text}") if ours else error
 
 
 def has_hooks(criterion: Any) -> bool:
@@ -68,10 +76,13 @@ def ordinary_step(
     call = captures.only(outputs)
     if call is None or call.weight.shape != layer.shape:  # type: ignore[union-attr]
         return None
-    result = ordinary_call(
-        outputs, call.features, call.weight, ce.target, ce.weight, ce.ignore_index, ce.label_smoothing,
-        ce.reduction, strength * factor, options.curvature_grad,
-    )  # fmt: skip
+    try:
+        result = ordinary_call(
+            outputs, call.features, call.weight, ce.target, ce.weight, ce.ignore_index, ce.label_smoothing,
+            ce.reduction, strength * factor, options.curvature_grad,
+        )  # fmt: skip
+    except IndexError as error:
+        raise _of(options.caller, error) from None
     if result is None:
         return None
     call.used[0] = True
@@ -92,22 +103,25 @@ def from_logits(
     """(total, kappa) of a head; `rows` tells which rows of the layer's output the criterion sees (None: all, in order)."""
     fan_in = features.shape[-1]
     if rows is not None:
-        features = features.reshape(-1, fan_in)[rows]
+        features = features.flatten(0, -2)[rows]
     elif outputs.dim() > 2 or features.dim() != 2:
         features = features.reshape(outputs.shape[0], *outputs.shape[2:], fan_in)
-    total, kappa = head_cross_entropy(
-        outputs,
-        features,
-        weight,
-        loss_hessian.target,  # type: ignore[arg-type]
-        class_weight=loss_hessian.weight,
-        ignore_index=loss_hessian.ignore_index,
-        label_smoothing=loss_hessian.label_smoothing,
-        reduction=loss_hessian.reduction,
-        strength=strength * factor,
-        curvature_grad=options.curvature_grad,
-        backend=options.backend,
-    )
+    try:
+        total, kappa = head_cross_entropy(
+            outputs,
+            features,
+            weight,
+            loss_hessian.target,  # type: ignore[arg-type]
+            class_weight=loss_hessian.weight,
+            ignore_index=loss_hessian.ignore_index,
+            label_smoothing=loss_hessian.label_smoothing,
+            reduction=loss_hessian.reduction,
+            strength=strength * factor,
+            curvature_grad=options.curvature_grad,
+            backend=options.backend,
+        )
+    except _REFUSALS as error:
+        raise _of(options.caller, error) from None
     return total, kappa if factor == 1.0 else kappa * factor
 
 
@@ -142,6 +156,8 @@ class FeatureLoss:
             raise UnsupportedError(
                 f"{NAME}: num_items counts rows, class weights do not; use reduction='sum'"
             )
+        if num_items is not None:
+            _checks.check_count(NAME, "num_items", num_items)
         self.tensors = (features, weight, target)
         self.num_items = num_items
         self.factor = factor
@@ -156,7 +172,12 @@ class FeatureLoss:
         }
 
     def __call__(self, strength: float) -> tuple[Tensor, Tensor]:
-        total, kappa = linear_cross_entropy(*self.tensors, strength=strength * self.factor, **self.arguments)
+        try:
+            total, kappa = linear_cross_entropy(
+                *self.tensors, strength=strength * self.factor, **self.arguments
+            )
+        except _REFUSALS as error:
+            raise _of(NAME, error) from None
         if self.factor != 1.0:
             kappa = kappa * self.factor
         return (total, kappa) if self.num_items is None else (total / self.num_items, kappa / self.num_items)

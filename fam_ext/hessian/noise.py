@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fam_ext import _checks
-from fam_ext._dtypes import accumulation_dtype
+from fam_ext._dtypes import accumulation_dtype, without_autocast
 from fam_ext.layers.linear_map import LinearMap
 
 # Different a in a batch, where W a costs a product: samples with the same a still have uncorrelated draws, by b. Estimates of
@@ -163,7 +162,7 @@ def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: flo
     scale = amplitude(strength)
     if features.numel() == 0:
         return features
-    with _without_autocast(features):
+    with without_autocast(features):
         if drawn.channels is None:
             length = torch.linalg.vector_norm(
                 features, dim=-1, keepdim=True, dtype=accumulation_dtype(features)
@@ -184,7 +183,7 @@ def products(layer: LinearMap, drawn: Draw, features: Tensor) -> tuple[Tensor, T
     A layer that is called with these instead hands both gradients back at once, and they are added in one pass.
     """
     assert drawn.channels is not None
-    with _without_autocast(features):
+    with without_autocast(features):
         vector = drawn.channels.to(features.dtype).expand(layer.samples(features.shape), -1, -1)
         if features.requires_grad and torch.is_grad_enabled():
             return _with_inner(features, vector)
@@ -209,7 +208,7 @@ def perturb_output(
     if output.numel() == 0:
         return output
     assert drawn.channels is not None and drawn.place is not None
-    with _without_autocast(output):
+    with without_autocast(output):
         dtype, samples = output.dtype, layer.samples(output.shape)
         if inner is None:
             inner = products(layer, drawn, features)[1]
@@ -232,12 +231,6 @@ def amplitude(strength: float | Tensor) -> float | Tensor:
             "method='noise'", "strength", "finite and at least 0 (it is the noise's variance)", strength
         )
     return math.sqrt(2 * strength)
-
-
-def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """What is added to a tensor is formed in the tensor's dtype."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _rows(layer: LinearMap, tensor: Tensor, channels: int, samples: int) -> Tensor:
@@ -313,7 +306,7 @@ class _InnerAside(torch.autograd.Function):
         (vector,) = ctx.saved_tensors
         if of_inner is None:
             return grad, None
-        with _without_autocast(of_inner):
+        with without_autocast(of_inner):
             left, right = vector.unsqueeze(3), of_inner.unsqueeze(2)
             if grad is None:
                 return (left * right).reshape(ctx.shape), None
@@ -336,7 +329,7 @@ class _AddRankOne(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right, at = ctx.saved_tensors
-        with _without_autocast(grad):
+        with without_autocast(grad):
             return _add_rank_one(grad, right, left, at), None, None, None
 
 
@@ -354,7 +347,7 @@ class _AddOuter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         outer, inner = ctx.saved_tensors
-        with _without_autocast(grad):
+        with without_autocast(grad):
             of_outer = _inner(grad.transpose(2, 3), inner)
             if len(outer) < len(grad):
                 more = -len(grad) % len(outer)

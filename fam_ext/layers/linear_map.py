@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from fam_ext import _checks
-from fam_ext._dtypes import accumulation_dtype
+from fam_ext._dtypes import accumulation_dtype, without_autocast
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import adapters
 from fam_ext.ops import backends
@@ -281,7 +281,7 @@ class LinearMap:
         """Compare `got`, (O,), the first row of the output of `dtype`, with the layer's own map of the features."""
         bias = self.module.bias
         eps = max(torch.finfo(d).eps for d in (dtype, got.dtype, features.dtype, weight.dtype))
-        with torch.autocast(device_type=features.device.type, enabled=False):
+        with without_autocast(features):
             batched = features.dim() > self.spatial + 1
             x = (
                 features.reshape(-1, self.inputs)[0] if self.linear else features[:1] if batched else features

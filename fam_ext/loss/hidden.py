@@ -182,6 +182,7 @@ def positive_terms(
     options.check_fisher(loss_hessian)
     # second derivatives: what torch has none of is corrected
     between = _all_between(hidden)
+    verdicts.check_reentrant(caller, between)
     correct = [
         node
         for node in between

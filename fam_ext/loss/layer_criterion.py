@@ -170,7 +170,11 @@ class LayerCriterion(nn.Module):
             return weight_product(self.options, loss, hidden, direction)
 
 
-@torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    recursive=True,
+    reason="FAMLoss and RelativeFlatness walk the autograd graph outside of compiled code: compile without fullgraph=True, or "
+    "use fam_ext.functional, which compiles to one graph",
+)
 def outside_graph(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Call `function` in a break of the graph that torch.compile traces."""
     return function(*arguments)

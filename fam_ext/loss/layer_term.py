@@ -47,7 +47,7 @@ class LayerTerm:
     def set_share(self, share: float) -> None:
         """What the layer's kappa counts in the sum; `factor` is that over the fan-in, if kappa is to be divided by it."""
         self.share = share
-        self.factor = share if self.options.normalize is None else share / self.layer.fan_in
+        self.factor = share if self.options.normalize is None else share / max(self.layer.fan_in, 1)
 
     def attach(self, owner: Any) -> None:
         """Put the hook on the layer; without effect while it is there."""

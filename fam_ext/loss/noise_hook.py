@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext.capture.calls import layer_weight
+from fam_ext.capture.hook import refuse_scripting
 from fam_ext.errors import UnsupportedError
 from fam_ext.hessian import noise, split_noise
 from fam_ext.layers import sharding
@@ -225,6 +226,10 @@ class NoiseHook:
         (perturbed.__dict__ if node is None else node.metadata)[_KEY] = token
         self._token = weakref.ref(token)
 
+    def __getattr__(self, name: str) -> Any:
+        refuse_scripting(name)
+        raise AttributeError(name)
+
     def __reduce__(self) -> Any:
         return NoiseHook, ()
 
@@ -243,4 +248,6 @@ def _signs(drawn: noise.Draw) -> Tensor:
 
 
 def _exporting() -> bool:
-    return torch.compiler.is_compiling() and torch.compiler.is_exporting()
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is not None  # a trace of torch.jit

@@ -18,18 +18,24 @@ _WAY_OUT = "pass a criterion with reduction='sum', and divide by num_items yours
 
 
 @contextmanager
-def summed(options: Options, criterion: Any, known: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def summed(
+    options: Options, criterion: Any, known: Any, kwargs: dict[str, Any], num_items: Any = None
+) -> Iterator[dict[str, Any]]:
     """Within it `criterion` sums over its terms: a module's `reduction` is "sum", a function gets it as an argument.
 
     Args:
         known: how the criterion's arguments are bound (fam_ext.loss_hessians.read), None where nothing is known about it.
         kwargs: the call's keyword arguments; what is yielded stands for them.
+        num_items: what the sum is to be divided by, which is checked.
 
     Raises:
         UnsupportedError: nothing is known about the criterion, it has class weights under "mean", or the loss is a closure's.
         ValueError: its reduction is neither "mean" nor "sum".
+        TypeError, ValueError: num_items is no number.
     """
     caller = options.caller
+    if num_items is not None:
+        _checks.check_count(caller, "num_items", num_items)
     if options.method == "finite_difference":
         raise UnsupportedError(
             f"{caller}: num_items with method='finite_difference', whose closure forms a loss of its own; {_WAY_OUT}, in the "

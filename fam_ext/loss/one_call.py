@@ -176,6 +176,8 @@ def loss_and_terms(
         estimates.append(Estimate(kappa if term.share == 1.0 else kappa * term.share, None))
     if others and options.method == "finite_difference":
         for term in others:
+            if need_loss and term.captures.idle() and not term.captures.seen:  # kappa would be 0 for good
+                raise term.captures.not_called(options.caller)
             term.captures.done()
             estimates.append(difference_term(term, closure, per_sample))
     elif others:

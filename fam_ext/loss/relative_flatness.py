@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers.find import find_layers
 from fam_ext.loss.layer_criterion import LayerCriterion, outside_graph
@@ -77,12 +78,14 @@ class RelativeFlatness(LayerCriterion):
     ) -> Tensor:
         """kappa; per_sample=True gives its summands by sample, (B,), B the first dimension of the layer's output.
 
-        `closure` as in FAMLoss.
+        The summands are shares of the batch's kappa, as the criterion's reduction weights them. The kappa of each sample alone:
+        the same with reduction="sum", or B times the summands of a plain mean. `closure` as in FAMLoss.
         """
         if not self.training:
             raise UnsupportedError(
                 "RelativeFlatness: in evaluation mode nothing is captured; call train() on it first"
             )
+        _checks.check_bool("RelativeFlatness", "per_sample", per_sample)
         if torch.compiler.is_compiling():
             compiled: Tensor = outside_graph(self._measure, outputs, targets, kwargs, per_sample, closure)
             return compiled

@@ -100,7 +100,7 @@ class TrainingCriterion(LayerCriterion):
             1
         """
         inner = optimizer
-        while inner is not None and "_optimizer_step_post_hooks" not in vars(inner):
+        while inner is not None and "_optimizer_step_post_hooks" not in getattr(inner, "__dict__", ()):
             around, inner = inner, getattr(inner, "optimizer", None)
             if inner is None or inner is around:
                 _checks.bad_type(

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fam_ext._dtypes import without_autocast
+
 
 def refuse_double_backward(op: str) -> None:
     """Make differentiating the backward operation `fam_ext::<op>` an error instead of a silently missing term."""
@@ -94,7 +96,7 @@ class _Once(torch.autograd.Function):
 def triton_launches(tensor: Tensor) -> Iterator[None]:
     """Where Triton kernels run: they launch on the current device, and products between them keep their dtype."""
     device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-    with device, torch.autocast(tensor.device.type, enabled=False):
+    with device, without_autocast(tensor):
         yield
 
 

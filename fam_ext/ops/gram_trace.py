@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fam_ext.ops._gram_trace  # noqa: F401  registers the operations
 from fam_ext import _checks
-from fam_ext._dtypes import accumulation_dtype
+from fam_ext._dtypes import accumulation_dtype, without_autocast
 from fam_ext.ops import backends
 from fam_ext.ops._conv_args import PADDING_MODES, Ints, check_extent, check_groups, pad, padding_of, per_axis
 from fam_ext.ops.reference import gram_trace as reference
@@ -91,7 +91,7 @@ def gram_trace(
     chosen = backends.choose(_NAME, backend, input, factors, weight)
     acc = accumulation_dtype(input, factors, weight)
     gram = None
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input):
         if weighted and w.shape[2] < w.shape[1]:  # W^T s has fewer numbers than s
             s = torch.einsum("goi,kbgo...->kbgi...", w.to(acc), s.to(acc))
         elif weighted:

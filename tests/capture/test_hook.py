@@ -107,3 +107,23 @@ def test_tracing_and_whole_graphs() -> None:
     expected = kappa(net(x), y)
     criterion(out, y)
     torch.testing.assert_close(criterion.last.flatness, expected.detach())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_in_training_mode_is_that_of_the_network() -> None:
+    net, (x, y) = network(), batch()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5)
+    torch.testing.assert_close(torch.jit.trace(net, x)(x), net[2](net[1](net[0](x))))
+    criterion.reset()
+    criterion(net(x), y)
+    assert criterion.last.flatness > 0
+
+
+def test_the_break_of_the_graph_is_explained() -> None:
+    net, (x, _) = network(), batch()
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], 0.5)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"fam_ext keeps a layer's input"):
+        torch.compile(net, backend="eager", fullgraph=True)(x)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"use *fam_ext\.functional"):
+        torch.compile(lambda z: criterion(z, torch.zeros(8).long()), backend="eager", fullgraph=True)(net(x))

@@ -74,3 +74,14 @@ def test_unknown_operation_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("error")
         verdicts.check("caller", problem.forward()[2])
         verdicts.check("caller", Problem(Case("relu", lambda: torch.relu)).forward()[2])
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher", "empirical_fisher"])
+def test_reentrant_checkpointing_is_refused_by_every_curvature(curvature: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    criterion = FAMLoss(nn.CrossEntropyLoss(), net[0], 0.1, curvature=curvature)
+    outputs = checkpoint(net[1:], net[0](torch.randn(5, 3)), use_reentrant=True)
+    expect(
+        "holds CheckpointFunction.*use_reentrant=False",
+        lambda: criterion(outputs, torch.zeros(5, dtype=torch.int64)),
+    )

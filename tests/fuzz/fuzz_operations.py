@@ -54,7 +54,7 @@ def softmax_trace(d: Draws) -> None:
             d,
             kwargs,
             {
-                "logits": (not_floating, lambda d, t: t[..., 0].flatten()[:1], lambda d, t: t[:, :0]),
+                "logits": (not_floating, lambda d, t: t.flatten()[:1], lambda d, t: t[:, :0]),
                 "weight": (not_floating, of_another_shape_of_weight, elsewhere),
                 "form": (not_choice,),
                 "backend": (bad_backend,),

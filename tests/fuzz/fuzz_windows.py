@@ -63,10 +63,15 @@ def _window(d: Draws, rank: int) -> tuple[Kwargs, list[int]]:
     return {"kernel_size": _per_axis(d, kernel), **options}, sizes
 
 
+def _not_integers(d: Draws, value: Any) -> Any:
+    """Neither an integer nor one for each axis, of which there are three at most."""
+    return d.one_of(1.5, "1", True, None, [1] * 7, [1.0], [True], torch.tensor(1), 1j, torch.ones(2))
+
+
 _OF_WINDOWS: dict[str, Any] = {
-    "stride": (not_integer, below(1), too_large, lambda d, v: (1,) * 7),
-    "padding": (not_integer, below(0), too_large, lambda d, v: "full"),
-    "dilation": (not_integer, below(1), too_large),
+    "stride": (_not_integers, below(1), too_large),
+    "padding": (_not_integers, below(0), too_large, lambda d, v: "full"),
+    "dilation": (_not_integers, below(1), too_large),
     "groups": (not_integer, below(1), too_large),
     "padding_mode": (not_choice,),
     "backend": (bad_backend,),
@@ -86,7 +91,7 @@ def patch_sqnorm(d: Draws) -> None:
         corruptions = {
             **_OF_WINDOWS,
             "input": (not_floating, lambda d, t: t.flatten(), lambda d, t: t.reshape(1, 1, 1, 1, 1, -1)),
-            "kernel_size": (not_integer, below(1), too_large, lambda d, v: (1,) * 7),
+            "kernel_size": (_not_integers, below(1), too_large),
         }
         if rank == 0:  # no axis, so that an integer means nothing
             corruptions = {k: corruptions[k] for k in ("input", "groups", "padding_mode", "backend")}

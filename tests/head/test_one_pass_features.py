@@ -132,7 +132,14 @@ def test_refusals() -> None:
         make()[1].linear_cross_entropy(x, torch.zeros(41, 5), y)
     with pytest.raises(ValueError, match="num_items must be None unless"):
         run(make(nn.CrossEntropyLoss(reduction="sum"))[1], num_items=3)
+    with pytest.raises(TypeError, match=r"^FAMLoss\.linear_cross_entropy: num_items must be a number"):
+        run(make()[1], num_items="3")
     layer, criterion = make()
-    with pytest.raises(ValueError, match="target must be of shape"):
-        criterion.linear_cross_entropy(x, layer.weight, y[:2])
+    for bad, wrong, text in (
+        (ValueError, y[:2], "target must be of shape"),
+        (TypeError, y.int(), "target must be class indices"),
+        (IndexError, torch.full_like(y, 40), "target must be a class index from 0 to 39"),
+    ):
+        with pytest.raises(bad, match=rf"^FAMLoss\.linear_cross_entropy: {text}"):
+            criterion.linear_cross_entropy(x, layer.weight, wrong)
     assert criterion.step == 0

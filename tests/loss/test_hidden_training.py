@@ -260,6 +260,15 @@ def test_mistakes_are_told() -> None:
         one.terms[0].generator(torch.device("meta"))
 
 
+def test_finite_differences_of_a_layer_that_was_never_called() -> None:
+    """The closure tells nothing of it: kappa would be 0 for good."""
+    net, other = network(), nn.Linear(4, 6)
+    x, y = batch()
+    made = FAMLoss(nn.CrossEntropyLoss(), other, 0.1, method="finite_difference")
+    with pytest.raises(UnsupportedError, match="was not called"):
+        made(net(x), y, closure=lambda: F.cross_entropy(net(x), y))
+
+
 def test_per_sample_shares_add_up() -> None:
     net, (x, y) = network(), batch()
     for options in METHODS:

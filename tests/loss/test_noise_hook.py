@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -214,3 +215,19 @@ def test_a_layer_without_a_share_leaves_the_others_their_noise() -> None:
     assert not loud.active
     criterion.train()
     assert loud.active and not silent.active
+
+
+def test_tools_that_copy_the_forward_pass() -> None:
+    """A trace has no noise, as an exported program has none; TorchScript is told what to do."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Conv1d(1, 2, 2))
+    net[1] = nn.Sequential(nn.Tanh(), nn.Unflatten(1, (1, 4)))
+    x = torch.randn(2, 3)
+    plain = net(x)
+    criterion = FAMLoss(nn.CrossEntropyLoss(), [net[0], net[2]], 0.5, method="noise")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(torch.jit.trace(net, x)(x), plain)
+        with pytest.raises(UnsupportedError, match=r"criterion\.detach\(\)"):
+            torch.jit.script(net)
+    assert not torch.equal(net(x), plain)
+    criterion.detach()

@@ -113,6 +113,12 @@ def test_refusals_leave_the_criterion_as_it_is() -> None:
     famed = FAMLoss(nn.CrossEntropyLoss(reduction="none"), model[2], 0.3)
     with pytest.raises(ValueError, match="reduction"):
         famed(model(x), y, num_items=9)
+    famed.detach()
+    famed = FAMLoss(nn.CrossEntropyLoss(), model[2], 0.3)
+    for wrong in ("9", -9, torch.ones(2)):
+        with pytest.raises((TypeError, ValueError), match="FAMLoss: num_items must be"):
+            famed(model(x), y, num_items=wrong)
+    assert famed.step == 0
 
 
 def test_an_error_of_the_criterion_restores_its_reduction() -> None:

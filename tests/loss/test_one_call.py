@@ -209,15 +209,38 @@ def test_a_missing_target_is_refused(criterion: Any, make: Any) -> None:
         made(layer(torch.randn(4, 3)), None, *rest)
 
 
-@pytest.mark.parametrize("make", [lambda c, m: FAMLoss(c, m, 0.1), RelativeFlatness])
-def test_a_class_that_there_is_not_is_named(make: Any) -> None:
-    """On a head that the one operation does not take, too."""
-    layer = nn.Conv1d(2, 3, 1)
-    if not layer.weight.is_cpu:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("cls", [FAMLoss, RelativeFlatness])
+def test_a_class_that_there_is_not_is_named(cls: Any, kind: str, reduction: str, backend: str) -> None:
+    """In the name of what was called: by the one operation, and on a head that it does not take."""
+    layer: nn.Module = nn.Conv1d(2, 3, 1) if kind == "conv" else nn.Linear(2, 3)
+    if not next(layer.parameters()).is_cpu:
         pytest.skip("on a device torch's own kernel finds it: looking would make the host wait")
-    made = make(nn.CrossEntropyLoss(), layer)
-    with pytest.raises(IndexError, match=r": target must be a class index from 0 to 2 .*, got 3"):
-        made(layer(torch.randn(4, 2, 5)), torch.full((4, 5), 3))
+    shape, rows = ((4, 2, 5), (4, 5)) if kind == "conv" else ((4, 2), (4,))
+    options: dict[str, Any] = {"backend": backend} | ({"strength": 0.1} if cls is FAMLoss else {})
+    made = cls(nn.CrossEntropyLoss(reduction=reduction), layer, **options)
+    for wrong in (3, -1):
+        with pytest.raises(
+            IndexError, match=rf"^{cls.__name__}: target must be a class index from 0 to 2 .*{wrong}"
+        ):
+            made(layer(torch.randn(shape)), torch.full(rows, wrong))
+    if backend == "auto":
+        with pytest.raises(TypeError, match=rf"^{cls.__name__}: target must be class indices of int64"):
+            made(layer(torch.randn(shape)), torch.zeros(rows, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MSELoss()])
+@pytest.mark.parametrize("normalize", [None, "fan_in"])
+def test_a_head_without_features(criterion: Any, normalize: str | None) -> None:
+    layer = nn.Linear(0, 3).double()
+    target = torch.tensor([0, 2]) if isinstance(criterion, nn.CrossEntropyLoss) else torch.ones(2, 3).double()
+    made = FAMLoss(criterion, layer, 0.5, normalize=normalize)
+    total = made(layer(torch.zeros(2, 0).double()), target)
+    assert total == criterion(layer.bias.expand(2, 3), target) and made.last.flatness == 0
+    total.backward()
+    assert layer.bias.grad.isfinite().all()
 
 
 def test_outputs_without_a_shape_are_refused() -> None:

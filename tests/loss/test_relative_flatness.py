@@ -30,3 +30,9 @@ def test_the_flatness_of_each_sample(index: int, criterion: Any) -> None:
     torch.testing.assert_close(summed(net(x), y, per_sample=True), scale * each, rtol=1e-9, atol=0)
     torch.testing.assert_close(8 * share, each, rtol=1e-9, atol=0)
     torch.testing.assert_close(share.sum(), total, rtol=1e-9, atol=0)
+
+
+def test_per_sample_is_true_or_false() -> None:
+    net, (x, y) = network(), batch()
+    with pytest.raises(TypeError, match="RelativeFlatness: per_sample must be True or False, got 'yes'"):
+        RelativeFlatness(nn.CrossEntropyLoss(), net[2])(net(x), y, per_sample="yes")

@@ -126,6 +126,10 @@ def test_wrappers_and_by_hand() -> None:
     assert setting.criterion.step == 1
     setting.criterion.advance()
     assert setting.criterion.step == 2
+    with pytest.raises(
+        TypeError, match=r"FAMLoss\.follow: optimizer must be a torch\.optim\.Optimizer.*got 3"
+    ):
+        setting.criterion.follow(3)
     with pytest.raises(TypeError, match=r"FAMLoss\.follow: optimizer must be a torch\.optim\.Optimizer"):
         setting.criterion.follow(setting.layer)
 

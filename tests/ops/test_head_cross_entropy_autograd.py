@@ -267,6 +267,11 @@ Z, PHI, W = torch.zeros(7, 4), torch.zeros(7, 5), torch.zeros(4, 5)
         ({"backend": "cpp"}, ValueError, "backend must be one of"),
         ({"backend": "triton"}, RuntimeError, "backend 'triton' is not available"),
         ({"features": PHI.to("meta")}, ValueError, "features must be on the device of logits"),
+        (
+            {"logits": torch.nested.nested_tensor([Z])},
+            TypeError,
+            "logits must be a dense tensor, got a nested",
+        ),
     ],
     ids=str,
 )

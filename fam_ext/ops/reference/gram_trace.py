@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fam_ext._dtypes import without_autocast
+
 
 def patches(
     input: Tensor,
@@ -52,7 +54,7 @@ def gram_trace(
     """
     tensors = [input, factors] if gram is None else [input, factors, gram]
     acc = torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
-    with torch.autocast(device_type=input.device.type, enabled=False):
+    with without_autocast(input):
         phi = patches(
             input.to(acc), kernel_size, stride, padding, dilation, factors.shape[4:]
         )  # (B, g, I, Q)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fam_ext._dtypes import accumulation_dtype
+from fam_ext._dtypes import accumulation_dtype, without_autocast
 from fam_ext.ops.row_coefficients import clear_rows, cross_entropy_coefficients
 
 
@@ -30,7 +29,7 @@ def head_cross_entropy(
     `trace` maps (logits, weight) to the trace of every row, like softmax_trace of this package with a form.
     """
     acc = accumulation_dtype(logits, features, weight)
-    with torch.autocast(device_type=logits.device.type, enabled=False):
+    with without_autocast(logits):
         z = logits.to(acc)
         soft = target.is_floating_point()
         omega = None if class_weight is None else class_weight.to(acc)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fam_ext._dtypes import accumulation_dtype
+from fam_ext._dtypes import accumulation_dtype, without_autocast
 from fam_ext.ops.reference.head_cross_entropy import head_cross_entropy
 from fam_ext.ops.reference.softmax_trace import softmax_trace
 from fam_ext.ops.row_coefficients import clear_rows
@@ -26,7 +25,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(CE + strength * kappa, kappa) of a linear head; see fam_ext.functional.linear_cross_entropy."""
     acc = accumulation_dtype(input, weight, bias)
-    with torch.autocast(device_type=input.device.type, enabled=False):
+    with without_autocast(input):
         labels = target.reshape(-1)
         rows = input.reshape(target.numel(), weight.shape[1]).to(acc)
         w = weight.to(acc)

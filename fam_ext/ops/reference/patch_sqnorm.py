@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fam_ext._dtypes import without_autocast
+
 
 def patch_sqnorm(
     input: Tensor,
@@ -24,7 +26,7 @@ def patch_sqnorm(
     """
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     batch, channels, *spatial = input.shape
-    with torch.autocast(device_type=input.device.type, enabled=False):
+    with without_autocast(input):
         out = input.to(acc).square().reshape(batch, groups, channels // groups, *spatial).sum(2)
         axes = zip(kernel_size, stride, padding, dilation, strict=True)
         for axis, (k, s, p, d) in enumerate(axes, start=2):

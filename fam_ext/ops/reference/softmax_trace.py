@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fam_ext._dtypes import accumulation_dtype
+from fam_ext._dtypes import accumulation_dtype, without_autocast
 
 
 def softmax_trace(logits: Tensor, weight: Tensor, form: str) -> Tensor:
@@ -13,7 +13,7 @@ def softmax_trace(logits: Tensor, weight: Tensor, form: str) -> Tensor:
     rows = logits.movedim(1, -1)  # (B, *pos, O)
     z = rows.reshape(-1, rows.shape[-1])
     acc = accumulation_dtype(logits, weight)
-    with torch.autocast(device_type=logits.device.type, enabled=False):
+    with without_autocast(logits):
         compute = shifted if form == "shifted" else pairwise
         return compute(z.to(acc), weight.to(acc)).reshape(rows.shape[:-1])
 
