@@ -219,7 +219,7 @@ def perturb_output(
         left = (drawn.left * scale).to(dtype).transpose(0, 1)
         outer = torch.bmm(left, canonical.transpose(1, 2)).transpose(0, 1)  # W a, (S, groups, O/groups)
         z = _rows(layer, output, layer.outputs, samples)
-        perturbed = _add_outer(z, outer, inner.flatten(2))
+        perturbed = add_outer(z, outer, inner.flatten(2))
         return _whole(layer, perturbed, output.shape)
 
 
@@ -365,5 +365,5 @@ def _for_samples(outer: Tensor, samples: int) -> Tensor:
 
 _weighted_sum: Callable[..., Tensor] = _WeightedSum.apply
 _add_rank_one: Callable[..., Tensor] = _AddRankOne.apply
-_add_outer: Callable[..., Tensor] = _AddOuter.apply
+add_outer: Callable[..., Tensor] = _AddOuter.apply
 _with_inner: Callable[..., tuple[Tensor, Tensor]] = _InnerAside.apply

@@ -138,7 +138,7 @@ def patch_with_noise(
         if name in options:
             _checks.bad_value(NAME, "options", f"none named {name} with method='noise'", options[name])
     wanted = "*" if layers is None else layers
-    selection = select_layers(NAME, model, wanted)
+    selection = select_layers(NAME, model, wanted, noise=True)
     exact = [wanted] if isinstance(wanted, str) else list(wanted)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None

@@ -12,7 +12,8 @@ from torch import nn
 
 from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
-from fam_ext.layers import adapters
+from fam_ext.layers import adapters, attention
+from fam_ext.layers.attention import Projection, identity
 from fam_ext.layers.linear_map import is_layer
 from fam_ext.schedules import check_strength
 
@@ -24,26 +25,30 @@ _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "fc", "head", "heads",
 
 @dataclass(frozen=True)
 class Selection:
-    """Layers of a model, by name in the order they were asked for.
+    """Layers of a model, modules or projections of an attention, by name in the order they were asked for.
 
     left_out: layers that a pattern matched and that cannot be regularized, with the reason.
     guess: how the default layer was chosen; None where layers were named. The criterion need not receive the output of a
         guessed layer.
     """
 
-    layers: dict[str, nn.Module]
+    layers: dict[str, Any]
     left_out: dict[str, str] = field(default_factory=dict)
     guess: str | None = None
 
 
 def select_layers(
-    caller: str, model: nn.Module, layer: str | nn.Module | Sequence[str | nn.Module] | None
+    caller: str,
+    model: nn.Module,
+    layer: str | nn.Module | Sequence[str | nn.Module] | None,
+    noise: bool = False,
 ) -> Selection:
     """The modules that `layer` names in `model`: a name, a glob pattern, a module, several of these, or None for the head.
 
     Patterns match Linear, Conv and ConvTranspose layers, transformers' Conv1D and LoRA wrappers, and leave out what cannot be
-    regularized: layers that are never called (attention's out_proj, the convolution of Mamba-like mixers), weights that are tied
-    to an embedding, experts whose matrices lie in one parameter, and modules that PEFT has put copies in place of. None asks the
+    regularized: layers that are never called (the convolution of Mamba-like mixers), weights that are tied to an embedding,
+    experts whose matrices lie in one parameter, and modules that PEFT has put copies in place of. An nn.MultiheadAttention has an
+    in_proj and an out_proj, which are never called either: for `noise` they are offered all the same. None asks the
     model for its head (get_output_embeddings of transformers, get_classifier of timm), else takes the last layer outside of a
     transformers model's base model, or under a usual name for heads, else the last one registered.
 
@@ -62,34 +67,45 @@ def select_layers(
     """
     if not isinstance(model, nn.Module):
         _checks.bad_type(caller, "model", "a module", model)
-    modules: dict[str, nn.Module] = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     wrapped = {id(part) for m in modules.values() if adapters.is_adapter(m) for part in list(m.modules())[1:]}
-    candidates = {
-        name: m
-        for name, m in modules.items()
-        if (is_layer(m) or adapters.is_adapter(m)) and id(m) not in wrapped
-    }
-    unused = dict(_unused(modules, candidates))
+    candidates: dict[str, Any] = {}
+    unused: dict[str, str] = {}
+    for name, m in modules.items():
+        if id(m) in wrapped:
+            continue
+        if isinstance(m, nn.MultiheadAttention):
+            for own, projection, reason in _projections(caller, name, m, noise):
+                candidates[own] = projection
+                unused |= {} if reason is None else {own: reason}
+        elif is_layer(m) or adapters.is_adapter(m):
+            candidates.setdefault(name, m)
+    unused |= dict(_unused(modules, candidates))
     if layer is None:
-        usable = {name: m for name, m in candidates.items() if name not in unused}
+        usable = {
+            name: m for name, m in candidates.items() if name not in unused and isinstance(m, nn.Module)
+        }
         if not usable:
             _checks.bad_value(caller, "model", "one with a Linear or Conv layer", type(model).__name__)
         name, guess = _head(model, modules, usable)
         return Selection({name: usable[name]}, guess=guess)
     tied = dict(_tied(modules, candidates))
-    chosen: dict[int, tuple[str, nn.Module]] = {}
+    named = modules | {name: m for name, m in candidates.items() if isinstance(m, Projection)}
+    chosen: dict[Any, tuple[str, Any]] = {}
     left_out: dict[str, str] = {}
     for one in layer if isinstance(layer, (list, tuple)) else [layer]:
-        exact = _by_name(caller, modules, one)
+        exact = _by_name(caller, modules if isinstance(one, nn.Module) else named, one)
         if exact is not None:
-            if exact in unused:
-                raise UnsupportedError(f"{caller}: layer {exact!r} cannot be regularized: {unused[exact]}")
-            chosen[id(modules[exact])] = exact, modules[exact]
+            whole = isinstance(named[exact], nn.MultiheadAttention)
+            for name in [_inside(exact, part) for part in attention.PARTS] if whole else [exact]:
+                if name in unused:
+                    raise UnsupportedError(f"{caller}: layer {name!r} cannot be regularized: {unused[name]}")
+                chosen[identity(named[name])] = name, named[name]
             continue
-        for name in _by_pattern(caller, modules, candidates, str(one)):
+        for name in _by_pattern(caller, named, candidates, str(one)):
             reason = unused.get(name) or tied.get(name)
             if reason is None:
-                chosen[id(modules[name])] = name, modules[name]
+                chosen[identity(named[name])] = name, named[name]
             else:
                 left_out[name] = reason
         left_out |= {name: why for name, why in _grouped(modules, candidates) if _matches(name, str(one))}
@@ -104,6 +120,7 @@ def select_with_strengths(
     model: nn.Module,
     layer: str | nn.Module | Sequence[str | nn.Module] | None,
     strengths: dict[str, float],
+    noise: bool = False,
 ) -> tuple[Selection, list[float]]:
     """The layers that the patterns of `strengths` match, within those that `layer` names if it does, and a number for each.
 
@@ -111,23 +128,30 @@ def select_with_strengths(
     """
     if not strengths:
         _checks.bad_value(caller, "strength", "a dict that is not empty", strengths)
-    of_layer: dict[int, float] = {}
-    selections = [select_layers(caller, model, pattern) for pattern in strengths]
+    of_layer: dict[Any, float] = {}
+    selections = [select_layers(caller, model, pattern, noise) for pattern in strengths]
     for one, value in zip(selections, strengths.values(), strict=True):
         number = check_strength(caller, "strength", value)
         if callable(number):
             _checks.bad_type(caller, "strength", "a dict from patterns to numbers", value)
         for module in one.layers.values():
-            of_layer.setdefault(id(module), number)
+            of_layer.setdefault(identity(module), number)
     if layer is None:
-        named = {name: m for name, m in model.named_modules() if id(m) in of_layer}
+        among = {name: m for one in selections for name, m in one.layers.items()}
+        order = {name: k for k, (name, _) in enumerate(model.named_modules())}
+
+        def place(name: str) -> int:
+            """That of in_proj, which is no module, is its attention's."""
+            return order[name] if name in order else order[name.rpartition(".")[0]]
+
+        named = {name: among[name] for name in sorted(among, key=place)}
         left_out = {
             name: why for one in selections for name, why in one.left_out.items() if name not in named
         }
         selection = Selection(named, left_out)
     else:
-        selection = select_layers(caller, model, layer)
-        missing = [name for name, m in selection.layers.items() if id(m) not in of_layer]
+        selection = select_layers(caller, model, layer, noise)
+        missing = [name for name, m in selection.layers.items() if identity(m) not in of_layer]
         if missing:
             _checks.bad_value(
                 caller,
@@ -135,7 +159,7 @@ def select_with_strengths(
                 f"a dict with a pattern for every layer (none for {missing[0]})",
                 strengths,
             )
-    return selection, [of_layer[id(m)] for m in selection.layers.values()]
+    return selection, [of_layer[identity(m)] for m in selection.layers.values()]
 
 
 def find_layers(
@@ -155,7 +179,7 @@ def _bare(name: str) -> str:
     return ".".join([before, *after.split(".")[1:]]) if copied else name
 
 
-def _by_name(caller: str, modules: dict[str, nn.Module], layer: object) -> str | None:
+def _by_name(caller: str, modules: dict[str, Any], layer: object) -> str | None:
     """The name of a module that `layer` names exactly or is; None for a pattern."""
     if isinstance(layer, nn.Module):
         wanted = adapters.active_copy(layer)
@@ -205,13 +229,32 @@ def _grouped(modules: dict[str, nn.Module], candidates: dict[str, nn.Module]) ->
             )
 
 
+def _inside(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _projections(
+    caller: str, name: str, module: nn.MultiheadAttention, noise: bool
+) -> Iterator[tuple[str, Projection | None, str | None]]:
+    """Name of each projection, the projection, and why it cannot be regularized."""
+    for part in attention.PARTS:
+        own = _inside(name, part)
+        try:
+            yield own, Projection(caller, module, part), None if noise else attention.NEVER_CALLED
+        except UnsupportedError as error:
+            yield own, None, str(error).removeprefix(f"{caller}: ") if noise else attention.NEVER_CALLED
+
+
 def _unused(modules: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
     """Candidates whose forward pass never runs, with the reason."""
     for name in candidates:
         parent_name, _, own = name.rpartition(".")
         parent: Any = modules[parent_name] if name else None
-        if isinstance(parent, nn.MultiheadAttention):
-            yield name, "nn.MultiheadAttention multiplies with its weight without calling it"
+        if isinstance(adapters.base_layer(modules.get(name)), nn.MultiheadAttention):
+            yield (
+                name,
+                "PEFT's adapter around nn.MultiheadAttention merges its weights for each call; merge it first",
+            )
         elif own.startswith("conv1d") and "A_log" in getattr(parent, "_parameters", ()):
             yield name, "a Mamba-like mixer convolves with its weight without calling it"
         else:
@@ -240,6 +283,8 @@ def _tied(modules: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> It
     """Candidates whose weight is an embedding's, too."""
     embeddings = {id(m.weight): name for name, m in modules.items() if isinstance(m, nn.Embedding)}
     for name, module in candidates.items():
+        if not isinstance(module, nn.Module):
+            continue
         embedding = embeddings.get(id(adapters.base_layer(module)._parameters.get("weight")))
         if embedding is not None:
             yield name, f"its weight is tied to the embedding {embedding}; name it exactly to have it"

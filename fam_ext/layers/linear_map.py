@@ -70,6 +70,11 @@ class LinearMap:
         if not isinstance(module, nn.Module):
             _checks.bad_type(caller, "layer", "a module (for its name use for_model)", module)
         base: Any = adapters.base_layer(module)
+        if isinstance(base, nn.MultiheadAttention):
+            raise UnsupportedError(
+                f"{caller}: layer is an nn.MultiheadAttention, which multiplies with its weights without calling a layer, so "
+                "that the inputs of these are never seen; method='noise' has it, else choose another layer"
+            )
         if not is_layer(base):
             raise UnsupportedError(
                 f"{caller}: layer must be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d or transformers' Conv1D, got "
@@ -79,7 +84,7 @@ class LinearMap:
         if isinstance(base, _NEVER_CALLED):
             raise UnsupportedError(
                 f"{caller}: layer is the out_proj of nn.MultiheadAttention, which multiplies with its weight without calling it, "
-                "so that its input is never seen; choose another layer"
+                "so that its input is never seen; pass the nn.MultiheadAttention with method='noise', else choose another layer"
             )
         self.kind = kind = type(module).__name__
         self.module: Any = base

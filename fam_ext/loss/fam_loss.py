@@ -38,15 +38,16 @@ class FAMLoss(TrainingCriterion):
         criterion: any module or function of (outputs, *targets) that returns the loss. Closed forms: CrossEntropyLoss, MSELoss,
             BCEWithLogitsLoss, PoissonNLLLoss and GaussianNLLLoss, or their functional forms; with reduction="none" the result is
             loss_i + strength * kappa_i per row then (elementwise losses: per element).
-        layer: nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, or a sequence of them: the sum of their terms. It does not
-            become a submodule.
+        layer: nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, for method="noise" an nn.MultiheadAttention as well, or a
+            sequence of them: the sum of their terms. It does not become a submodule.
         strength: a number, which may be negative, or a schedule step -> number (fam_ext.schedules). 0 skips the term.
         measure: "neuronwise" (kappa above), "layerwise" |W|_F^norm_power Tr(H), "trace" Tr(H), "layerwise_eigenvalue"
             |W|_F^norm_power lambda_max(H), or "neuronwise_eigenvalue" sum_s |w_s|^2 lambda_max(H_ss).
         curvature: "hessian"; "ggn", the generalized Gauss-Newton matrix, never negative; "fisher", the same with `probes` draws
             of labels (with label smoothing, class weights or MSE: "ggn" with method="hutchinson"). On a head all are the Hessian.
-        method: "auto", "closed_form", "exact", "hutchinson", or "finite_difference" of a closure (see forward) for models that
-            cannot be differentiated twice. "auto" takes the closed form on a head, else "exact" for up to 32 Hessian products,
+        method: "auto", "closed_form", "exact", "hutchinson", "finite_difference" of a closure (see forward) for models that
+            cannot be differentiated twice, or "noise": the model is perturbed in training so that the expected loss holds the
+            term, without a value of kappa. "auto" takes the closed form on a head, else "exact" for up to 32 Hessian products,
             else "hutchinson"; `plan` tells which and why.
         probes, generator: draws per step and where they come from (default: a generator of its own).
         per_sample_probes: None finds out with a product whether samples interact after the layer; True draws for every sample,
@@ -145,11 +146,12 @@ class FAMLoss(TrainingCriterion):
         """
         caller = "FAMLoss.for_model"
         shares: list[float] = []
+        noise = options.get("method") == "noise"
         if isinstance(strength, dict):
-            selection, shares = select_with_strengths(caller, model, layer, strength)
+            selection, shares = select_with_strengths(caller, model, layer, strength, noise)
             strength = 1.0
         else:
-            selection = select_layers(caller, model, layer)
+            selection = select_layers(caller, model, layer, noise)
         made = cls(criterion, list(selection.layers.values()), strength, **options)
         for term, share in zip(made.terms, shares, strict=False):
             term.set_share(share)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks, criteria, loss_hessians
 from fam_ext.errors import UnsupportedError
-from fam_ext.layers import adapters, sharding
+from fam_ext.layers import adapters, attention, sharding
 from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.one_call import distributed, hidden_calls
@@ -30,8 +30,10 @@ class LayerCriterion(nn.Module):
         self.options = options
         self.criterion = criterion
         given: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        if options.method == "noise":
+            given = [part for module in given for part in attention.parts(options.caller, module)]
         modules = [adapters.active_copy(module) for module in given]
-        if not modules or len({id(m) for m in modules}) != len(modules):
+        if not modules or len({attention.identity(m) for m in modules}) != len(modules):
             _checks.bad_value(options.caller, "layer", "a module or a sequence of different modules", layer)
         # a tuple of plain objects: parameters(), state_dict() and train() must not reach the model
         self.terms = tuple(LayerTerm(options, m) for m in modules)
@@ -105,8 +107,10 @@ class LayerCriterion(nn.Module):
 
     @property
     def layer(self) -> nn.Module:
-        """The layer, the first one of several."""
-        return self.terms[0].module
+        """The layer, the first one of several; of a projection, its nn.MultiheadAttention."""
+        module: Any = self.terms[0].module
+        layer: nn.Module = module.attention if isinstance(module, attention.Projection) else module
+        return layer
 
     @property
     def plan(self) -> Plan | Plans | None:

@@ -15,7 +15,10 @@ from fam_ext.errors import NoClosedForm
 from fam_ext.head.closed_form import weight_factor
 from fam_ext.hessian.noise import on_input
 from fam_ext.layers import sharding
+from fam_ext.layers.attention import Projection
 from fam_ext.layers.linear_map import LinearMap
+from fam_ext.loss import attention_hook
+from fam_ext.loss.attention_hook import ProjectionHook
 from fam_ext.loss.noise_hook import NoiseHook
 from fam_ext.loss.plan import CouplingMemory, Plan
 from fam_ext.options import Options
@@ -28,10 +31,11 @@ _SEED = 0x5EED
 class LayerTerm:
     """The layer, its hook and calls, and how its share of kappa was computed last."""
 
-    def __init__(self, options: Options, module: nn.Module) -> None:
+    def __init__(self, options: Options, module: Any) -> None:
         self.options = options
-        self.module = module  # the layer, or the adapter around it
-        self.layer = LinearMap(options.caller, module)
+        self.module = module  # the layer, the adapter around it, or a projection of an attention
+        inside = isinstance(module, Projection)
+        self.layer = module.linear_map(options.caller) if inside else LinearMap(options.caller, module)
         self.captures = CapturedCalls(str(module), self.layer.class_dim, self.layer.unusual)
         self.set_share(1.0)
         self.hook: LayerHook | NoiseHook = LayerHook()
@@ -53,15 +57,20 @@ class LayerTerm:
         """Put the hook on the layer; without effect while it is there."""
         if self.handle is not None:
             return
-        _remove_inert_hooks(self.module)
         options, module = self.options, self.module
-        if options.method == "noise":
-            self.hook = NoiseHook(self.layer, options.generator, options.per_sample_probes is False)
+        shared = options.per_sample_probes is False
+        if isinstance(module, Projection):
+            hook = ProjectionHook(module, options.generator, shared, options.normalize is not None)
+            self.hook, self.handle = hook, attention_hook.attach(module, hook)
+        elif options.method == "noise":
+            _remove_inert_hooks(module)
+            self.hook = NoiseHook(self.layer, options.generator, shared)
             self.handle = _Handles([module.register_forward_pre_hook(self.hook, with_kwargs=True)])
             if not on_input(self.layer):
                 # ahead of FSDP2's hook, which frees the weight
                 self.handle.append(module.register_forward_hook(self.hook, with_kwargs=True, prepend=True))
         else:
+            _remove_inert_hooks(module)
             self.hook = LayerHook(self.captures, owner.any_mode)
             self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
         self.hook.active = owner.training
@@ -73,6 +82,12 @@ class LayerTerm:
             self.handle = None
             self.hook.active = False
         self.captures.reset()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the layer's weight."""
+        module = self.module
+        return (module.weight if isinstance(module, Projection) else layer_weight(module)).device
 
     def rescaled(self, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Features over `scale` and the weight times it."""

@@ -93,7 +93,7 @@ class NoiseHook:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook: the input is perturbed, or given back with its products set aside."""
-        if not self.active or not module.training or _exporting():
+        if not self.active or not module.training or exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
         if noise.on_input(layer) and sharding.is_dtensor(features):
@@ -117,7 +117,7 @@ class NoiseHook:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook of a layer whose output is perturbed."""
-        if not self.active or not module.training or _exporting():
+        if not self.active or not module.training or exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
         aside, self._aside = self._aside, None
@@ -217,13 +217,13 @@ class NoiseHook:
             self.later = noise.along(self._first, self.drawn.left, fresh.left)
         return self.later
 
-    def _remember(self, perturbed: Tensor) -> None:
-        """Tie the draw to the graph of its first call."""
+    def _remember(self, *perturbed: Tensor) -> None:
+        """Tie the draw to the graph of its first call, from one of the tensors that it perturbed."""
         if self._token is not None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         token = _Token()
-        node: Any = perturbed.grad_fn
-        (perturbed.__dict__ if node is None else node.metadata)[_KEY] = token
+        node: Any = next((t.grad_fn for t in perturbed if t.grad_fn is not None), None)
+        (perturbed[0].__dict__ if node is None else node.metadata)[_KEY] = token
         self._token = weakref.ref(token)
 
     def __getattr__(self, name: str) -> Any:
@@ -247,7 +247,7 @@ def _signs(drawn: noise.Draw) -> Tensor:
     return torch.cat([left, drawn.channels.flatten()[:64]])
 
 
-def _exporting() -> bool:
+def exporting() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return torch._C._get_tracing_state() is not None  # a trace of torch.jit

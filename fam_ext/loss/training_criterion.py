@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from fam_ext import _checks
-from fam_ext.capture.calls import layer_weight
 from fam_ext.errors import UnsupportedError
 from fam_ext.loss.advice import Advice
 from fam_ext.loss.layer_criterion import LayerCriterion
@@ -185,7 +184,7 @@ class TrainingCriterion(LayerCriterion):
         for term in self.terms:
             hook: Any = term.hook
             if isinstance(hook, NoiseHook):
-                hook.set(strength * term.factor, layer_weight(term.module).device)
+                hook.set(strength * term.factor, term.device)
             if term.plan is None:
                 term.record_plan(NOISE_SHARED if shared else NOISE)
         self._activate(self.training)

@@ -13,7 +13,8 @@ from inputs import expect
 from torch import Tensor, nn
 
 from fam_ext import FAMLoss
-from fam_ext.layers.find import find_layers, select_layers
+from fam_ext.layers.attention import Projection
+from fam_ext.layers.find import find_layers, select_layers, select_with_strengths
 
 
 class Model(nn.Module):
@@ -118,8 +119,10 @@ def test_layers_that_are_never_called() -> None:
     )
     selection = select_layers("test", model, "*")
     assert list(selection.layers) == ["mixer.out_proj", "conv1d", "fc"]
+    bypassed = "nn.MultiheadAttention multiplies with its weight without calling it; method='noise' has it"
     assert selection.left_out == {
-        "attention.out_proj": "nn.MultiheadAttention multiplies with its weight without calling it",
+        "attention.in_proj": bypassed,
+        "attention.out_proj": bypassed,
         "mixer.conv1d": "a Mamba-like mixer convolves with its weight without calling it",
     }
     expect(
@@ -127,12 +130,68 @@ def test_layers_that_are_never_called() -> None:
         lambda: find_layers("test", model, "attention.out_proj"),
     )
     expect("without calling it", lambda: find_layers("test", model, model.attention.out_proj))
+    expect("'attention.in_proj' cannot be", lambda: find_layers("test", model, "attention"))
     expect("Mamba-like", lambda: find_layers("test", model, ["fc", "mixer.conv1d"]))
     with pytest.raises(
-        ValueError, match=r"a pattern of layers that can be regularized \(attention.out_proj: nn.Multi"
+        ValueError, match=r"a pattern of layers that can be regularized \(attention.in_proj: nn.Multi"
     ):
         find_layers("test", model, "attention.*")
     assert default(nn.TransformerEncoderLayer(4, 2))[0] == "linear2"
+
+
+def test_projections_of_an_attention_for_noise() -> None:
+    """By name, by pattern, as the attention itself; a pattern has them in the model's order."""
+
+    class Own(nn.MultiheadAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model = Model(
+        first=nn.Linear(4, 4), attention=nn.MultiheadAttention(4, 2), own=Own(4, 2), fc=nn.Linear(4, 2)
+    )
+    both = ["attention.in_proj", "attention.out_proj"]
+
+    def names(layer: Any, of: nn.Module = model) -> list[str]:
+        return list(select_layers("test", of, layer, noise=True).layers)
+
+    assert names("*") == ["first", *both, "fc"] and names("attention") == names(model.attention) == both
+    assert names(["fc", "*.in_proj"]) == ["fc", both[0]]
+    assert names(model.attention.out_proj) == names("attention.out_proj") == both[1:]
+    assert names("*", model.attention) == ["in_proj", "out_proj"]
+    assert names("attention.*", Model(_orig_mod=model)) == ["_orig_mod." + name for name in both]
+    assert names(None) == ["fc"]
+    selection = select_layers("test", model, "*", noise=True)
+    assert {id(p.attention) for p in selection.layers.values() if isinstance(p, Projection)} == {
+        id(model.attention)
+    }
+    why = "Own is an nn.MultiheadAttention with a forward of its own"
+    assert list(selection.left_out) == ["own.in_proj", "own.out_proj"]
+    assert all(reason.startswith(why) for reason in selection.left_out.values())
+    expect(
+        f"'own.in_proj' cannot be regularized: {why}", lambda: select_layers("test", model, "own", noise=True)
+    )
+    chosen, numbers = select_with_strengths(
+        "test",
+        model,
+        None,
+        {"attention.out_proj": 1.0, "fc": 2.0, "attention.*": 3.0, "first": 4.0},
+        noise=True,
+    )
+    assert list(zip(chosen.layers, numbers, strict=True)) == [
+        ("first", 4.0),
+        (both[0], 3.0),
+        (both[1], 1.0),
+        ("fc", 2.0),
+    ]
+
+
+def test_an_adapter_around_an_attention_is_left_out() -> None:
+    adapter = Model(base_layer=nn.MultiheadAttention(4, 2), lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
+    model = Model(attention=adapter, fc=nn.Linear(4, 2))
+    for noise in (False, True):
+        selection = select_layers("test", model, "*", noise=noise)
+        assert list(selection.layers) == ["fc"] and list(selection.left_out) == ["attention"]
+        assert "merge it first" in selection.left_out["attention"]
 
 
 def test_tied_weights_are_left_out_of_patterns() -> None:

@@ -129,6 +129,7 @@ def test_plans_of_several_layers_are_a_tuple_that_prints_by_name() -> None:
     assert (first.method, last.method) == ("exact", "closed_form") and criterion.plan == (first, last)
     lines = str(criterion.plan).split("\n")
     assert lines[:2] == [f"first: {first}", f"last: {last}"]
-    assert lines[2].startswith("attention.out_proj: left out, ")
+    assert lines[2].startswith("attention.in_proj: left out, ")
+    assert lines[3].startswith("attention.out_proj: left out, ") and len(lines) == 4
     unnamed = FAMLoss(nn.CrossEntropyLoss(), [net["first"], net["last"]], 0.1).plan
     assert str(unnamed).startswith("Linear(in_features=3, out_features=4, bias=True): no step yet")
