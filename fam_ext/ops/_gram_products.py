@@ -1,8 +1,8 @@
 """Products of gram_trace with results in float32 or float64, on the matrix units where a factor is bfloat16.
 
 A product of two bfloat16 numbers is exact in float32, so such factors go in as they are. A float32 factor beside a bfloat16 one
-is split in three bfloat16 parts, which keep all of its 24 bits, and takes three products (Henry et al. 2019, arXiv 1904.06376): the
-digits are those of a float32 product. float32 by float32 stays one.
+is split in three bfloat16 parts, which keep all of its 24 bits, and takes three products (Henry et al. 2019, arXiv 1904.06376):
+the digits are those of a float32 product. float32 by float32 stays one.
 """
 
 from __future__ import annotations

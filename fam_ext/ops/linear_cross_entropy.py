@@ -15,7 +15,7 @@ from fam_ext.ops.reference import linear_cross_entropy as reference
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
 ACCUMULATE = ("float32", "input")
-# default bound of the buffers of a chunk of rows; on a GPU few rows cost more time in passes over the weight's gradient than in products
+# default bound of the buffers of a chunk of rows; with few rows a GPU spends its time in passes over the weight's gradient
 MAX_BYTES, MAX_BYTES_GPU = 2**27, 2**31
 
 
