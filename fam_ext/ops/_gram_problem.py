@@ -18,6 +18,7 @@ from torch import Tensor
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.ops._conv_args import LIMIT
+from fam_ext.ops._gram_products import on_matrix_units, product
 from fam_ext.ops._gram_windows import Windows
 from fam_ext.ops._registration import triton_launches
 
@@ -113,6 +114,7 @@ class Problem:
     ) -> None:
         self.name, self.x, self.s, self.form, self.gram = name, x, s, form, None
         self.dtype = accumulation_dtype(x, s, gram)
+        self._matrix_units = self.dtype == torch.float32 and on_matrix_units(x)
         shapes, window = (tuple(x.shape), tuple(s.shape)), tuple(tuple(values) for values in window)
         sizes = _sizes(name, *shapes, window, form, self.dtype.itemsize, max_bytes)
         self.windows, self.fan_in, self.outputs = sizes.windows, sizes.fan_in, sizes.outputs
@@ -148,7 +150,11 @@ class Problem:
             yield part, self._of_chunk(self.x[part]), self._factors(self._of_chunk(self.s[:, part]))
 
     def _of_chunk(self, t: Tensor) -> Tensor:
-        return t if self.form == "gram_tiles" else t.to(self.dtype)
+        return t if self.form == "gram_tiles" else self.operand(t)
+
+    def operand(self, t: Tensor) -> Tensor:
+        """t as `product` takes it."""
+        return t if self._matrix_units and t.dtype == torch.bfloat16 else t.to(self.dtype)
 
     def _factors(self, s: Tensor) -> Tensor:
         """(K, b, g, O, *out) -> (b, g, K, O, Q); several factors of a sample are copied to lie together, in rows or columns."""
@@ -172,7 +178,7 @@ class Problem:
         """G t for t (b, g, K, O, m), or t itself without a G: one product over all rows where they lie so, else one a sample."""
         if self.gram is None:
             return t
-        t = t.to(self.dtype)
+        t = self.operand(t)
         if self.groups > 1:
             each = self.gram.unsqueeze(1).expand(t.shape[0], -1, t.shape[2], -1, -1)
             each = each.reshape(-1, self.neurons, self.neurons)
@@ -180,9 +186,10 @@ class Problem:
             for order, back in _ROW_ORDERS if t.stride(3) == 1 else ():
                 rows = t.permute(order)
                 if rows.is_contiguous():
-                    return rows.view(-1, self.neurons).mm(self.gram[0]).view(rows.shape).permute(back)
+                    each_row = product(rows.view(-1, self.neurons), self.gram[0])
+                    return each_row.view(rows.shape).permute(back)
             each = self.gram.expand(t.shape[0] * t.shape[2], -1, -1)
-        return each.bmm(t.reshape(-1, self.neurons, t.shape[4])).view(t.shape)
+        return product(each, t.reshape(-1, self.neurons, t.shape[4])).view(t.shape)
 
 
 def together(t: Tensor) -> Tensor:

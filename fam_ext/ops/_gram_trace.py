@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.ops._gram_problem import Problem, kept_shape, must_have, positions_first, put, together
+from fam_ext.ops._gram_products import product as multiply
 from fam_ext.ops._gram_windows import product_like
 from fam_ext.ops._registration import refuse_double_backward, register_fake
 
@@ -89,7 +90,7 @@ def _chunk_forward(p: Problem, x: Tensor, s: Tensor) -> tuple[Tensor, Tensor | N
 def _kept(p: Problem, x: Tensor, s: Tensor) -> Tensor:
     """Gamma (b, g, K, O, I) or E (b, g, K, O, Q)."""
     if p.form == "direct":
-        return p.apart(together(s).bmm(p.windows.patches(x).flatten(0, 1).transpose(1, 2)))
+        return p.apart(multiply(together(s), p.windows.patches(x).flatten(0, 1).transpose(1, 2)))
     if p.form == "gram_tiles":
         phi = p.windows.patches(x).flatten(0, 1).transpose(1, 2)
         e = _kernels().chain(phi, phi, positions_first(s).flatten(2))  # (b g, Q, K O)
@@ -98,7 +99,7 @@ def _kept(p: Problem, x: Tensor, s: Tensor) -> Tensor:
         pairs = p.windows.pairs(x)
     else:
         patches = p.windows.patches(x).flatten(0, 1)
-        pairs = patches.transpose(1, 2).bmm(patches)
+        pairs = multiply(patches.transpose(1, 2), patches)
     return p.apart(product_like(together(s), pairs, s))
 
 
@@ -175,7 +176,7 @@ def _chunk_backward(
     if to_input and not direct:
         d_x = _pairs_to_input(p, x, s, upstream)
     if to_gram and weighted is not None and product is not None:
-        d_g = _outer(weighted, product if direct else s.to(p.dtype)).mul_(0.5)
+        d_g = _outer(weighted, product if direct else p.operand(s)).mul_(0.5)
     return d_x, d_s, d_g
 
 
@@ -186,10 +187,10 @@ def _pairs_to_input(p: Problem, x: Tensor, s: Tensor, upstream: Tensor) -> Tenso
         phi = p.windows.patches(x).flatten(0, 1).transpose(1, 2)
         rows = (positions_first(t).flatten(2) for t in (left, s))
         return _of_patches(p, _kernels().chain(*rows, phi).transpose(1, 2), x)
-    d_pairs = together(left).transpose(1, 2).bmm(together(s))
+    d_pairs = multiply(together(left).transpose(1, 2), together(s))
     if p.form == "gram_shifts":
         return p.windows.pairs_backward(d_pairs, x).reshape(x.shape)
-    return _of_patches(p, p.windows.patches(x).flatten(0, 1).bmm(d_pairs), x)
+    return _of_patches(p, multiply(p.windows.patches(x).flatten(0, 1), d_pairs), x)
 
 
 def _of_patches(p: Problem, columns: Tensor, x: Tensor) -> Tensor:
@@ -207,9 +208,9 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[4] < neurons or (a.stride(3) == b.stride(3) == 1):
         # one product; where the rows of O numbers lie one after another this copies nothing
         left, right = (t.permute(1, 0, 4, 2, 3).reshape(groups, -1, neurons) for t in (a, b))
-        return left.transpose(1, 2).bmm(right)
+        return multiply(left.transpose(1, 2), right)
     left, right = (t.reshape(-1, neurons, t.shape[4]) for t in (a, b))
-    return left.bmm(right.transpose(1, 2)).view(*a.shape[:3], neurons, neurons).sum((0, 2))
+    return multiply(left, right.transpose(1, 2)).view(*a.shape[:3], neurons, neurons).sum((0, 2))
 
 
 def _register() -> Any:

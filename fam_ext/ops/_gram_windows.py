@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fam_ext.ops._gram_products import product
+
 Ints = Sequence[int]
 Index = tuple[int | slice, ...]
 Run = tuple[slice, slice]  # a range of output positions, and the input positions that they see
@@ -35,8 +37,8 @@ def _runs(size: int, outputs: int, kernel: int, stride: int, padding: int, dilat
 def product_like(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """a b in the memory layout of `like`: a transposed product costs nothing, a transposed copy does."""
     if like.stride(-1) == 1 or like.stride(-2) != 1:
-        return a.bmm(b)
-    return b.transpose(1, 2).bmm(a.transpose(1, 2)).transpose(1, 2)
+        return product(a, b)
+    return product(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
 
 
 class Windows:
@@ -99,7 +101,7 @@ class Windows:
         It is the sum over the kernel's offsets of <x_p, x_p'> at the input positions p and p' that q and q' see at that offset.
         """
         flat = x.flatten(3).flatten(0, 1)
-        own = flat.transpose(1, 2).bmm(flat)
+        own = product(flat.transpose(1, 2), flat)
         if self.pointwise:
             return own
         q = math.prod(self.outputs)

@@ -35,6 +35,9 @@ from fam_ext.ops._linear_cross_entropy_targets import NONE, Targets
 from fam_ext.ops._registration import gradient_dtype, register_fake, triton_launches
 
 _ALIGN = 16  # rows of buffers begin at multiples of so many numbers: the matrix units want 16 bytes
+_TILE_ROWS = (
+    256  # tiles of a product on a GPU have so many rows: what is left over is a tile that is mostly empty
+)
 _MOST_ROWS = 8192  # rounding errors grow with the length of a chunk's sums
 _LEAST_CLASSES = 64  # of a block of converted weights
 _NATIVE = "linear_cross_entropy_"
@@ -151,9 +154,7 @@ class _Chunks:
         return min(self.classes, max(_LEAST_CLASSES, self.options.max_bytes // 8 // row_bytes))
 
     def _rows_per_chunk(self, row_bytes: int) -> int:
-        most = min(max(_ALIGN, self.options.max_bytes // row_bytes // _ALIGN * _ALIGN), _MOST_ROWS)
-        chunks = max(1, -(-self.targets.count // most))
-        return max(1, -(-self.targets.count // chunks))
+        return rows_per_chunk(self.targets.count, self.options.max_bytes // row_bytes)
 
     def _allocate_results(self) -> None:
         options, device = self.options, self.x.device
@@ -335,6 +336,20 @@ class _Chunks:
                 rows = self._centered(k, count)
                 self.grad_weight[k : k + count] += rows.mul_(2 * self.class_sums[k : k + count].unsqueeze(1))
         return self.grad_input, self.grad_weight, self.bias_sums
+
+
+def rows_per_chunk(count: int, most: int) -> int:
+    """Of `count` rows, for chunks of alike sizes that are not larger than `most`; multiples of 256 where there are so many.
+
+    >>> rows_per_chunk(8192, 1900), rows_per_chunk(8192, 100), rows_per_chunk(40, 1900)
+    (1792, 96, 40)
+    """
+    step = _TILE_ROWS if most >= _TILE_ROWS else _ALIGN
+    most = min(max(step, most // step * step), _MOST_ROWS)
+    if count <= most:
+        return max(1, count)
+    alike = -(-count // -(-count // most))
+    return -(-alike // step) * step
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

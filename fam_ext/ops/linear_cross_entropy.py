@@ -15,8 +15,8 @@ from fam_ext.ops.reference import linear_cross_entropy as reference
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
 ACCUMULATE = ("float32", "input")
-# default bound of the buffers of a chunk of rows; products of few rows keep a CPU busy, a GPU idle
-MAX_BYTES, MAX_BYTES_GPU = 2**27, 2**29
+# default bound of the buffers of a chunk of rows; with few rows a GPU spends its time in passes over the weight's gradient
+MAX_BYTES, MAX_BYTES_GPU = 2**27, 2**31
 
 
 def linear_cross_entropy(
@@ -61,7 +61,7 @@ def linear_cross_entropy(
             for a bfloat16 weight, which halves the memory and rounds each chunk's share and its sum. A float16 weight's is summed
             in float32 always: gradients made before the loss scale is known would underflow. Everything else is formed in float32
             (float64).
-        max_bytes: bound on the buffers of a chunk of rows (default: 128 MiB on a CPU, 512 MiB on a GPU); not less than 16 rows
+        max_bytes: bound on the buffers of a chunk of rows (default: 128 MiB on a CPU, 2 GiB on a GPU); not less than 16 rows
             at a time. The more rows, the fewer passes over the weight's gradient. Not counted: the gradients, in float32 until
             the backward pass has multiplied them by the upstream gradient; blocks of the weight in float32 (up to a quarter of
             max_bytes).
