@@ -41,7 +41,12 @@ class LayerCriterion(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "criterion":  # it may be replaced later: the closed form must be the new one's
-            self._read_criterion(value)
+            read = self._read_criterion(value)
+            if not isinstance(value, nn.Module):
+                self._modules.pop("criterion", None)  # a function may take a module's place
+            super().__setattr__(name, value)
+            self._flattened, self._bind, self._no_closed_form = read
+            return
         super().__setattr__(name, value)
         if name == "training":  # train(), eval(), or a tool that sets it itself
             self._activate(value)
@@ -51,20 +56,18 @@ class LayerCriterion(nn.Module):
         for term in self.__dict__.get("terms", ()):
             term.hook.active = training and term.handle is not None
 
-    def _read_criterion(self, criterion: Any) -> None:
-        """How to bind the criterion's arguments, where it has a closed form; else why not."""
+    def _read_criterion(self, criterion: Any) -> tuple[Any, Any, str]:
+        """The flattened form of the criterion, how to bind its arguments where it has a closed form, and else why not."""
         bind: Any = None
         why_not = ""
-        self._flattened = criteria.flattened(criterion)
+        flattened = criteria.flattened(criterion)
         try:
-            bind = loss_hessians.read(
-                self.options.caller, criterion if self._flattened is None else self._flattened.func
-            )
+            bind = loss_hessians.read(self.options.caller, criterion if flattened is None else flattened.func)
         except UnsupportedError as error:
             if self.options.method == "closed_form" or self.options.curvature != "hessian":
                 raise
             why_not = str(error)
-        self._bind, self._no_closed_form = bind, why_not
+        return flattened, bind, why_not
 
     @property
     def reduction(self) -> Any:
@@ -153,7 +156,7 @@ class LayerCriterion(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("_attached")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._read_criterion(self.criterion)
+        self._flattened, self._bind, self._no_closed_form = self._read_criterion(self.criterion)
         if attached:
             self.attach()
 

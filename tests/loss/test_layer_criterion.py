@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -95,6 +96,30 @@ def test_a_replaced_criterion_is_read_again() -> None:
     loss = RelativeFlatness(CE, net[2])
     loss.criterion = Own()
     assert loss(net(x), y).isfinite() and loss.plan.method == "exact"
+
+
+def test_a_function_in_a_module_s_place_and_back() -> None:
+    """Loss, kappa and gradients are the new criterion's each time, and the old one's where the new one is refused."""
+    net, (x, y) = network().double(), batch()
+    x = x.double()
+    total = functools.partial(F.cross_entropy, reduction="sum")
+    loss = FAMLoss(CE, net[2], 0.1)
+
+    def check(criterion: object) -> None:
+        fresh = FAMLoss(criterion, net[2], 0.1)
+        got, want = (torch.autograd.grad(c(net(x), y), list(net.parameters())) for c in (loss, fresh))
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(loss.last.flatness, fresh.last.flatness)
+        assert loss.criterion is criterion
+
+    for criterion in (total, CE, total, nn.CrossEntropyLoss(reduction="sum")):
+        loss.criterion = criterion
+        check(criterion)
+    for wrong in (None, "cross_entropy"):
+        with pytest.raises(TypeError, match="FAMLoss: criterion must be a loss module or function"):
+            loss.criterion = wrong
+        check(criterion)
+    assert [*loss.children()] == [criterion]
 
 
 def test_copies() -> None:
