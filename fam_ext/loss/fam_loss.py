@@ -197,7 +197,7 @@ class FAMLoss(TrainingCriterion):
     def _of_sum(
         self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any, items: Any
     ) -> Tensor:
-        with summed(self.options, self.criterion, self._bind, kwargs, items) as of_sum:
+        with summed(self.options, self.criterion, self._bind, targets, kwargs, items) as of_sum:
             return self._forward(outputs, targets, of_sum, closure, items)
 
     def _forward(
