@@ -19,7 +19,7 @@ from fam_ext.layers.attention import Projection
 from fam_ext.layers.linear_map import LinearMap
 from fam_ext.loss import attention_hook
 from fam_ext.loss.attention_hook import ProjectionHook
-from fam_ext.loss.noise_hook import NoiseHook
+from fam_ext.loss.noise_hook import Gate, NoiseHook
 from fam_ext.loss.plan import CouplingMemory, Plan
 from fam_ext.options import Options
 
@@ -39,6 +39,9 @@ class LayerTerm:
         self.captures = CapturedCalls(str(module), self.layer.class_dim, self.layer.unusual)
         self.set_share(1.0)
         self.hook: LayerHook | NoiseHook = LayerHook()
+        self.gate: Gate | None = (
+            None  # of the noise: which passes are perturbed, whatever hook is on the layer
+        )
         self.handle: Any = None
         self.name = ""  # in the model, where it was chosen by name
         self.plan: Plan | None = None
@@ -74,6 +77,8 @@ class LayerTerm:
             _remove_inert_hooks(module)
             self.hook = LayerHook(self.captures, owner.any_mode)
             self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
+        if isinstance(self.hook, NoiseHook):
+            self.hook.gate = self.gate
         self.hook.active = owner.training
         weakref.finalize(owner, self.handle.remove).atexit = False
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from fam_ext.capture.hook import LayerHook
 from fam_ext.loss.layer_term import LayerTerm
-from fam_ext.loss.noise_hook import NoiseHook
+from fam_ext.loss.noise_hook import Gate, NoiseHook
 from fam_ext.loss.plan import CLOSED_FORM, Plan
 from fam_ext.options import Options
 
@@ -65,6 +65,15 @@ def test_noise_has_its_hook_before_or_after_the_layer(layer: nn.Module, before: 
     assert isinstance(hook, NoiseHook) and hook is one.hook
     one.detach()
     assert hooks(layer) == []
+
+
+def test_the_gate_outlives_the_hook() -> None:
+    one, owner = term(method="noise"), Owner()
+    one.gate = Gate()
+    for _ in range(2):
+        one.attach(owner)
+        assert one.hook.gate is one.gate
+        one.detach()
 
 
 def test_inert_hooks_of_a_copied_layer_are_removed() -> None:
