@@ -293,7 +293,7 @@ class FAMLoss(TrainingCriterion):
         if self._noise:
             return self._perturbed(outputs, targets, kwargs, items)
         strength = self._strength
-        if self.every != 1 or not isinstance(strength, float):
+        if self._every != 1 or not isinstance(strength, float):
             strength = self._strength_now()
         if isinstance(strength, float) and strength == 0:
             self.reset()
@@ -382,7 +382,7 @@ class FAMLoss(TrainingCriterion):
             loss = loss / items
         self._reset_noise()
         self._finish(StepRecord(loss.detach(), None, strength))
-        if callable(self._strength) or self.every > 1:
+        if self.changes:
             self._set_noise()
         return loss
 
