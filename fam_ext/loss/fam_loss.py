@@ -155,9 +155,8 @@ class FAMLoss(TrainingCriterion):
         made = cls(criterion, list(selection.layers.values()), strength, **options)
         for term, share in zip(made.terms, shares, strict=False):
             term.set_share(share)
-        for term, name in zip(made.terms, selection.layers, strict=True):
-            term.name = name
-        made.left_out, made._guess = selection.left_out, selection.guess
+        made._take_names(selection)
+        made._guess = selection.guess
         if made._noise:
             made._set_noise()
         return made

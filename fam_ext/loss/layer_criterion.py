@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fam_ext import _checks, criteria, loss_hessians
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import adapters, attention, sharding
+from fam_ext.layers.find import Selection
 from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.one_call import distributed, hidden_calls
@@ -125,8 +126,20 @@ class LayerCriterion(nn.Module):
 
     def attach(self) -> None:
         """Put the hooks on the layers (again); without effect while they are there."""
-        for term in self.terms:
-            term.attach(self)
+        bare = [term for term in self.terms if term.handle is None]
+        try:
+            for term in bare:
+                term.attach(self)
+        except Exception:
+            for term in bare:
+                term.detach()
+            raise
+
+    def _take_names(self, selection: Selection) -> None:
+        """How `for_model` chose the layers, for plans."""
+        for term, name in zip(self.terms, selection.layers, strict=True):
+            term.name = name
+        self.left_out = selection.left_out
 
     def detach(self) -> None:
         """Take the hooks off the layers. Evaluation mode still works, training raises until attach()."""

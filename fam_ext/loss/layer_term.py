@@ -43,6 +43,7 @@ class LayerTerm:
             None  # of the noise: which passes are perturbed, whatever hook is on the layer
         )
         self.handle: Any = None
+        self.with_owner: Any = None  # takes the hook off when the criterion goes
         self.name = ""  # in the model, where it was chosen by name
         self.plan: Plan | None = None
         self.memory = CouplingMemory()
@@ -80,10 +81,12 @@ class LayerTerm:
         if isinstance(self.hook, NoiseHook):
             self.hook.gate = self.gate
         self.hook.active = owner.training
-        weakref.finalize(owner, self.handle.remove).atexit = False
+        self.with_owner = weakref.finalize(owner, self.handle.remove)
+        self.with_owner.atexit = False
 
     def detach(self) -> None:
         if self.handle is not None:
+            self.with_owner.detach()
             self.handle.remove()
             self.handle = None
             self.hook.active = False
@@ -163,11 +166,12 @@ class LayerTerm:
             log.info("%s on %s: %s", self.options.caller, type(self.layer.module).__name__, plan)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"options": self.options, "module": self.module, "share": self.share}
+        return {"options": self.options, "module": self.module, "share": self.share, "name": self.name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["options"], state["module"])  # type: ignore[misc]
         self.set_share(state["share"])
+        self.name = state["name"]
 
 
 class _Handles(list[Any]):
