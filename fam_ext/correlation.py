@@ -119,8 +119,7 @@ def correlation(
     _checks.check_number(_NAME, "confidence", confidence)
     if not 0 < confidence < 1:
         _checks.bad_value(_NAME, "confidence", "between 0 and 1", confidence)
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        _checks.bad_value(_NAME, "resamples", "a positive integer", resamples)
+    _checks.check_positive(_NAME, "resamples", resamples)
     _checks.check_integer(_NAME, "seed", seed)
     named = dict(measures) if isinstance(measures, Mapping) else {"measure": measures}
     if not named:

@@ -47,10 +47,7 @@ class Options:
         may = self.method in ("auto", "closed_form") and self.measure in MEASURES
         object.__setattr__(self, "closed_form", may)
         self._check_combinations()
-        if isinstance(self.probes, bool) or not isinstance(self.probes, int):
-            _checks.bad_type(caller, "probes", "an integer", self.probes)
-        if self.probes < 1:
-            _checks.bad_value(caller, "probes", "at least 1", self.probes)
+        _checks.check_positive(caller, "probes", self.probes)
         if self.normalize is not None and not (
             isinstance(self.normalize, str) and self.normalize == "fan_in"
         ):
@@ -76,8 +73,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 _checks.bad_type(caller, name, "None, True or False", value)
-        if isinstance(self.max_bytes, bool) or not isinstance(self.max_bytes, int) or self.max_bytes < 1:
-            _checks.bad_value(caller, "max_bytes", "a positive integer", self.max_bytes)
+        _checks.check_positive(caller, "max_bytes", self.max_bytes)
         if self.hold_statistics and self.curvature == "hessian":
             _checks.bad_value(caller, "hold_statistics", "None with curvature='hessian'", True)
         _checks.check_choice(caller, "backend", self.backend, BACKENDS)

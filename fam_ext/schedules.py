@@ -32,11 +32,10 @@ def check_strength(function: str, argument: str, value: object) -> float | Sched
 
 
 def _steps(function: str, argument: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        _checks.bad_type(function, argument, "an integer", value)
-    if value < 0:
+    _checks.check_integer(function, argument, value)
+    if value < 0:  # type: ignore[operator]
         _checks.bad_value(function, argument, "at least 0", value)
-    return value
+    return value  # type: ignore[return-value]
 
 
 class Constant:

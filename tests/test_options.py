@@ -57,6 +57,7 @@ def test_for_model() -> None:
         ({"measure": "trace", "curvature_grad": False}, ValueError, "curvature_grad"),
         ({"every": 0}, ValueError, "every"),
         ({"probes": 0}, ValueError, "probes"),
+        ({"max_bytes": 1.5}, TypeError, "max_bytes must be an integer"),
         ({"normalize": "fan_out"}, ValueError, "normalize"),
         ({"backend": "cuda"}, ValueError, "backend"),
     ],

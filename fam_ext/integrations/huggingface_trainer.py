@@ -65,9 +65,7 @@ class FAMTrainerMixin(_Base):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, criterion: Any, **kwargs: Any) -> None:
-        own = criterion if isinstance(criterion, FAMLoss) else getattr(criterion, "criterion", None)
-        if not isinstance(own, FAMLoss):
-            _checks.bad_type(NAME, "criterion", "a FAMLoss, or what patch_causal_lm returned", criterion)
+        own = FAMLoss._within(NAME, criterion)
         self.fam_criterion: FAMLoss = own
         self._patched = own is not criterion
         self._fam_followed: Any = None

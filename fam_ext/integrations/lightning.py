@@ -76,12 +76,7 @@ class FAMCallback(_Base):  # type: ignore[misc]
 
     def __init__(self, criterion: Any = None, *, prefix: str = "fam_", **log_options: Any) -> None:
         super().__init__()
-        self._given: FAMLoss | None = None
-        if criterion is not None:
-            own = criterion if isinstance(criterion, FAMLoss) else getattr(criterion, "criterion", None)
-            if not isinstance(own, FAMLoss):
-                _checks.bad_type(NAME, "criterion", "a FAMLoss, or what patch_causal_lm returned", criterion)
-            self._given = own
+        self._given: FAMLoss | None = None if criterion is None else FAMLoss._within(NAME, criterion)
         self.criterion: FAMLoss | None = self._given
         self.prefix = prefix
         self.log_options = log_options
@@ -129,12 +124,9 @@ class FAMCallback(_Base):  # type: ignore[misc]
                 )
             return
         self._taken = True
-        values = {"loss": last.loss, "flatness": last.flatness, "strength": last.strength}
-        values["standard_error"] = last.standard_error
         numbers = {
             self.prefix + name: value.float().mean() if isinstance(value, Tensor) else float(value)
-            for name, value in values.items()
-            if value is not None
+            for name, value in last.values().items()
         }
         pl_module.log_dict(numbers, **self.log_options)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -43,17 +42,20 @@ class StepRecord:
 
         A mean over rows stands for a loss or kappa per row. Reading them makes the host wait for the device.
         """
-        named: dict[str, Any] = {
+        return {
+            prefix + name: float(value.mean()) if isinstance(value, Tensor) else float(value)
+            for name, value in self.values().items()
+        }
+
+    def values(self) -> dict[str, float | Tensor]:
+        """What `as_dict` makes numbers of, unread."""
+        named = {
             "loss": self.loss,
             "flatness": self.flatness,
             "strength": self.strength,
             "standard_error": self.standard_error,
         }
-        return {
-            prefix + name: float(value.mean()) if isinstance(value, Tensor) else float(value)
-            for name, value in named.items()
-            if value is not None
-        }
+        return {name: value for name, value in named.items() if value is not None}
 
     def __repr__(self) -> str:
         return f"StepRecord(loss={self.loss}, flatness={self.flatness}, strength={self.strength})"

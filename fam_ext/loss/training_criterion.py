@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -18,6 +18,9 @@ from fam_ext.loss.state import from_bytes, to_bytes
 from fam_ext.loss.step_record import StepRecord
 from fam_ext.options import Options
 from fam_ext.schedules import Schedule, TargetRatio, check_strength
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class TrainingCriterion(LayerCriterion):
@@ -49,6 +52,16 @@ class TrainingCriterion(LayerCriterion):
             except Exception:  # of the schedule; the error may be kept, and with it the criterion
                 self.detach()
                 raise
+
+    @classmethod
+    def _within(cls, caller: str, given: Any) -> Self:
+        """`given`, or the criterion of a patch. Raises TypeError for anything else."""
+        own = given if isinstance(given, cls) else getattr(given, "criterion", None)
+        if not isinstance(own, cls):
+            _checks.bad_type(
+                caller, "criterion", f"a {cls.__name__}, or what patch_causal_lm returned", given
+            )
+        return own
 
     @property
     def strength(self) -> Any:

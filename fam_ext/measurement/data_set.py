@@ -108,8 +108,7 @@ def measure(
         _checks.bad_value(NAME, "rtol", "None or a positive float", rtol)
     if rtol is not None and probes < 2:
         _checks.bad_value(NAME, "probes", "2 or more with rtol (one draw has no standard error)", probes)
-    if isinstance(max_probes, bool) or not isinstance(max_probes, int) or max_probes < 1:
-        _checks.bad_value(NAME, "max_probes", "a positive integer", max_probes)
+    _checks.check_positive(NAME, "max_probes", max_probes)
     companions.check_radius(NAME, radius=radius, adaptive_radius=adaptive_radius)
     if not callable(criterion):
         _checks.bad_type(NAME, "criterion", "a loss module or function", criterion)

@@ -77,8 +77,7 @@ def gram_trace(
     _checks.check_choice(_NAME, "form", form, FORMS)
     _checks.check_choice(_NAME, "padding_mode", padding_mode, PADDING_MODES)
     _checks.check_bool(_NAME, "weighted", weighted)
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
-        _checks.bad_value(_NAME, "max_bytes", "a positive integer", max_bytes)
+    _checks.check_positive(_NAME, "max_bytes", max_bytes)
     stacked = factors.dim() == input.dim() + 1
     s = factors if stacked else factors.unsqueeze(0)
     if weight.dim() == 2:

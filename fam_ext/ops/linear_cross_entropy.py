@@ -94,10 +94,7 @@ def linear_cross_entropy(
         target = target.long()
     if max_bytes is None:
         max_bytes = MAX_BYTES if input.device.type == "cpu" else MAX_BYTES_GPU
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
-        _checks.bad_type(_NAME, "max_bytes", "an integer", max_bytes)
-    if max_bytes < 1:
-        _checks.bad_value(_NAME, "max_bytes", "at least 1", max_bytes)
+    _checks.check_positive(_NAME, "max_bytes", max_bytes)
     chosen = backends.choose(_NAME, backend, *(t for t in (input, weight, bias) if t is not None))
     if chosen == "reference":
         if target.is_cpu:  # torch's own error names no function

@@ -23,6 +23,8 @@ def test_numbers_for_a_logger() -> None:
     assert StepRecord().as_dict() == {}
     record = StepRecord(torch.tensor([3.0, 5.0]), torch.tensor([4.0, 4.0]), 0.5)
     assert record.as_dict("train/") == {"train/loss": 2.0, "train/flatness": 4.0, "train/strength": 0.5}
+    assert list(record.values()) == ["loss", "flatness", "strength"]
+    assert record.values()["flatness"] is record.flatness  # unread, of each row
     estimated = StepRecord(torch.tensor(3.0), torch.tensor(4.0), torch.tensor(0.5), None, torch.tensor(0.1))
     assert estimated.as_dict()["standard_error"] == pytest.approx(0.1)
 

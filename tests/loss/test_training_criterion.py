@@ -191,3 +191,21 @@ def test_a_loss_ends_the_noise_s_step() -> None:
     second = net(x)
     criterion.reset()
     assert not torch.equal(second, net(x))
+
+
+def test_the_criterion_of_a_patch() -> None:
+    """What integrations are given: a FAMLoss, or an object that holds one."""
+
+    class Patch:
+        def __init__(self, criterion: Any) -> None:
+            self.criterion = criterion
+
+    criterion = FAMLoss(CE, nn.Linear(2, 2), 0.5)
+    assert (
+        FAMLoss._within("f", criterion) is criterion and FAMLoss._within("f", Patch(criterion)) is criterion
+    )
+    for wrong in (CE, Patch(CE), None):
+        with pytest.raises(
+            TypeError, match="f: criterion must be a FAMLoss, or what patch_causal_lm returned"
+        ):
+            FAMLoss._within("f", wrong)

@@ -38,7 +38,7 @@ ROWS, OUT, LINEAR = torch.zeros(2, 5, 6), torch.zeros(2, 5, 4), torch.zeros(4, 6
         ((X, S, W), {"padding_mode": "mirror"}, ValueError, "padding_mode must be one of"),
         ((X, S, W), {"form": "pairs"}, ValueError, "form must be one of 'auto', 'direct', 'gram'"),
         ((X, S, W), {"weighted": "no"}, TypeError, "weighted must be True or False, got 'no'"),
-        ((X, S, W), {"max_bytes": 0}, ValueError, "max_bytes must be a positive integer, got 0"),
+        ((X, S, W), {"max_bytes": 0}, ValueError, "max_bytes must be at least 1, got 0"),
         ((X, S, W), {"backend": "cuda"}, ValueError, "backend must be one of"),
     ],
 )
