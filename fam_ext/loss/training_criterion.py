@@ -75,9 +75,9 @@ class TrainingCriterion(LayerCriterion):
         """Count the steps of `optimizer` from now on, not the calls of the criterion: what `every` and schedules go by.
 
         Without it a training step is one call. Gradient accumulation, SAM and LBFGS call the criterion several times for one
-        update: these calls share one step then, and with it one strength (but TargetRatio's, which every call moves). A step that GradScaler skips does not count. Of an
-        optimizer around others (SAM), pass the inner one, whose step makes the update. A copy of the criterion counts its calls
-        until it follows an optimizer itself.
+        update: these calls share one step then, and with it one strength (but TargetRatio's, which every call moves). A step
+        that GradScaler skips does not count. Of an optimizer around others (SAM), pass the inner one, whose step makes the
+        update. A copy of the criterion counts its calls until it follows an optimizer itself.
 
         Args:
             optimizer: a torch.optim.Optimizer, or a wrapper that keeps one as `.optimizer` (accelerate's, Lightning's); None:
