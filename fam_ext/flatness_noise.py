@@ -64,8 +64,7 @@ class FlatnessNoise(nn.Module):
 
     def __init__(self, strength: float) -> None:
         super().__init__()
-        # Acts as a number, on the CPU for modules on any device, but compiled code does not depend on its value.
-        self._amplitude = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._amplitude: Tensor
         self._active = False
         self._strength = 0.0
         self.strength = strength
@@ -83,7 +82,9 @@ class FlatnessNoise(nn.Module):
             _checks.bad_value(_NAME, "strength", "finite and at least 0 (it is the noise's variance)", value)
         self._strength = number = float(value)
         self._active = number > 0
-        self._amplitude.fill_(math.sqrt(2 * number))
+        # Acts as a number, on the CPU for modules on any device, but compiled code does not depend on its value. A new one: a
+        # backward pass that is still to come keeps the old one.
+        self._amplitude = torch.full((), math.sqrt(2 * number), dtype=torch.float64, device="cpu")
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with noise, in training mode."""

@@ -53,6 +53,20 @@ def test_no_noise() -> None:
     assert perturbed is not x and not torch.equal(perturbed, x) and not torch.equal(noise(x), perturbed)
 
 
+def test_a_strength_set_before_the_backward_pass_is_the_next_one_s() -> None:
+    noise = FlatnessNoise(0.1)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    perturbed = noise(x)
+    noise.strength = 0.2
+    (got,) = torch.autograd.grad(perturbed.sum(), x)
+    torch.manual_seed(3)
+    length = x.norm(dim=-1, keepdim=True)
+    by_hand = x + (2 * 0.1) ** 0.5 * length * torch.randn_like(x)
+    torch.testing.assert_close(perturbed, by_hand)
+    torch.testing.assert_close(got, torch.autograd.grad(by_hand.sum(), x)[0])
+
+
 def test_dtypes() -> None:
     noise = FlatnessNoise(0.1)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -101,3 +115,25 @@ def test_copies_keep_the_strength() -> None:
     other.strength = 0.0
     x = torch.randn(2, 3)
     assert other(x) is x and noise(x) is not x and noise.state_dict() == {}
+
+
+def test_compiled_once_for_all_strengths() -> None:
+    """The compiled module has the strength of the moment, in its value and in a backward pass that comes later."""
+    graphs = []
+
+    def counter(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    noise, x = FlatnessNoise(0.1), torch.randn(4, 3, requires_grad=True)
+    compiled = torch.compile(noise, backend=counter, fullgraph=True)
+    for strength in (0.1, 0.2, 0.4):
+        taken = []
+        for module in (compiled, noise):
+            noise.strength = strength
+            torch.manual_seed(0)
+            perturbed = module(x)
+            noise.strength = 7.0
+            taken.append((perturbed, torch.autograd.grad(perturbed.sum(), x)[0]))
+        torch.testing.assert_close(*taken)
+    assert len(graphs) == 1

@@ -47,6 +47,7 @@ class LayerTerm:
         # by input channel: take the term for features divided by it (fam_ext.measure)
         self.scale: Tensor | None = None
         self.generators: dict[torch.device, torch.Generator] = {}
+        self.loaded: dict[str, Tensor] = {}  # states of generators that are not made yet, by device
 
     def set_share(self, share: float) -> None:
         """What the layer's kappa counts in the sum; `factor` is that over the fan-in, if kappa is to be divided by it."""
@@ -114,16 +115,33 @@ class LayerTerm:
             self.generators[device] = given
             return given
         if device not in self.generators:
-            self.generators[device] = torch.Generator(device).manual_seed(_SEED)
+            made = torch.Generator(device).manual_seed(_SEED)
+            if str(device) in self.loaded:
+                made.set_state(self.loaded.pop(str(device)))
+            self.generators[device] = made
         return self.generators[device]
 
     def generator_states(self) -> dict[str, Tensor]:
         """By device; the user's generator is among them once it has been used."""
-        return {str(device): generator.get_state() for device, generator in self.generators.items()}
+        own = {str(device): generator.get_state() for device, generator in self.generators.items()}
+        return {**self.loaded, **own}
 
     def load_generator_states(self, states: dict[str, Tensor]) -> None:
+        """The inverse; the state of a device that the layer is not on, or that is not here, waits until it is."""
+        given = self.options.generator
         for name, state in states.items():
-            self.generator(torch.device(name)).set_state(state)
+            device = torch.device(name)
+            if (
+                given is not None
+                and given.device.type == device.type
+                and given.device.index in (None, device.index)
+            ):
+                given.set_state(state)  # at once: layers may share it
+                self.generators[device] = given
+            elif device in self.generators:
+                self.generators[device].set_state(state)
+            else:
+                self.loaded[name] = state
 
     def scale_to_measure(self, value: Tensor, weight: Tensor) -> Tensor:
         """The measure from the curvature: times the norm of the weight (any layout), over the fan-in."""

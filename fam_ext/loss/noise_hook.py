@@ -38,7 +38,8 @@ class NoiseHook:
 
     All calls of the layer between two losses share one draw, since they share one weight. Every call takes the same amount of
     random numbers all the same, so that a checkpointed call replays the generator as its first pass found it, and is recognized
-    by what it draws, whatever other steps came in between.
+    by what it draws, whatever other steps came in between. Passes without grad need have no loss: a step with grad after them
+    begins anew, unless a backward pass has shown that such calls are those of reentrant checkpointing.
 
     `active` is false in evaluation mode and where the strength is 0: nothing is drawn then.
     """
@@ -58,11 +59,14 @@ class NoiseHook:
             None  # of the same value: a number that changes would make torch.compile compile again
         )
         self.drawn: noise.Draw | None = None
+        self._passing = False  # it was drawn without grad
+        self._reentrant = False  # a call without grad has been repeated in a backward pass
         self.later: noise.Draw | None = None  # what calls after the first one take, where that differs
         # of the step before, whose backward pass may call the layer again
         self.kept: tuple[noise.Draw | None, noise.Draw | None] = (None, None)
-        # of the latest calls: what was drawn, for recognizing a repeated one; what was taken in its place; the positions
-        self._calls: deque[tuple[Tensor, noise.Draw | None, Tensor | None]] = deque(maxlen=_CALLS)
+        # of the latest calls: what was drawn, for recognizing a repeated one; what was taken in its place; the positions;
+        # whether that was without grad
+        self._calls: deque[tuple[Tensor, noise.Draw | None, Tensor | None, bool]] = deque(maxlen=_CALLS)
         self._aside: Any = (
             None  # between the two hooks of one call: the features, the draw and their products
         )
@@ -161,20 +165,18 @@ class NoiseHook:
         if group is not None:
             fresh = split_noise.same_on_all(fresh, group)
         self.called = self.seen = True
-        if torch.compiler.is_compiling():
-            if self.drawn is None:
-                self.drawn, self._first = fresh, features
-                return self._at_positions(fresh)
-            return self._at_positions(self._of_later_calls(fresh))
         if _in_backward():
             return self._repeated(fresh)
-        without_loss = (
-            self._token is not None and self._token() is None
-        )  # the graph of the earlier call is gone
-        if self.drawn is None or without_loss:
+        if self._begins(fresh):
             self.drawn, self.later, self._token, self._first = fresh, None, None, features
+            self._passing = not torch.is_grad_enabled()
             return self._noted(fresh, None)
-        elif self.drawn.samples != fresh.samples:
+        assert self.drawn is not None
+        if not torch.is_grad_enabled() and self.drawn.samples != fresh.samples:
+            return self._noted(fresh, None)
+        if torch.compiler.is_compiling():
+            return self._at_positions(self._of_later_calls(fresh))
+        if self.drawn.samples != fresh.samples:
             raise UnsupportedError(
                 f"FAMLoss: method='noise' has one draw for all calls of a layer in a step, and this one has {fresh.samples} "
                 f"samples where an earlier one had {self.drawn.samples}; share one draw in the batch "
@@ -187,22 +189,34 @@ class NoiseHook:
             )
         return self._noted(fresh, self._of_later_calls(fresh))
 
+    def _begins(self, fresh: noise.Draw) -> bool:
+        """Whether a call is the first one of a step."""
+        if self.drawn is None:
+            return True
+        if self._passing:
+            anew = torch.is_grad_enabled() and not self._reentrant
+            return anew or self.drawn.samples != fresh.samples
+        # else where the graph of the earlier call is gone
+        return not torch.compiler.is_compiling() and self._token is not None and self._token() is None
+
     def _at_positions(self, drawn: noise.Draw) -> noise.Draw:
         positions = None if self.gate is None else self.gate.positions
         return drawn if positions is None else drawn._replace(positions=positions)
 
     def _noted(self, fresh: noise.Draw, taken: noise.Draw | None) -> noise.Draw:
         """`taken`, or the fresh draw, where it counts; kept for a backward pass that calls the layer again."""
-        positions = None if self.gate is None else self.gate.positions
-        self._calls.append((_signs(fresh), taken, positions))
+        if not torch.compiler.is_compiling():
+            positions = None if self.gate is None else self.gate.positions
+            self._calls.append((_signs(fresh), taken, positions, not torch.is_grad_enabled()))
         return self._at_positions(taken or fresh)
 
     def _repeated(self, fresh: noise.Draw) -> noise.Draw:
         """Checkpointing: what the call took that drew the same, its first pass."""
         if self.generator is None:
             own = _signs(fresh)
-            for drew, taken, positions in reversed(self._calls):
+            for drew, taken, positions, passing in reversed(self._calls):
                 if torch.equal(drew, own):
+                    self._reentrant |= passing
                     return (taken or fresh)._replace(positions=positions)
         first, later = (self.drawn, self.later) if self.drawn is not None else self.kept
         repeats_the_first = first is None or torch.equal(first.left, fresh.left)

@@ -17,9 +17,12 @@ def to_bytes(state: dict[str, Any]) -> Tensor:
 
 
 def from_bytes(state: Tensor | dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `to_bytes`; a dict, which earlier versions saved, is returned as it is. Nothing in it is executed."""
+    """The inverse of `to_bytes`, with tensors on the CPU: the device that they were saved on may not be there.
+
+    A dict, which earlier versions saved, is returned as it is. Nothing in it is executed.
+    """
     if isinstance(state, dict):
         return state
     raw = bytes(state.detach().to("cpu", torch.uint8).tolist())
-    loaded: dict[str, Any] = torch.load(io.BytesIO(raw), weights_only=True)
+    loaded: dict[str, Any] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     return loaded

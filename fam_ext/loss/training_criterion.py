@@ -143,11 +143,11 @@ class TrainingCriterion(LayerCriterion):
 
     def set_extra_state(self, state: Any) -> None:
         state = from_bytes(state)
-        self.step = state["step"]
         if state["schedule"] is not None and hasattr(self._strength, "load_state_dict"):
             self._strength.load_state_dict(state["schedule"])
         for term, of_term in zip(self.terms, state.get("generators", ()), strict=False):
             term.load_generator_states(of_term)
+        self.step = state["step"]  # last: an error above leaves it
         if self._noise:
             self._set_noise()
 

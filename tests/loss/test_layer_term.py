@@ -103,6 +103,25 @@ def test_states_of_generators_come_back(given: torch.Generator | None) -> None:
     assert torch.equal(torch.rand(5, generator=other.generator(device)), drawn)
 
 
+def test_states_of_devices_that_are_not_here_wait() -> None:
+    """They are kept, and saved again; a generator that is made later starts from its own."""
+    here, absent = torch.device("cpu"), "cuda:63"
+    one = term()
+    torch.rand(3, generator=one.generator(here))
+    states = {absent: torch.arange(16, dtype=torch.uint8), "cpu": one.generator(here).get_state()}
+    other = term()
+    other.load_generator_states(states)
+    assert not other.generators and other.generator_states().keys() == states.keys()
+    drawn = [torch.rand(5, generator=t.generator(here)) for t in (one, other)]
+    assert torch.equal(*drawn)
+    assert torch.equal(other.generator_states()[absent], states[absent])
+    other.load_generator_states(states)  # into the generator that is in use
+    assert torch.equal(torch.rand(5, generator=other.generator(here)), drawn[0])
+    given = torch.Generator()
+    term(generator=given).load_generator_states(states)  # which other layers may share
+    assert torch.equal(torch.rand(5, generator=given), drawn[0])
+
+
 def test_the_measure_from_the_curvature() -> None:
     weight, value = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor(2.0)
     layer = nn.Linear(2, 2)

@@ -115,6 +115,41 @@ def test_other_samples_in_one_step_are_refused() -> None:
 
 
 @KINDS
+def test_passes_without_grad_leave_the_steps_alone(kind: str) -> None:
+    """Of any size, before a step and within it: the step's calls share one draw, and none of the passes'."""
+    layer, hook = hooked(kind)
+    features = x(kind)
+    sizes = (3, 4, 2)
+    with torch.no_grad():
+        for size in sizes:
+            assert not torch.equal(layer(features[:size]), plain(layer, features[:size]))
+    before = hook.drawn
+    first = layer(features)
+    assert hook.drawn is not before
+    with torch.no_grad():
+        for size in sizes:
+            assert not torch.equal(layer(features[:size]), plain(layer, features[:size]))
+    second = layer(features)
+    torch.testing.assert_close(first, second)
+    hook.finish()
+    assert not torch.equal(layer(features), first)
+
+
+def test_reentrant_checkpointing_beside_a_plain_call() -> None:
+    """Its first pass has no grad; the calls share one draw from the step after the one whose backward pass showed that."""
+    layer, hook = hooked()
+    features = x().requires_grad_()
+    shared = []
+    for _ in range(3):
+        inside = checkpoint(layer, features, use_reentrant=True)
+        outside = layer(features)
+        shared.append(torch.allclose(inside, outside))
+        hook.finish()
+        (inside + outside).sum().backward()
+    assert shared[1:] == [True, True]
+
+
+@KINDS
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpointed_call_is_repeated_as_it_was(kind: str, use_reentrant: bool) -> None:
     """The gradients are those without checkpointing; the step's loss may be taken in between."""

@@ -48,3 +48,11 @@ def test_nothing_is_executed() -> None:
 
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         from_bytes(to_bytes({"step": Harmful()}))
+
+
+def test_saved_on_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        encoded = to_bytes(STATE)
+    assert b"cuda:7" in bytes(encoded.tolist())
+    assert same(from_bytes(encoded), STATE)

@@ -80,6 +80,19 @@ def test_the_state_comes_back() -> None:
     assert fresh(net(x), y) != saved.last.total
 
 
+def test_a_state_that_does_not_fit_leaves_the_step() -> None:
+    class Strict(schedules.Warmup):
+        def load_state_dict(self, state: Any) -> None:
+            raise KeyError("averages")
+
+    net = network()
+    criterion = FAMLoss(CE, net[2], Strict(0.1, 3))
+    steps(criterion, net, 2)
+    with pytest.raises(KeyError):
+        criterion.set_extra_state({"step": 77, "schedule": {}, "generators": []})
+    assert criterion.step == 2
+
+
 def test_a_state_without_ours_lacks_nothing() -> None:
     module = nn.ModuleDict({"net": network(), "loss": CE})
     state = module.state_dict()
