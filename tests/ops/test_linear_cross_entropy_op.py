@@ -66,6 +66,7 @@ def test_gradients_are_made_where_something_requires_them() -> None:
     )
     assert [t.numel() for t in made[2:]] == [0, w.numel(), 0]
     meta = operator(
-        *(t.to("meta") for t in (x, w, bias, y)), None, None, -100, 0.0, NONE, 0.3, True, 2**27, False, False, 2, True, True, False
+        *(t.to("meta") for t in (x, w, bias, y)), None, None, -100, 0.0, NONE, 0.3, True, 2**27, False, False, 2, True, True,
+        False,
     )  # fmt: skip
     assert [tuple(t.shape) for t in meta] == [(2, 3), (2, 3), (2, 3, 4), (5, 4), (0,)]
