@@ -197,7 +197,7 @@ def gram_trace(d: Draws) -> None:
             "weight": tensors,
             "form": (not_choice,),
             "weighted": (not_bool,),
-            "max_bytes": (lambda d, v: d.one_of(0, -1, 1.5, "1", True, None),),
+            "max_bytes": (lambda d, v: d.one_of(0, -1, 1.5, "1", True),),
             "backend": (bad_backend,),
         }
         if rank:
