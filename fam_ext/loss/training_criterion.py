@@ -210,7 +210,7 @@ class TrainingCriterion(LayerCriterion):
 
     def _advise(self, last: StepRecord) -> None:
         """Look at the numbers of a step with the term; on the meta device there are none."""
-        if last.flatness.is_meta:
+        if last.flatness is None or last.flatness.is_meta:
             return
         inside = self.options.curvature == "hessian" and any(
             term.plan not in (None, CLOSED_FORM, UNUSED) for term in self.terms
