@@ -122,6 +122,14 @@ def check_integer(function: str, argument: str, value: object) -> None:
         bad_type(function, argument, "an integer", value)
 
 
+def check_positive(function: str, argument: str, value: object) -> int:
+    """The value; raises TypeError unless it is an integer (and no bool), ValueError unless it is at least 1."""
+    check_integer(function, argument, value)
+    if value < 1:  # type: ignore[operator]
+        bad_value(function, argument, "at least 1", value)
+    return value  # type: ignore[return-value]
+
+
 def check_bool(function: str, argument: str, value: object) -> None:
     """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):

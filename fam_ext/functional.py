@@ -104,7 +104,9 @@ def relative_flatness(
     if logits.shape != (*rows, outputs):
         _checks.bad_value(_NAME, "logits", f"of shape {(*rows, outputs)}", logits)
     _checks.check_choice(_NAME, "loss", loss, _LOSSES)
-    _check_options(loss, target, class_weight, label_smoothing, pos_weight, element_weight, variance)
+    _check_options(
+        loss, target, class_weight, ignore_index, label_smoothing, pos_weight, element_weight, variance, eps
+    )
     loss_hessian: LossHessian
     if loss == "cross_entropy":
         loss_hessian = CrossEntropy(target, reduction, class_weight, ignore_index, label_smoothing)
@@ -149,26 +151,32 @@ def _check_options(
     loss: str,
     target: Any,
     class_weight: Any,
+    ignore_index: Any,
     label_smoothing: float,
     pos_weight: Any,
     element_weight: Any,
     variance: Any,
+    eps: Any,
 ) -> None:
     """Refuse an option that the loss would ignore, and a missing target that it needs."""
     _checks.check_between(_NAME, "label_smoothing", label_smoothing, 0.0, 1.0)
     allowed = {
         "class_weight": loss == "cross_entropy",
+        "ignore_index": loss == "cross_entropy",
         "label_smoothing": loss == "cross_entropy",
         "pos_weight": loss == "bce_with_logits",
         "element_weight": loss in ("bce_with_logits", "mse"),
         "variance": loss == "gaussian_nll",
+        "eps": loss == "gaussian_nll",
     }
     given = {
         "class_weight": class_weight is not None,
+        "ignore_index": ignore_index != -100,
         "label_smoothing": label_smoothing != 0,
         "pos_weight": pos_weight is not None,
         "element_weight": element_weight is not None,
         "variance": variance is not None,
+        "eps": eps != 1e-6,
     }
     for argument, present in given.items():
         if present and not allowed[argument]:

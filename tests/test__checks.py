@@ -115,3 +115,16 @@ def test_long_values_are_cut_in_messages() -> None:
 
 def test_an_uninitialized_parameter_is_described() -> None:
     assert _checks.describe(nn.LazyLinear(2).weight) == "an uninitialized parameter"
+
+
+def test_positive_integers() -> None:
+    assert _checks.check_positive("f", "n", 3) == 3
+    for value, error in (
+        (0, ValueError),
+        (-2, ValueError),
+        (True, TypeError),
+        (1.0, TypeError),
+        ("1", TypeError),
+    ):
+        with pytest.raises(error, match="f: n must be"):
+            _checks.check_positive("f", "n", value)

@@ -306,8 +306,9 @@ class CapturedCalls:
             if not torch.is_grad_enabled():
                 return UnsupportedError(
                     f"{caller}: {self.layer} did not return these outputs. Without gradients they must be the very tensor that "
-                    "it returned, or under torch.no_grad a contiguous view of it: no graph tells of casts, slices and "
-                    "permutations; enable gradients"
+                    "it returned, or under torch.no_grad a contiguous view of it: no graph tells of casts, slices, "
+                    "permutations and further layers; call the model and the criterion with gradients enabled, and let the layer "
+                    "or something before it require grad (a frozen model's does not)"
                 )
             return self.not_called(caller)
         if not outputs.requires_grad:

@@ -18,7 +18,7 @@ from fam_ext import _checks
 from fam_ext.capture.calls import CapturedCalls
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers.linear_map import LinearMap
-from fam_ext.loss_hessians import CrossEntropy
+from fam_ext.loss_hessians import CrossEntropy, LossHessian
 from fam_ext.ops.head_cross_entropy import head_cross_entropy, ordinary_call
 from fam_ext.ops.linear_cross_entropy import linear_cross_entropy
 from fam_ext.options import Options
@@ -125,6 +125,23 @@ def from_logits(
     return total, kappa if factor == 1.0 else kappa * factor
 
 
+def check_num_items(caller: str, loss_hessian: LossHessian, num_items: object) -> str:
+    """The reduction of a criterion whose sum is to be divided by `num_items` (None: by a number that is not known yet).
+
+    Raises UnsupportedError for class weights under "mean", TypeError or ValueError for another reduction than "mean" and "sum"
+    and where `num_items` is no number of at least 0.
+    """
+    if num_items is not None:
+        _checks.check_count(caller, "num_items", num_items)
+    reduction = loss_hessian.reduction
+    _checks.check_choice(caller, "reduction of the criterion, with num_items,", reduction, ("mean", "sum"))
+    if reduction == "mean" and getattr(loss_hessian, "weight", None) is not None:
+        raise UnsupportedError(
+            f"{caller}: num_items counts terms, the criterion's weights do not; use reduction='sum'"
+        )
+    return reduction
+
+
 class FeatureLoss:
     """One loss from the head's input: (CE + strength * kappa, kappa) for a strength, everything else loss_hessian and checked.
 
@@ -148,16 +165,8 @@ class FeatureLoss:
         _checks.check_floating(NAME, "weight", weight)
         if weight.shape != (layer.outputs, layer.inputs):
             _checks.bad_value(NAME, "weight", f"of the layer's shape {(layer.outputs, layer.inputs)}", weight)
-        if num_items is not None and loss_hessian.reduction != "mean":
-            _checks.bad_value(
-                NAME, "num_items", "None unless the criterion's reduction is 'mean'", loss_hessian.reduction
-            )
-        if num_items is not None and loss_hessian.weight is not None:
-            raise UnsupportedError(
-                f"{NAME}: num_items counts rows, class weights do not; use reduction='sum'"
-            )
         if num_items is not None:
-            _checks.check_count(NAME, "num_items", num_items)
+            check_num_items(NAME, loss_hessian, num_items)
         self.tensors = (features, weight, target)
         self.num_items = num_items
         self.factor = factor

@@ -7,6 +7,7 @@ closure, 2 * probes + 1 times under the same random numbers; statistics of norma
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,10 +25,15 @@ Closure = Callable[[], Tensor]
 
 @contextmanager
 def _buffers_set_aside() -> Iterator[None]:
-    """Modules called within the block work on copies of their buffers."""
+    """Modules called within the block work on copies of their buffers; other threads' are left alone, but for replicas."""
     originals: dict[nn.Module, dict[str, Tensor | None]] = {}
+    own = threading.get_ident()
 
-    def before(module: nn.Module, args: Any) -> None:
+    def before(module: nn.Module, args: Any) -> None:  # torch calls it for every module of the process
+        if threading.get_ident() != own and not getattr(
+            module, "_is_replica", False
+        ):  # nn.DataParallel's have threads
+            return
         if module._buffers and module not in originals:
             originals[module] = dict(module._buffers)
             for name, buffer in module._buffers.items():

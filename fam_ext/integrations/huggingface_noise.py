@@ -41,15 +41,16 @@ class NoisePatch:
         self.criterion = criterion
         self._names = names
         self._gate = Gate()
-        self._hooks: list[NoiseHook] = []
-        for term in criterion.terms:
-            assert isinstance(term.hook, NoiseHook)
-            term.hook.gate = self._gate
-            self._hooks.append(term.hook)
+        for term, hook in zip(criterion.terms, self._hooks(), strict=True):
+            term.gate = hook.gate = self._gate
         names = list(inspect.signature(body.forward).parameters)
         self._mask_at = names.index("attention_mask") if "attention_mask" in names else None
         self._passes = 0
         self._handle: Any = body.register_forward_pre_hook(_BodyHook(self), with_kwargs=True)
+
+    def _hooks(self) -> list[NoiseHook]:
+        """Those on the layers now: attach() makes new ones."""
+        return [term.hook for term in self.criterion.terms if isinstance(term.hook, NoiseHook)]
 
     @property
     def last(self) -> Any:
@@ -92,7 +93,7 @@ class NoisePatch:
                     f"{NAME}: a compiled model cannot count its passes: call criterion.follow(optimizer) of the patch for a "
                     "strength that changes and for every > 1"
                 )
-            for hook in self._hooks:
+            for hook in self._hooks():
                 hook.drawn, hook.later = None, None
             return
         if self._passes == 1:
@@ -103,7 +104,7 @@ class NoisePatch:
 
     def _look_for_silent_layers(self) -> None:
         """After the first pass: layers that have noise and were never called."""
-        loud = [(name, hook) for name, hook in zip(self._names, self._hooks, strict=True) if hook.value]
+        loud = [(name, hook) for name, hook in zip(self._names, self._hooks(), strict=True) if hook.value]
         silent = [name for name, hook in loud if not hook.seen]
         if not silent:
             return

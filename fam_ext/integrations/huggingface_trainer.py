@@ -188,7 +188,7 @@ def _can_sum(criterion: FAMLoss) -> bool:
     if getattr(inner, "ignore_index", _IGNORED) != _IGNORED:
         return False
     try:
-        with summed(criterion.options, criterion.criterion, criterion._bind, {}):
+        with summed(criterion.options, criterion.criterion, criterion._bind, (None,), {}):
             return True
-    except (UnsupportedError, ValueError):
+    except (TypeError, UnsupportedError, ValueError):  # TypeError: it takes more than labels
         return False

@@ -134,6 +134,8 @@ def select_with_strengths(
         number = check_strength(caller, "strength", value)
         if callable(number):
             _checks.bad_type(caller, "strength", "a dict from patterns to numbers", value)
+        if noise and number < 0:
+            _checks.bad_value(caller, "strength", "at least 0 with method='noise', a variance", number)
         for module in one.layers.values():
             of_layer.setdefault(identity(module), number)
     if layer is None:

@@ -155,9 +155,8 @@ class FAMLoss(TrainingCriterion):
         made = cls(criterion, list(selection.layers.values()), strength, **options)
         for term, share in zip(made.terms, shares, strict=False):
             term.set_share(share)
-        for term, name in zip(made.terms, selection.layers, strict=True):
-            term.name = name
-        made.left_out, made._guess = selection.left_out, selection.guess
+        made._take_names(selection)
+        made._guess = selection.guess
         if made._noise:
             made._set_noise()
         return made
@@ -197,7 +196,7 @@ class FAMLoss(TrainingCriterion):
     def _of_sum(
         self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any, items: Any
     ) -> Tensor:
-        with summed(self.options, self.criterion, self._bind, kwargs, items) as of_sum:
+        with summed(self.options, self.criterion, self._bind, targets, kwargs, items) as of_sum:
             return self._forward(outputs, targets, of_sum, closure, items)
 
     def _forward(
@@ -293,7 +292,7 @@ class FAMLoss(TrainingCriterion):
         if self._noise:
             return self._perturbed(outputs, targets, kwargs, items)
         strength = self._strength
-        if self.every != 1 or not isinstance(strength, float):
+        if self._every != 1 or not isinstance(strength, float):
             strength = self._strength_now()
         if isinstance(strength, float) and strength == 0:
             self.reset()
@@ -382,7 +381,7 @@ class FAMLoss(TrainingCriterion):
             loss = loss / items
         self._reset_noise()
         self._finish(StepRecord(loss.detach(), None, strength))
-        if callable(self._strength) or self.every > 1:
+        if self.changes:
             self._set_noise()
         return loss
 

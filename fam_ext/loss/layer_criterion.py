@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fam_ext import _checks, criteria, loss_hessians
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import adapters, attention, sharding
+from fam_ext.layers.find import Selection
 from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.one_call import distributed, hidden_calls
@@ -41,7 +42,12 @@ class LayerCriterion(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "criterion":  # it may be replaced later: the closed form must be the new one's
-            self._read_criterion(value)
+            read = self._read_criterion(value)
+            if not isinstance(value, nn.Module):
+                self._modules.pop("criterion", None)  # a function may take a module's place
+            super().__setattr__(name, value)
+            self._flattened, self._bind, self._no_closed_form = read
+            return
         super().__setattr__(name, value)
         if name == "training":  # train(), eval(), or a tool that sets it itself
             self._activate(value)
@@ -51,20 +57,18 @@ class LayerCriterion(nn.Module):
         for term in self.__dict__.get("terms", ()):
             term.hook.active = training and term.handle is not None
 
-    def _read_criterion(self, criterion: Any) -> None:
-        """How to bind the criterion's arguments, where it has a closed form; else why not."""
+    def _read_criterion(self, criterion: Any) -> tuple[Any, Any, str]:
+        """The flattened form of the criterion, how to bind its arguments where it has a closed form, and else why not."""
         bind: Any = None
         why_not = ""
-        self._flattened = criteria.flattened(criterion)
+        flattened = criteria.flattened(criterion)
         try:
-            bind = loss_hessians.read(
-                self.options.caller, criterion if self._flattened is None else self._flattened.func
-            )
+            bind = loss_hessians.read(self.options.caller, criterion if flattened is None else flattened.func)
         except UnsupportedError as error:
             if self.options.method == "closed_form" or self.options.curvature != "hessian":
                 raise
             why_not = str(error)
-        self._bind, self._no_closed_form = bind, why_not
+        return flattened, bind, why_not
 
     @property
     def reduction(self) -> Any:
@@ -122,8 +126,20 @@ class LayerCriterion(nn.Module):
 
     def attach(self) -> None:
         """Put the hooks on the layers (again); without effect while they are there."""
-        for term in self.terms:
-            term.attach(self)
+        bare = [term for term in self.terms if term.handle is None]
+        try:
+            for term in bare:
+                term.attach(self)
+        except Exception:
+            for term in bare:
+                term.detach()
+            raise
+
+    def _take_names(self, selection: Selection) -> None:
+        """How `for_model` chose the layers, for plans."""
+        for term, name in zip(self.terms, selection.layers, strict=True):
+            term.name = name
+        self.left_out = selection.left_out
 
     def detach(self) -> None:
         """Take the hooks off the layers. Evaluation mode still works, training raises until attach()."""
@@ -153,7 +169,7 @@ class LayerCriterion(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("_attached")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._read_criterion(self.criterion)
+        self._flattened, self._bind, self._no_closed_form = self._read_criterion(self.criterion)
         if attached:
             self.attach()
 

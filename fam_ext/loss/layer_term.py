@@ -19,7 +19,7 @@ from fam_ext.layers.attention import Projection
 from fam_ext.layers.linear_map import LinearMap
 from fam_ext.loss import attention_hook
 from fam_ext.loss.attention_hook import ProjectionHook
-from fam_ext.loss.noise_hook import NoiseHook
+from fam_ext.loss.noise_hook import Gate, NoiseHook
 from fam_ext.loss.plan import CouplingMemory, Plan
 from fam_ext.options import Options
 
@@ -39,7 +39,11 @@ class LayerTerm:
         self.captures = CapturedCalls(str(module), self.layer.class_dim, self.layer.unusual)
         self.set_share(1.0)
         self.hook: LayerHook | NoiseHook = LayerHook()
+        self.gate: Gate | None = (
+            None  # of the noise: which passes are perturbed, whatever hook is on the layer
+        )
         self.handle: Any = None
+        self.with_owner: Any = None  # takes the hook off when the criterion goes
         self.name = ""  # in the model, where it was chosen by name
         self.plan: Plan | None = None
         self.memory = CouplingMemory()
@@ -74,11 +78,15 @@ class LayerTerm:
             _remove_inert_hooks(module)
             self.hook = LayerHook(self.captures, owner.any_mode)
             self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
+        if isinstance(self.hook, NoiseHook):
+            self.hook.gate = self.gate
         self.hook.active = owner.training
-        weakref.finalize(owner, self.handle.remove).atexit = False
+        self.with_owner = weakref.finalize(owner, self.handle.remove)
+        self.with_owner.atexit = False
 
     def detach(self) -> None:
         if self.handle is not None:
+            self.with_owner.detach()
             self.handle.remove()
             self.handle = None
             self.hook.active = False
@@ -158,11 +166,12 @@ class LayerTerm:
             log.info("%s on %s: %s", self.options.caller, type(self.layer.module).__name__, plan)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"options": self.options, "module": self.module, "share": self.share}
+        return {"options": self.options, "module": self.module, "share": self.share, "name": self.name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["options"], state["module"])  # type: ignore[misc]
         self.set_share(state["share"])
+        self.name = state["name"]
 
 
 class _Handles(list[Any]):

@@ -62,6 +62,8 @@ class NoiseHook:
         self._passing = False  # it was drawn without grad
         self._reentrant = False  # a call without grad has been repeated in a backward pass
         self.later: noise.Draw | None = None  # what calls after the first one take, where that differs
+        # its numbers without their graph, for calls that are repeated: what is remembered may not keep a skipped step's graph
+        self._later_alone: noise.Draw | None = None
         # of the step before, whose backward pass may call the layer again
         self.kept: tuple[noise.Draw | None, noise.Draw | None] = (None, None)
         # of the latest calls: what was drawn, for recognizing a repeated one; what was taken in its place; the positions;
@@ -91,8 +93,9 @@ class NoiseHook:
 
     def finish(self) -> None:
         """A loss has been taken: the next call draws anew."""
-        self.kept = (self.drawn, self.later)
+        self.kept = (self.drawn, self._later_alone)
         self.drawn, self.later, self._token, self._first = None, None, None, None
+        self._later_alone = None
         self.called = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -207,7 +210,8 @@ class NoiseHook:
         """`taken`, or the fresh draw, where it counts; kept for a backward pass that calls the layer again."""
         if not torch.compiler.is_compiling():
             positions = None if self.gate is None else self.gate.positions
-            self._calls.append((_signs(fresh), taken, positions, not torch.is_grad_enabled()))
+            numbers = self._later_alone if taken is not None and taken is self.later else taken
+            self._calls.append((_signs(fresh), numbers, positions, not torch.is_grad_enabled()))
         return self._at_positions(taken or fresh)
 
     def _repeated(self, fresh: noise.Draw) -> noise.Draw:
@@ -229,6 +233,7 @@ class NoiseHook:
             return self.drawn
         if self.later is None:
             self.later = noise.along(self._first, self.drawn.left, fresh.left)
+            self._later_alone = _alone(self.later)
         return self.later
 
     def _remember(self, *perturbed: Tensor) -> None:
@@ -251,6 +256,12 @@ class NoiseHook:
 def _in_backward() -> bool:
     """Whether a backward pass calls the layer again (checkpointing)."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _alone(drawn: noise.Draw) -> noise.Draw:
+    """The draw without its graph; it requires grad as before, so that a repeated call saves the same tensors."""
+    b = drawn.channels
+    return drawn if b is None else drawn._replace(channels=b.detach().requires_grad_(b.requires_grad))
 
 
 def _signs(drawn: noise.Draw) -> Tensor:

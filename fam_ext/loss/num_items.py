@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from fam_ext import _checks
 from fam_ext.criteria import uncompiled
 from fam_ext.errors import UnsupportedError
+from fam_ext.head.one_pass import check_num_items
 from fam_ext.loss_hessians import SUPPORTED
 from fam_ext.options import Options
 
@@ -19,23 +19,26 @@ _WAY_OUT = "pass a criterion with reduction='sum', and divide by num_items yours
 
 @contextmanager
 def summed(
-    options: Options, criterion: Any, known: Any, kwargs: dict[str, Any], num_items: Any = None
+    options: Options,
+    criterion: Any,
+    known: Any,
+    targets: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_items: Any = None,
 ) -> Iterator[dict[str, Any]]:
     """Within it `criterion` sums over its terms: a module's `reduction` is "sum", a function gets it as an argument.
 
     Args:
         known: how the criterion's arguments are bound (fam_ext.loss_hessians.read), None where nothing is known about it.
-        kwargs: the call's keyword arguments; what is yielded stands for them.
+        targets, kwargs: the call's arguments after the outputs; what is yielded stands for the keyword arguments.
         num_items: what the sum is to be divided by, which is checked.
 
     Raises:
         UnsupportedError: nothing is known about the criterion, it has class weights under "mean", or the loss is a closure's.
         ValueError: its reduction is neither "mean" nor "sum".
-        TypeError, ValueError: num_items is no number.
+        TypeError, ValueError: num_items is no number of at least 0, or the arguments are not the criterion's.
     """
     caller = options.caller
-    if num_items is not None:
-        _checks.check_count(caller, "num_items", num_items)
     if options.method == "finite_difference":
         raise UnsupportedError(
             f"{caller}: num_items with method='finite_difference', whose closure forms a loss of its own; {_WAY_OUT}, in the "
@@ -48,17 +51,10 @@ def summed(
             f"{caller}: num_items needs a criterion that is known to be a sum or mean of terms: {SUPPORTED}; for others "
             + _WAY_OUT
         )
-    given = {**getattr(inner, "keywords", {}), **kwargs}  # of a functools.partial
     module = isinstance(inner, nn.Module)
-    reduction = inner.reduction if module else given.get("reduction", "mean")
-    _checks.check_choice(caller, "reduction of the criterion, with num_items,", reduction, ("mean", "sum"))
-    weight = getattr(inner, "weight", None) if module else given.get("weight")
-    if reduction == "mean" and weight is not None:
-        raise UnsupportedError(
-            f"{caller}: num_items counts terms, the criterion's weights do not; use reduction='sum'"
-        )
+    reduction = check_num_items(caller, known(*targets, **kwargs), num_items)
     if not module:
-        yield {**kwargs, "reduction": "sum"}
+        yield kwargs if reduction == "sum" else {**kwargs, "reduction": "sum"}
         return
     inner.reduction = "sum"
     try:

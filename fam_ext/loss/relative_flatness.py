@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks
 from fam_ext.errors import UnsupportedError
-from fam_ext.layers.find import find_layers
+from fam_ext.layers.find import select_layers
 from fam_ext.loss.layer_criterion import LayerCriterion, outside_graph
 from fam_ext.loss.one_call import LossCall, head_calls, loss_and_terms
 from fam_ext.options import Options
@@ -71,7 +71,10 @@ class RelativeFlatness(LayerCriterion):
         cls, criterion: Any, model: nn.Module, layer: str | nn.Module | None = None, **options: Any
     ) -> RelativeFlatness:
         """RelativeFlatness on layers of `model` by name or glob pattern (several: the sum); default: the last Linear or Conv."""
-        return cls(criterion, find_layers("RelativeFlatness.for_model", model, layer), **options)
+        selection = select_layers("RelativeFlatness.for_model", model, layer)
+        made = cls(criterion, list(selection.layers.values()), **options)
+        made._take_names(selection)
+        return made
 
     def forward(
         self, outputs: Any, *targets: Any, per_sample: bool = False, closure: Any = None, **kwargs: Any

@@ -31,13 +31,11 @@ class TrainingCriterion(LayerCriterion):
         strength: float | Schedule | TargetRatio,
         every: int,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int):
-            _checks.bad_type("FAMLoss", "every", "an integer", every)
-        if every < 1:
-            _checks.bad_value("FAMLoss", "every", "at least 1", every)
+        every = _checks.check_positive("FAMLoss", "every", every)
+        strength = _checked(options, strength)
         super().__init__(criterion, layer, options)
-        self._strength = self._check_strength(strength)
-        self.every = every
+        self._strength: Any = strength
+        self._every = every
         self.step = 0
         self._counts_calls = True
         self._followed: Any = None  # handle of the hook on the optimizer
@@ -46,19 +44,11 @@ class TrainingCriterion(LayerCriterion):
         self._noise = options.method == "noise"
         self.changes = False  # the strength of the noise, from step to step
         if self._noise:
-            self._set_noise()
-
-    def _check_strength(self, value: object) -> Any:
-        if isinstance(value, TargetRatio):
-            if self.options.method == "noise":
-                _checks.bad_type(
-                    "FAMLoss",
-                    "strength",
-                    "a number or a schedule of steps with method='noise', which has no value of kappa",
-                    value,
-                )
-            return value
-        return check_strength("FAMLoss", "strength", value)
+            try:
+                self._set_noise()
+            except Exception:  # of the schedule; the error may be kept, and with it the criterion
+                self.detach()
+                raise
 
     @property
     def strength(self) -> Any:
@@ -67,9 +57,24 @@ class TrainingCriterion(LayerCriterion):
 
     @strength.setter
     def strength(self, value: float | Schedule | TargetRatio) -> None:
-        self._strength = self._check_strength(value)
+        value = _checked(self.options, value)
+        now = self._strength_at(self.step, value, self._every) if self._noise else None
+        self._strength = value
         if self._noise:
-            self._set_noise()
+            self._set_noise(now)
+
+    @property
+    def every(self) -> int:
+        """The term is added on steps 0, every, 2 every, ...; may be set at any time."""
+        return self._every
+
+    @every.setter
+    def every(self, value: int) -> None:
+        value = _checks.check_positive("FAMLoss", "every", value)
+        now = self._strength_at(self.step, self._strength, value) if self._noise else None
+        self._every = value
+        if self._noise:
+            self._set_noise(now)
 
     def follow(self, optimizer: Any = None) -> None:
         """Count the steps of `optimizer` from now on, not the calls of the criterion: what `every` and schedules go by.
@@ -147,9 +152,11 @@ class TrainingCriterion(LayerCriterion):
             self._strength.load_state_dict(state["schedule"])
         for term, of_term in zip(self.terms, state.get("generators", ()), strict=False):
             term.load_generator_states(of_term)
-        self.step = state["step"]  # last: an error above leaves it
+        step = state["step"]
+        now = self._strength_at(step, self._strength, self._every) if self._noise else None
+        self.step = step  # last: an error above leaves it
         if self._noise:
-            self._set_noise()
+            self._set_noise(now)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """As nn.Module's, but a state of a model that was trained with the criterion alone lacks nothing."""
@@ -174,12 +181,11 @@ class TrainingCriterion(LayerCriterion):
                 hook: Any = term.hook
                 hook.active = hook.active and hook.value != 0
 
-    def _set_noise(self) -> None:
-        """Tell the hooks the strength of the step to come."""
-        strength = self._strength_now()
-        if strength < 0:
-            _checks.bad_value("FAMLoss", "strength", "at least 0 with method='noise', a variance", strength)
-        self.changes = callable(self._strength) or self.every > 1
+    def _set_noise(self, strength: float | None = None) -> None:
+        """Tell the hooks the strength of the step to come, where it is known already."""
+        if strength is None:
+            strength = self._strength_now()
+        self.changes = callable(self._strength) or self._every > 1
         shared = self.options.per_sample_probes is False
         for term in self.terms:
             hook: Any = term.hook
@@ -219,12 +225,28 @@ class TrainingCriterion(LayerCriterion):
 
     def _strength_now(self) -> Any:
         """This step's strength: a number, or TargetRatio. 0 on a step without the term."""
-        if self.step % self.every:
+        return self._strength_at(self.step, self._strength, self._every)
+
+    def _strength_at(self, step: int, strength: Any, every: int) -> Any:
+        if step % every:
             return 0.0
-        strength = self._strength
         if not isinstance(strength, (float, TargetRatio)):
             what = "the value of the strength schedule"
-            strength = check_strength("FAMLoss", what, strength(self.step))
+            strength = _checked(self.options, strength(step), what)
             if callable(strength):
                 _checks.bad_type("FAMLoss", what, "a number", strength)
         return strength
+
+
+def _checked(options: Options, value: object, what: str = "strength") -> Any:
+    """A strength that the options allow: a float, a schedule or TargetRatio."""
+    noise = options.method == "noise"
+    if isinstance(value, TargetRatio):
+        if noise:
+            expected = "a number or a schedule of steps with method='noise', which has no value of kappa"
+            _checks.bad_type("FAMLoss", what, expected, value)
+        return value
+    checked = check_strength("FAMLoss", what, value)
+    if noise and isinstance(checked, float) and checked < 0:
+        _checks.bad_value("FAMLoss", what, "at least 0 with method='noise', a variance", checked)
+    return checked

@@ -78,12 +78,14 @@ def test_per_row() -> None:
     torch.testing.assert_close(loss, expected)
 
 
-def test_number_of_items() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_number_of_items(reduction: str) -> None:
     """The gradients of two batches that share one mean add up to those of the batch of both."""
     layer, criterion = make()
     x, y = batch()
     whole = step(layer, criterion.linear_cross_entropy(x, layer.weight, y, layer.bias), x)
     items = (y != -100).sum()
+    criterion.criterion = nn.CrossEntropyLoss(reduction=reduction)
     parts = []
     for k in (slice(0, 1), slice(1, 3)):
         loss = criterion.linear_cross_entropy(x[k], layer.weight, y[k], layer.bias, num_items=items)
@@ -127,11 +129,11 @@ def test_refusals() -> None:
     hooked.register_forward_hook(lambda *a: None)
     expect("forward hooks", lambda: run(make(hooked)[1]))
     weighted = nn.CrossEntropyLoss(torch.ones(40))
-    expect("num_items counts rows", lambda: run(make(weighted)[1], num_items=3))
+    expect("num_items counts terms", lambda: run(make(weighted)[1], num_items=3))
     with pytest.raises(ValueError, match=r"weight must be of the layer's shape \(40, 5\)"):
         make()[1].linear_cross_entropy(x, torch.zeros(41, 5), y)
-    with pytest.raises(ValueError, match="num_items must be None unless"):
-        run(make(nn.CrossEntropyLoss(reduction="sum"))[1], num_items=3)
+    with pytest.raises(ValueError, match="reduction of the criterion, with num_items, must be one of"):
+        run(make(nn.CrossEntropyLoss(reduction="none"))[1], num_items=3)
     with pytest.raises(TypeError, match=r"^FAMLoss\.linear_cross_entropy: num_items must be a number"):
         run(make()[1], num_items="3")
     layer, criterion = make()

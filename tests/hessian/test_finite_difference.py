@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from typing import Any
 
@@ -90,6 +91,25 @@ def test_evaluations_see_the_same_random_numbers_and_change_nothing() -> None:
     torch.testing.assert_close(plus + minus, 2 * middle)
     assert not torch.equal(plus, middle)
     assert net[0].weight is weight and all(torch.equal(v, plain[k]) for k, v in net.state_dict().items())
+
+
+def test_other_threads_keep_their_updates() -> None:
+    """A model that is trained meanwhile tracks its batches; a replica of data parallelism belongs to the closure."""
+    layer, other = nn.Linear(3, 3), nn.BatchNorm1d(3)
+    replicated = nn.BatchNorm1d(3)
+    replica: Any = replicated._replicate_for_data_parallel()
+    x = torch.randn(6, 3)
+
+    def closure() -> Tensor:
+        for module in (other, replica):
+            thread = threading.Thread(target=module, args=(x,))
+            thread.start()
+            thread.join()
+        return layer(x).square().sum()
+
+    finite_difference.hutchinson("test", closure, LinearMap("test", layer), True, 1, torch.Generator())
+    assert int(other.num_batches_tracked) == 3 and bool((other.running_mean != 0).any())
+    assert int(replicated.num_batches_tracked) == 0 and bool((replicated.running_mean == 0).all())
 
 
 def test_an_error_in_the_closure_leaves_weight_and_buffers() -> None:

@@ -100,6 +100,28 @@ def test_evaluation_generation_and_passes_without_grad_are_untouched(name: str) 
         assert not torch.equal(model(tokens).logits, clean)
 
 
+def test_hooks_that_are_made_anew_obey_the_patch() -> None:
+    """After detach() and attach() passes without grad are still left alone, and steps have draws of their own."""
+    model, tokens = gpt2(), ids()
+    clean = model(tokens).logits
+    with patch_causal_lm(model.train(), 0.1, method="noise") as patch:
+        patch.criterion.detach()
+        patch.criterion.attach()
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens).logits, clean)
+        first, second = model(tokens).logits, model(tokens).logits
+        assert not torch.equal(first, second) and not torch.equal(first, clean)
+
+
+def test_every_is_set_later() -> None:
+    model, tokens = gpt2(), ids()
+    clean = model(tokens).logits
+    with patch_causal_lm(model.train(), 0.1, method="noise") as patch:
+        patch.criterion.every = 2
+        perturbed = [not torch.equal(model(tokens).logits, clean) for _ in range(4)]
+    assert perturbed == [True, False, True, False]
+
+
 class FusedLoss(nn.Module):
     """A stand-in for fused losses: the model's forward is replaced by one that forms the loss from the head's weight alone."""
 

@@ -345,3 +345,14 @@ def test_frozen_layer_and_features() -> None:
     with torch.inference_mode():
         features = x.detach().clone()  # has no version counter
     torch.testing.assert_close(criterion(layer(features), y).detach(), total)
+
+
+def test_a_negative_share_of_noise_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    ce = nn.CrossEntropyLoss()
+    with pytest.raises(
+        ValueError, match=r"FAMLoss\.for_model: strength must be at least 0 with method='noise'"
+    ):
+        FAMLoss.for_model(ce, net, strength={"0": -0.1, "2": 0.1}, method="noise")
+    assert not net[0]._forward_pre_hooks and not net[2]._forward_pre_hooks
+    FAMLoss.for_model(ce, net, strength={"0": -0.1, "2": 0.1})  # elsewhere it may be negative

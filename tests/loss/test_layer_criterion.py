@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +58,15 @@ def test_hooks_follow_the_mode() -> None:
     assert all(t.hook.active for t in loss.terms)
 
 
+def test_layers_that_cannot_all_be_hooked_are_left_alone() -> None:
+    """The second one's forward has been replaced: the first one has no hook, although the error is alive."""
+    first, second = nn.Linear(4, 4), nn.MultiheadAttention(4, 2)
+    second.forward = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedError, match="has been replaced") as kept:
+        FAMLoss(CE, [first, second], 0.1, method="noise")
+    assert kept.value is not None and not first._forward_pre_hooks
+
+
 def test_reset_drops_every_layer_s_calls() -> None:
     net, (x, _) = network(), batch()
     loss = criterion([net[0], net[2]])
@@ -73,6 +84,18 @@ def test_plans() -> None:
     one(z, y)
     two(z, y)
     assert one.plan.method == "closed_form" and [p.method for p in two.plan] == ["exact", "closed_form"]
+
+
+@pytest.mark.parametrize("kind", [FAMLoss, RelativeFlatness])
+def test_plans_have_the_layers_names(kind: Any) -> None:
+    """Of every class, in copies too; layers that were left out among them."""
+    net = nn.Sequential(nn.Linear(5, 4), nn.MultiheadAttention(4, 1), nn.Linear(4, 3))
+    options = {"strength": 0.1} if kind is FAMLoss else {}
+    loss = kind.for_model(CE, net, "*", **options)
+    for one in (loss, copy.deepcopy(loss)):
+        assert [line.partition(":")[0] for line in repr(one.plan).splitlines()] == [
+            "0", "2", "1.in_proj", "1.out_proj",
+        ]  # fmt: skip
 
 
 def test_a_replaced_criterion_is_read_again() -> None:
@@ -95,6 +118,30 @@ def test_a_replaced_criterion_is_read_again() -> None:
     loss = RelativeFlatness(CE, net[2])
     loss.criterion = Own()
     assert loss(net(x), y).isfinite() and loss.plan.method == "exact"
+
+
+def test_a_function_in_a_module_s_place_and_back() -> None:
+    """Loss, kappa and gradients are the new criterion's each time, and the old one's where the new one is refused."""
+    net, (x, y) = network().double(), batch()
+    x = x.double()
+    total = functools.partial(F.cross_entropy, reduction="sum")
+    loss = FAMLoss(CE, net[2], 0.1)
+
+    def check(criterion: object) -> None:
+        fresh = FAMLoss(criterion, net[2], 0.1)
+        got, want = (torch.autograd.grad(c(net(x), y), list(net.parameters())) for c in (loss, fresh))
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(loss.last.flatness, fresh.last.flatness)
+        assert loss.criterion is criterion
+
+    for criterion in (total, CE, total, nn.CrossEntropyLoss(reduction="sum")):
+        loss.criterion = criterion
+        check(criterion)
+    for wrong in (None, "cross_entropy"):
+        with pytest.raises(TypeError, match="FAMLoss: criterion must be a loss module or function"):
+            loss.criterion = wrong
+        check(criterion)
+    assert [*loss.children()] == [criterion]
 
 
 def test_copies() -> None:

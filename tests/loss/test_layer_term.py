@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from fam_ext.capture.hook import LayerHook
 from fam_ext.loss.layer_term import LayerTerm
-from fam_ext.loss.noise_hook import NoiseHook
+from fam_ext.loss.noise_hook import Gate, NoiseHook
 from fam_ext.loss.plan import CLOSED_FORM, Plan
 from fam_ext.options import Options
 
@@ -57,6 +58,16 @@ def test_the_hook_goes_with_the_criterion() -> None:
     assert hooks(one.module) == []
 
 
+def test_what_waits_for_the_criterion_does_not_pile_up() -> None:
+    one, owner = term(), Owner()
+    before = len(weakref.finalize._registry)  # type: ignore[attr-defined]
+    for _ in range(5):
+        one.attach(owner)
+        assert len(weakref.finalize._registry) == before + 1  # type: ignore[attr-defined]
+        one.detach()
+    assert len(weakref.finalize._registry) == before  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("layer", "before"), [(nn.Linear(3, 2), True), (nn.Conv1d(3, 2, 2), False)])
 def test_noise_has_its_hook_before_or_after_the_layer(layer: nn.Module, before: bool) -> None:
     one, owner = term(layer, method="noise"), Owner()
@@ -65,6 +76,15 @@ def test_noise_has_its_hook_before_or_after_the_layer(layer: nn.Module, before: 
     assert isinstance(hook, NoiseHook) and hook is one.hook
     one.detach()
     assert hooks(layer) == []
+
+
+def test_the_gate_outlives_the_hook() -> None:
+    one, owner = term(method="noise"), Owner()
+    one.gate = Gate()
+    for _ in range(2):
+        one.attach(owner)
+        assert one.hook.gate is one.gate
+        one.detach()
 
 
 def test_inert_hooks_of_a_copied_layer_are_removed() -> None:
@@ -168,11 +188,17 @@ def test_plans_are_logged_when_they_change(caplog: pytest.LogCaptureFixture) -> 
 def test_copies_start_anew() -> None:
     one, owner = term(), Owner()
     one.set_share(0.3)
+    one.name = "body.0"
     one.attach(owner)
     one.record_plan(CLOSED_FORM)
     z = one.module(torch.randn(4, 3))
     for copied in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
-        assert copied.share == copied.factor == 0.3 and copied.plan is None and copied.handle is None
+        assert (
+            copied.share == copied.factor == 0.3
+            and copied.name == "body.0"
+            and copied.plan is None
+            and copied.handle is None
+        )
         assert not copied.captures.pending and not copied.hook.active
         assert torch.equal(copied.module.weight, one.module.weight)
     assert z.requires_grad

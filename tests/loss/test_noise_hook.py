@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import TensorWeakRef
 
 from fam_ext import FAMLoss, UnsupportedError
 from fam_ext.layers.linear_map import LinearMap
@@ -172,6 +173,36 @@ def backward(loss: Tensor, features: Tensor) -> tuple[Tensor]:
     loss.backward()
     assert features.grad is not None
     return (features.grad.clone(),)
+
+
+def test_a_later_call_that_is_checkpointed() -> None:
+    """It takes a draw that depends on the first one's features: gradients are those without checkpointing."""
+    layer, hook = hooked()
+    layer.double()
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(7)
+        features = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        hidden = features.tanh()
+        call = (lambda t: checkpoint(layer, t, use_reentrant=False)) if checkpointed else layer
+        loss = (layer(hidden) * layer(2 * hidden + 1) * call(hidden + 2)).sum()
+        hook.finish()
+        gradients.append(torch.autograd.grad(loss, [features, layer.weight]))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_without_a_backward_pass_is_let_go() -> None:
+    """Of a layer that is called twice."""
+    layer, hook = hooked()
+    alive = []
+    for _ in range(5):
+        first, second = x().requires_grad_().tanh(), x().requires_grad_().tanh()
+        alive += [TensorWeakRef(first), TensorWeakRef(second)]
+        total = (layer(first) + layer(second)).sum()
+        hook.finish()
+        del first, second, total
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
 
 
 def test_every_call_takes_as_many_random_numbers() -> None:

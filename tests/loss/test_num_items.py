@@ -121,6 +121,25 @@ def test_refusals_leave_the_criterion_as_it_is() -> None:
     assert famed.step == 0
 
 
+def test_weights_of_a_function_count_wherever_they_are_given() -> None:
+    """By position or by name: refused under "mean", and what divides the sum under "sum"."""
+    x, y = batch()
+    model, weight = network(), torch.tensor([1.0, 5.0, 0.2, 2.0]).double()
+    famed = FAMLoss(F.cross_entropy, model[2], 0.3)
+    expect("num_items counts terms", lambda: famed(model(x), y, weight, num_items=8))
+    expect("num_items counts terms", lambda: famed(model(x), y, weight=weight, num_items=8))
+    assert famed.step == 0
+    famed.reset()
+    module = FAMLoss(nn.CrossEntropyLoss(weight, reduction="sum"), model[2], 0.3)
+    want = module(model(x), y) / 8
+    module.detach()
+    famed.reset()
+    total = famed(model(x), y, weight, None, -100, None, "sum", num_items=8)  # all by position
+    torch.testing.assert_close(total, want)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(total, parameters), torch.autograd.grad(want, parameters))
+
+
 def test_an_error_of_the_criterion_restores_its_reduction() -> None:
     x, _ = batch()
     model, loss = network(), nn.CrossEntropyLoss()

@@ -61,6 +61,15 @@ def test_a_schedule_that_gives_no_number(value: Any, message: str) -> None:
 def test_every(every: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="FAMLoss: every must be"):
         FAMLoss(CE, nn.Linear(2, 2), 0.5, every=every)
+    net = network()
+    for method in ("auto", "noise"):
+        criterion = FAMLoss(CE, net[2], 0.5, every=2, method=method)
+        with pytest.raises(error, match="FAMLoss: every must be"):
+            criterion.every = every
+        assert criterion.every == 2 and steps(criterion, net, 4) == [0.5, 0, 0.5, 0]
+        criterion.every = 3
+        assert steps(criterion, net, 3) == [0, 0, 0.5]
+        criterion.detach()
 
 
 def test_the_state_comes_back() -> None:
@@ -138,6 +147,37 @@ def test_noise_cannot_be_negative_or_follow_kappa() -> None:
         FAMLoss(CE, layer, -0.1, method="noise")
     with pytest.raises(TypeError, match=r"a number or a schedule of steps with method='noise'"):
         FAMLoss(CE, layer, schedules.TargetRatio(0.1), method="noise")
+
+
+@pytest.mark.parametrize(
+    "wrong", [-1.0, lambda step: -1.0, lambda step: "x", "x", schedules.TargetRatio(0.1)]
+)
+def test_a_refused_strength_of_noise_leaves_the_old_one(wrong: Any) -> None:
+    net = network()
+    criterion = FAMLoss(CE, net[2], 0.5, method="noise")
+    with pytest.raises((TypeError, ValueError), match=r"FAMLoss: .*strength"):
+        criterion.strength = wrong
+    assert criterion.strength == 0.5 and hook(criterion).value == 0.5
+    copy.deepcopy(criterion)
+    assert steps(criterion, net, 1) == [0.5]
+    with pytest.raises((TypeError, ValueError), match=r"FAMLoss: .*strength") as kept:
+        FAMLoss(CE, net[0], wrong, method="noise")
+    assert kept.value is not None and not net[0]._forward_pre_hooks  # although the error is alive
+
+
+def test_a_refused_strength_leaves_no_hook() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="FAMLoss: strength must be a number") as kept:
+        FAMLoss(CE, layer, "x")  # type: ignore[arg-type]
+    assert kept.value is not None and not layer._forward_hooks
+
+
+def test_a_state_whose_strength_is_refused_leaves_the_step() -> None:
+    net = network()
+    criterion = FAMLoss(CE, net[2], lambda step: 0.5 if step < 9 else -0.5, method="noise")
+    with pytest.raises(ValueError, match="the value of the strength schedule must be at least 0"):
+        criterion.set_extra_state({"step": 9, "schedule": None, "generators": []})
+    assert criterion.step == 0 and steps(criterion, net, 1) == [0.5]
 
 
 def test_a_loss_ends_the_noise_s_step() -> None:
