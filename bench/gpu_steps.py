@@ -39,6 +39,9 @@ def vocabulary(rows: int, fan_in: int, classes: int) -> dict[str, Step]:
         "linear_cross_entropy": lambda: gradients(
             functional.linear_cross_entropy(x, weight, target, strength=STRENGTH)[0]
         ),
+        "linear_cross_entropy, parts=1": lambda: gradients(
+            functional.linear_cross_entropy(x, weight, target, strength=STRENGTH, parts=1)[0]
+        ),
         "linear + CE, eager": lambda: gradients(F.cross_entropy(F.linear(x, weight).float(), target)),
     }
     for name, loss in gpu_baselines.linear_cross_entropy().items():

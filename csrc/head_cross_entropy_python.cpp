@@ -3,17 +3,15 @@
 // straight to the dispatcher. Anything else returns None, and Python takes the long way, which names what is wrong.
 #include "head_cross_entropy_python.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
 #include <optional>
 #include <tuple>
 
+#include "ordinary.h"
 #include "shape_checks.h"
 
 namespace py = pybind11;
@@ -25,18 +23,6 @@ using at::Tensor;
 using Values = std::tuple<Tensor, Tensor>;
 using Op = Values(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t,
                   double, bool, double, bool, bool);
-
-// torch.Tensor or nn.Parameter, whose calls no __torch_function__ may see.
-bool ordinary(PyObject* value) { return THPVariable_CheckExact(value) && !at::impl::torch_function_mode_enabled(); }
-
-bool ordinary(const Tensor& t) {
-#ifdef FAM_EXT_CUDA
-  if (!t.is_cpu() && !t.is_cuda()) return false;
-#else
-  if (!t.is_cpu()) return false;
-#endif
-  return t.layout() == at::kStrided && !at::isTensorSubclassLike(t);
-}
 
 bool fits(const Tensor& logits, const Tensor& features, const Tensor& weight, const Tensor& target,
           const std::optional<Tensor>& class_weight) {

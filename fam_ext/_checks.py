@@ -97,6 +97,7 @@ def check_class_indices(function: str, target: Tensor, classes: int, ignore_inde
     """Raise IndexError unless all are from 0 to classes - 1 or ignored. Reads them where that is possible."""
     if not readable(target):
         return
+    target = target.long()  # in uint8 -100 is 156, and 300 is 44
     invalid = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bool(invalid.any()):
         raise IndexError(

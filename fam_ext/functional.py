@@ -15,7 +15,7 @@ from fam_ext.ops.head_cross_entropy import head_cross_entropy
 from fam_ext.ops.linear_cross_entropy import linear_cross_entropy
 from fam_ext.ops.patch_sqnorm import patch_sqnorm
 from fam_ext.ops.softmax_trace import softmax_trace
-from fam_ext.options import Options
+from fam_ext.options import MEASURES, Options
 
 __all__ = [
     "gram_trace",
@@ -69,7 +69,8 @@ def relative_flatness(
         variance, eps: as var and eps of torch.nn.functional.gaussian_nll_loss.
         reduction: "mean", "sum", or "none" for the share of each row (of each element for the other losses).
         normalize: None, or "fan_in" to divide by I.
-        measure, norm_power, curvature_grad, backend: as in FAMLoss.
+        measure: "neuronwise", "layerwise" or "trace".
+        norm_power, curvature_grad, backend: as in FAMLoss.
 
     Returns:
         kappa, 0-d, differentiable in features, weight and logits; float64 if an input is, else float32.
@@ -88,6 +89,7 @@ def relative_flatness(
     >>> relative_flatness(features, weight, features @ weight.T, reduction="none")
     tensor([2.0999, 1.0000])
     """
+    _checks.check_choice(_NAME, "measure", measure, MEASURES)
     options = Options(
         _NAME, measure, "hessian", "auto", 1, normalize, norm_power, curvature_grad, None, backend
     )

@@ -107,6 +107,10 @@ class CrossEntropy(LossHessian):
     label_smoothing: float = 0.0
     softmax = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.target, Tensor) and self.target.dtype is torch.uint8:
+            self.target = self.target.long()  # in uint8 -100 is class 156
+
     def check(self, caller: str, outputs: Tensor) -> None:
         if outputs.dim() == 0:
             _checks.bad_value(caller, "outputs", "of shape (O,), (B, O) or (B, O, *positions)", outputs)
@@ -161,7 +165,7 @@ class CrossEntropy(LossHessian):
         valid = target != self.ignore_index
         if self.weight is None:
             return valid.sum()
-        return self.weight[torch.where(valid, target, 0).long()].mul(valid).sum()
+        return self.weight[torch.where(valid, target, 0)].mul(valid).sum()
 
     def coefficients(self, outputs: Tensor) -> Tensor:
         """c_i, of the shape of an index target."""
@@ -172,7 +176,6 @@ class CrossEntropy(LossHessian):
         options = (self.weight, self.ignore_index, self.label_smoothing, self.reduction)
         if _soft(target):
             return cross_entropy_coefficients(outputs, target, *options)
-        target = target.long()
         if _checks.readable(target):
             return cross_entropy_coefficients(outputs, target, *options)
         invalid = ((target < 0) | (target >= _classes(outputs))) & (target != self.ignore_index)
@@ -369,11 +372,8 @@ def read(caller: str, criterion: object) -> Callable[..., LossHessian]:
     inner: Any = uncompiled(criterion)
     if isinstance(inner, nn.Module):
         for kind, bind in _MODULES.items():
-            if (
-                isinstance(inner, kind)
-                and type(inner).forward is kind.forward
-                and "forward" not in vars(inner)
-            ):
+            own_forward = type(inner).forward is not kind.forward or "forward" in vars(inner)
+            if isinstance(inner, kind) and not own_forward:
                 if isinstance(inner, nn.PoissonNLLLoss) and not inner.log_input:
                     raise UnsupportedError(
                         f"{caller}: PoissonNLLLoss has a closed form with log_input=True only"

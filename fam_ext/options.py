@@ -45,6 +45,7 @@ class Options:
         _checks.check_choice(caller, "curvature", self.curvature, _CURVATURES)
         _checks.check_choice(caller, "method", self.method, _METHODS)
         may = self.method in ("auto", "closed_form") and self.measure in MEASURES
+        may = may and self.curvature != "empirical_fisher"  # another matrix than the Hessian on a head, too
         object.__setattr__(self, "closed_form", may)
         self._check_combinations()
         _checks.check_positive(caller, "probes", self.probes)
@@ -91,6 +92,8 @@ class Options:
             _checks.bad_value(self.caller, "curvature_grad", "True with method='finite_difference'", False)
         if self.curvature == "hessian" or (self.sampled and self.curvature == "ggn" and not eigenvalue):
             return
+        if self.curvature == "empirical_fisher" and self.method == "closed_form":
+            _checks.bad_value(self.caller, "method", "'auto' with curvature='empirical_fisher'", self.method)
         if eigenvalue or self.method not in ("auto", "closed_form"):
             _checks.bad_value(
                 self.caller,

@@ -52,15 +52,15 @@ def _round(x, dtype: tl.constexpr):
 
 @triton.jit
 def softmax_rows_kernel(
-    z,  # (rows, V): logits without bias; becomes e where not SPLIT
-    high,  # (rows, V): e as two bfloat16 numbers where SPLIT
+    z,  # (rows, V): logits without bias; becomes e where PARTS is 0
+    high,  # (rows, V): e as PARTS bfloat16 numbers, 1 or 2, where they are not 0
     low,
     bias,  # (V,)
     squares,  # (V,): |w_s - m|^2
     omega,  # (V,): class weights
     target,  # (rows,)
     best,  # (rows,): y
-    stats,  # (4, rows): sum e, sum e |w_s - m|^2, z_y - z_t, sum omega_s (z_y - z_s)
+    stats,  # (4 or 5, rows): sum e, sum e |w_s - m|^2, z_y - z_t, sum omega_s (z_y - z_s); PARTS 1: sum e before its rounding
     classes,
     rows,
     z_row,
@@ -68,10 +68,10 @@ def softmax_rows_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_OMEGA: tl.constexpr,
     SMOOTH: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row, which is read twice."""
+    """One program a row, which is read twice. One part: everything but the loss belongs to the probabilities of the rounded e."""
     row = tl.program_id(0).to(tl.int64)
     z += row * z_row
     lanes = tl.arange(0, BLOCK).to(tl.int64)
@@ -92,6 +92,7 @@ def softmax_rows_kernel(
     t = tl.load(target + row)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
+    exact = tl.zeros((BLOCK,), tl.float32)
     to_target = tl.zeros((BLOCK,), tl.float32)
     to_all = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, classes, BLOCK):
@@ -106,6 +107,9 @@ def softmax_rows_kernel(
             top - back
         )  # of d, by TwoSum: half a unit in the last place of 20 is 1e-6
         e = tl.where((s == y) | (s >= classes), 0.0, _exp(d, tl.where(d > -88.0, error, 0.0)))
+        if PARTS == 1:
+            exact += e
+            e = _round(e, tl.bfloat16).to(tl.float32)
         total += e
         weighted += e * tl.load(squares + s, mask=mask, other=0.0)
         gap = tl.where(mask, top - x, 0.0)
@@ -115,10 +119,11 @@ def softmax_rows_kernel(
             if HAS_OMEGA:
                 share = tl.load(omega + s, mask=mask, other=0.0)
             to_all += share * gap
-        if SPLIT:
+        if PARTS > 0:
             first = _round(e, tl.bfloat16)
             tl.store(high + row * e_row + s, first, mask=mask)
-            tl.store(low + row * e_row + s, _round(e - first.to(tl.float32), tl.bfloat16), mask=mask)
+            if PARTS == 2:
+                tl.store(low + row * e_row + s, _round(e - first.to(tl.float32), tl.bfloat16), mask=mask)
         else:
             tl.store(z + s, e, mask=mask)
     size = tl.zeros((), tl.int64) + rows
@@ -129,6 +134,8 @@ def softmax_rows_kernel(
     tl.store(stats + (2 * size + row), tl.sum(to_target, axis=0))
     if SMOOTH:
         tl.store(stats + (3 * size + row), tl.sum(to_all, axis=0))
+    if PARTS == 1:
+        tl.store(stats + (4 * size + row), tl.sum(exact, axis=0) + (top - top))
 
 
 @triton.jit
@@ -139,7 +146,7 @@ def mean_rows_kernel(
     features,  # (rows, I)
     squares,  # (V,)
     best,  # (rows,)
-    stats,  # (4, rows) of softmax_rows
+    stats,  # of softmax_rows
     curvature_factor,  # (rows,): strength c
     means,  # (1 or 2 rows, I): u - m, in two parts where SPLIT
     scaled,  # (rows, I): -2 g / Z (u - m)
@@ -178,6 +185,10 @@ def mean_rows_kernel(
         u = raw * inverse - r * wy
         wy -= m
         mean = wy + u
+        if GRADS and not SPLIT:
+            mean = _round(mean, means.dtype.element_ty).to(
+                tl.float32
+            )  # distances to what the products take, or they cancel
         phi = tl.load(features + (begin + i), mask=mask, other=0.0).to(tl.float32)
         dot += wy * u
         squared += u * u
@@ -191,7 +202,7 @@ def mean_rows_kernel(
                 rest_of = _round(mean - first.to(tl.float32), tl.bfloat16)
                 tl.store(means + (second + i), rest_of, mask=mask)
             else:
-                tl.store(means + (begin + i), mean, mask=mask)
+                tl.store(means + (begin + i), mean.to(means.dtype.element_ty), mask=mask)
     shift_square = tl.sum(squared, axis=0)
     v = tl.load(stats + (size + row)) * inverse - r * tl.load(squares + y)
     v -= 2.0 * tl.sum(dot, axis=0) + shift_square
@@ -333,15 +344,15 @@ def add_rows_kernel(
 
 def softmax_rows(
     z: Tensor, bias: Tensor | None, squares: Tensor, omega: Tensor | None, target: Tensor, smooth: bool, best: Tensor,
-    stats: Tensor, parts: tuple[Tensor, Tensor] | None = None,
+    stats: Tensor, parts: tuple[Tensor, ...] = (),
 ) -> None:  # fmt: skip
-    """z (rows, V) becomes e, or `parts` do, its two bfloat16 parts; `best` (rows,) and `stats` (4, rows) are written."""
+    """z (rows, V) becomes e, or `parts` do, its 1 or 2 bfloat16 parts; `best` (rows,) and `stats` (4 or 5, rows) are written."""
     rows, classes = z.shape
-    high, low = parts or (z, z)
+    high, low = (parts[0], parts[-1]) if parts else (z, z)
     softmax_rows_kernel[(rows,)](
         z, high, low, squares if bias is None else bias, squares, squares if omega is None else omega, target, best,
         stats, classes, rows, z.stride(0), high.stride(0),
-        HAS_BIAS=bias is not None, HAS_OMEGA=omega is not None, SMOOTH=smooth, SPLIT=parts is not None,
+        HAS_BIAS=bias is not None, HAS_OMEGA=omega is not None, SMOOTH=smooth, PARTS=len(parts),
         BLOCK=block_of(classes, ROW_BLOCK), num_warps=ROW_WARPS,
     )  # fmt: skip
 

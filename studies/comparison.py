@@ -43,7 +43,7 @@ class Line(NamedTuple):
 
 
 def collect(folder: Path, tasks: Iterable[Task], number: str) -> dict[Task, dict[str, dict[int, float]]]:
-    """The test numbers of finished runs. A network that diverged has accuracy 0, and none of the other numbers."""
+    """The test numbers of finished runs. A classifier that diverged has accuracy 0, and none of the other numbers."""
     scores: dict[Task, dict[str, dict[int, float]]] = {}
     for task in tasks:
         for (method, phase, seed), run in Store(folder, task).rows.items():

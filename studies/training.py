@@ -64,12 +64,12 @@ def train(
 def scores(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     """Accuracy, negative log-likelihood and expected calibration error; nan where the model diverged.
 
-    Of a regression the accuracy is R^2, the share of the variance that is explained, and the likelihood's place has the mean
-    squared error.
+    Of a regression the accuracy is R^2, the share of the variance that is explained (-1 where the model diverged), and the
+    likelihood's place has the mean squared error.
     """
     logits = torch.cat([model(part) for part in x.split(1000)])
     if not bool(logits.isfinite().all()):
-        return {"accuracy": math.nan, "nll": math.nan, "ece": math.nan}
+        return {"accuracy": -1.0 if y.is_floating_point() else math.nan, "nll": math.nan, "ece": math.nan}
     if y.is_floating_point():
         error = F.mse_loss(logits, y)
         return {

@@ -329,3 +329,10 @@ def test_on_the_meta_device() -> None:
     assert fam_ext.functional.gram_trace(image, factors, kernel).shape == (2,)
     layer = torch.nn.Linear(4, 3, device="meta")
     assert fam_ext.FAMLoss(torch.nn.CrossEntropyLoss(), layer, 0.1)(layer(x), y).is_meta
+
+
+@pytest.mark.parametrize("measure", ["layerwise_eigenvalue", "neuronwise_eigenvalue", "sharpness"])
+def test_measures_that_it_does_not_form_are_refused(measure: str) -> None:
+    features, weight = torch.randn(4, 3), torch.randn(2, 3)
+    with pytest.raises(ValueError, match="measure must be one of 'neuronwise', 'layerwise', 'trace'"):
+        fam_ext.relative_flatness(features, weight, features @ weight.t(), measure=measure)

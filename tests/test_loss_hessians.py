@@ -281,3 +281,16 @@ def test_a_clone_of_the_criterion_reads_the_same() -> None:
     bound = CrossEntropy(torch.tensor([1, -100]), weight=torch.ones(3))
     assert bound.ignored().tolist() == [False, True] and not bound.fisher()
     assert CrossEntropy(torch.rand(2, 3)).ignored() is None and CrossEntropy(None).fisher()
+
+
+@pytest.mark.parametrize("classes", [200, 300])
+def test_small_integers_are_no_smaller_classes(classes: int) -> None:
+    """In uint8 -100 is 156, and 300 classes are 44."""
+    layer = torch.nn.Linear(4, classes).double()
+    x, y = torch.randn(6, 4).double(), torch.tensor([156, 50, 156, 199, 44, 3])
+    values = []
+    for labels in (y, y.to(torch.uint8)):
+        kappa = fam_ext.RelativeFlatness(torch.nn.CrossEntropyLoss(), layer)
+        values.append(kappa(layer(x), labels))
+        kappa.detach()
+    torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=0)

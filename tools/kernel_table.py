@@ -3,7 +3,8 @@
     python tools/kernel_table.py
 
 ptxas reports, for each kernel: registers of a thread, static shared memory of a block, and bytes of local memory (stack frame,
-spilled registers), of which there must be none. Dynamic shared memory is chosen at the launch and is not in the table.
+spilled registers), of which there must be none. The bytes of a kernel's instructions come from the compiled file. Dynamic shared
+memory is chosen at the launch and is not in the table.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +32,7 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of one kernel for one architecture; bytes, but for the registers."""
+    """What ptxas says of one kernel for one architecture, and the size of its code; bytes, but for the registers."""
 
     source: str
     name: str
@@ -39,6 +41,7 @@ class Kernel:
     shared: int
     stack: int
     spilled: int
+    code: int = 0
 
 
 def find_nvcc() -> Path | None:
@@ -87,6 +90,21 @@ def parse(source: str, said: str) -> list[Kernel]:
     return kernels
 
 
+def code_sizes(cubin: bytes) -> dict[str, int]:
+    """Bytes of instructions of every kernel in a cubin, an ELF file with a section .text.NAME for each."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # name, type, flags, address, offset, size
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + k * size) for k in range(count)]
+    sizes = {}
+    for section in sections:
+        start = sections[names][4] + section[0]
+        name = cubin[start : cubin.index(b"\0", start)].decode()
+        if name.startswith(".text."):
+            sizes[name.removeprefix(".text.")] = section[5]
+    return sizes
+
+
 def compile_kernels(nvcc: Path) -> list[Kernel]:
     """All kernels of csrc/cuda/, one call of nvcc for each source and all architectures."""
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
@@ -100,37 +118,41 @@ def compile_kernels(nvcc: Path) -> list[Kernel]:
                 f"-I{ROOT / 'csrc'}",
                 "-Xptxas",
                 "-v",
+                "--keep",  # the compiled file of every architecture
+                f"--keep-dir={folder}",
                 "-c",
                 str(source),
             ]
             done = subprocess.run(
                 [*command, "-o", f"{folder}/object.o"], capture_output=True, text=True, timeout=550
             )
-        if done.returncode != 0:
-            raise RuntimeError(done.stderr[-5000:])
-        return parse(source.stem, done.stderr)
+            if done.returncode != 0:
+                raise RuntimeError(done.stderr[-5000:])
+            cubins = {a: next(Path(folder).glob(f"*_{a}.cubin")).read_bytes() for a in ARCHITECTURES}
+        sizes = {a: code_sizes(cubin) for a, cubin in cubins.items()}
+        kernels = parse(source.stem, done.stderr)
+        return [replace(k, code=sizes[k.architecture][k.name]) for k in kernels]
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         found = [k for kernels in pool.map(run, sorted((ROOT / "csrc/cuda").glob("*.cu"))) for k in kernels]
     names = demangled([k.name for k in found])
-    plain = [
-        Kernel(k.source, name, k.architecture, k.registers, k.shared, k.stack, k.spilled)
-        for k, name in zip(found, names, strict=True)
-    ]
+    plain = [replace(k, name=name) for k, name in zip(found, names, strict=True)]
     return sorted(plain, key=lambda k: (k.source, k.name, k.architecture))
 
 
 def table(nvcc_release: str, kernels: list[Kernel]) -> str:
     """The part of docs/kernels.md between the markers."""
     lines = [
-        f"nvcc {nvcc_release}; registers per thread / bytes of static shared memory per block. No kernel uses local memory.",
+        f"nvcc {nvcc_release}; registers per thread / bytes of static shared memory per block / KiB of code.",
+        "No kernel uses local memory.",
         "",
         "| source | kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |",
         "|---|---|" + "---|" * len(ARCHITECTURES),
     ]
     for source, name in dict.fromkeys((k.source, k.name) for k in kernels):
         of_name = {k.architecture: k for k in kernels if (k.source, k.name) == (source, name)}
-        cells = [f"{of_name[a].registers} / {of_name[a].shared}" for a in ARCHITECTURES]
+        rows = [of_name[a] for a in ARCHITECTURES]
+        cells = [f"{k.registers} / {k.shared} / {k.code / 1024:.0f}" for k in rows]
         lines.append(f"| {source} | `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -50,7 +50,7 @@ Result head_cross_entropy_forward(const at::Tensor& logits, const at::Tensor& fe
     Head<scalar_t>& head = rows.head;
     head.features = input_view(features, features.dim() - 1, keep_features);
     head.grad_features = dphi_view.view;
-    if (soft) head.soft = input_view(target, 1, keep_target);
+    if (soft) head.soft = input_view(target.to(acc), 1, keep_target);
     if (!soft) head.indices = indices.const_data_ptr<int64_t>();
     if (omega.defined()) head.omega = omega.const_data_ptr<scalar_t>();
     head.ignore_index = ignore_index, head.smoothing = label_smoothing, head.strength = strength;

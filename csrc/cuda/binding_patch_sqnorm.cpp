@@ -52,6 +52,9 @@ PatchView make_patch_view(const at::Tensor& x, const at::Tensor& dx, int64_t gro
                         step_packs(x.size(1), view.channel_step, view.dx_channel_step);
   view.channels_dense = view.channel_step == 1 && view.dx_channel_step == 1;
   view.channel_packs = start && view.channels_dense && packs(view.channels);
+  const auto channels_last = [](const at::Tensor& t) { return t.movedim(1, -1).is_contiguous(); };
+  view.items_dense =
+      view.channels_dense && (groups == 1 || view.groups_inside) && channels_last(x) && channels_last(dx);
   for (int a = 0; a < 3; ++a) {
     view.channel_packs = view.channel_packs && step_packs(view.sizes[a], view.steps[a], view.dx_steps[a]);
   }
@@ -121,7 +124,10 @@ at::Tensor patch_sqnorm_backward(const at::Tensor& grad, const at::Tensor& input
   const PatchView view = make_patch_view(input, dx, groups);
   const at::Tensor dense = view.groups_inside ? grad.movedim(1, -1).contiguous() : grad.contiguous();
   const bool pointwise = std::all_of(axes.begin(), axes.end(), [](const WindowAxis& a) { return a.trivial(); });
-  for (WindowAxis& axis : axes) axis.transposed = true;
+  for (WindowAxis& axis : axes) {
+    axis.transposed = true;
+    axis.whole = axis.dilation / axis.stride, axis.rest = axis.dilation % axis.stride;
+  }
   AT_DISPATCH_FLOATING_TYPES(dense.scalar_type(), "patch_sqnorm_backward", [&] {
     at::Tensor factors = dense;
     if (!pointwise) {

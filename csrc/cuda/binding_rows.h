@@ -39,12 +39,13 @@ at::Tensor small_rows(const Rows<T, kHead>& rows, const at::Tensor& w, const at:
   pass.fan_in = w.size(1), pass.rows = rows.logits.rows;
   pass.distances = have_distances ? const_cast<T*>(distances.const_data_ptr<T>()) : distances.mutable_data_ptr<T>();
   pass.values = rows.values, pass.upstream = rows.upstream;
+  pass.have_distances = have_distances;
   choose_tiles(pass);
   const int64_t pairs = w.size(0) * (w.size(0) - 1) / 2;
   at::Tensor partial_pairs, total_pairs, grad, partial_sums;
   if (rows.grad_weight) {
     partial_pairs = at::empty({pass.shares, std::max<int64_t>(pairs, 1)}, w.options());
-    total_pairs = at::empty_like(distances);
+    total_pairs = at::empty({std::max<int64_t>(pairs, 1)}, w.options());
     grad = at::empty_like(w);
     pass.partial_pairs = partial_pairs.mutable_data_ptr<T>();
     pass.pairs = total_pairs.mutable_data_ptr<T>();
@@ -54,11 +55,10 @@ at::Tensor small_rows(const Rows<T, kHead>& rows, const at::Tensor& w, const at:
     partial_sums = at::empty({2, pass.shares}, w.options().dtype(at::kDouble));
     pass.partial_sums = partial_sums.mutable_data_ptr<double>();
     Head<T> head = rows.head;
-    head.shares = pass.shares;
-    check_launch(launch_small_head<T>(pass, head, rows.grad_weight ? kWeight : kReduce, stream));
+    head.shares = pass.prepare_inside ? 1 : pass.shares;
+    check_launch(launch_small_head<T>(pass, head, stream));
   } else {
-    const SmallPhase first = have_distances ? kRows : kPrepare;
-    check_launch(launch_small_trace<T>(pass, first, rows.grad_weight ? kWeight : kRows, stream));
+    check_launch(launch_small_trace<T>(pass, stream));
   }
   return grad;
 }
@@ -90,6 +90,7 @@ at::Tensor block_rows(const Rows<T, kHead>& rows, const at::Tensor& w, const at:
 
   const auto options = w.options();
   const at::Tensor facts = at::empty({step * static_cast<int64_t>(sizeof(RowFacts<T>))}, options.dtype(at::kByte));
+  const at::Tensor factors = at::empty({step}, options), likely = at::empty({step}, options.dtype(at::kInt));
   at::Tensor p = at::empty({step, classes}, options), q, squares, shifts, means, per_row, m, sums;
   if (pairwise || pass.products) q = at::empty({step, classes}, options);
   if (!pairwise) {
@@ -107,6 +108,8 @@ at::Tensor block_rows(const Rows<T, kHead>& rows, const at::Tensor& w, const at:
   if (rows.grad_weight) m = at::zeros({classes, pairwise ? classes : fan_in}, options);
   if (rows.grad_weight && !pairwise) sums = at::zeros({classes}, options);
   pass.facts = static_cast<RowFacts<T>*>(facts.mutable_data_ptr());
+  pass.factors = factors.mutable_data_ptr<T>();
+  pass.likely = likely.mutable_data_ptr<int>();
   pass.p = p.mutable_data_ptr<T>();
   pass.q = q.defined() ? q.mutable_data_ptr<T>() : nullptr;
 

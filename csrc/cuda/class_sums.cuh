@@ -52,30 +52,90 @@ __global__ __launch_bounds__(kDistanceThreads, 2) void class_distances_kernel(co
   }
 }
 
-// A block per class and stretch of columns; the first stretch also takes the class's sum.
+// A warp for a class s and kPairs others t >= s, where tiles of pairs would be fewer than the device has processors.
+constexpr int64_t kPairClasses = 256;
+constexpr int kPairs = 4, kPairThreads = 128, kPairsPerBlock = kPairs * kPairThreads / kWarp;
+
+template <typename T>
+__global__ __launch_bounds__(kPairThreads) void pair_distances_kernel(const T* weight, int classes, int64_t fan_in,
+                                                                      T* distances) {
+  const int s = static_cast<int>(blockIdx.y), lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int first = s + static_cast<int>(blockIdx.x) * kPairsPerBlock + static_cast<int>(threadIdx.x) / kWarp * kPairs;
+  if (first >= classes) return;  // the whole warp
+  const T* a = weight + s * fan_in;
+  const T* others[kPairs];
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) others[j] = weight + (first + j < classes ? first + j : s) * fan_in;
+  T sums[kPairs] = {};
+#pragma unroll 4
+  for (int64_t i = lane; i < fan_in; i += kWarp) {
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const T d = a[i] - others[j][i];
+      sums[j] += d * d;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    const T sum = warp_sum(sums[j]);
+    const int t = first + j;
+    if (lane == 0 && t < classes) distances[s * classes + t] = distances[t * classes + s] = sum;
+  }
+}
+
+// sums_s += sum_n g_n p~_ns for 8 neighbouring classes, which lie in the same 32 bytes of a row: 16 threads each.
+constexpr int kSumClasses = 8;
+
+template <typename T>
+__device__ void add_column_sums(const RowPass<T>& pass, T* sums) {
+  __shared__ T shares[kRowThreads];
+  const int thread = static_cast<int>(threadIdx.x), rows = kRowThreads / kSumClasses;
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * kSumClasses + thread % kSumClasses;
+  CompensatedSumOf<T> sum;
+  if (s < pass.classes) {
+#pragma unroll 4
+    for (int64_t n = thread / kSumClasses; n < pass.n; n += rows)
+      sum.add(pass.factors[n] * pass.p[n * pass.classes + s]);
+  }
+  shares[thread] = sum.total();
+  __syncthreads();
+  if (thread >= kSumClasses || s >= pass.classes) return;
+  T total(0);
+  for (int k = 0; k < rows; ++k) total += shares[thread + k * kSumClasses];
+  sums[s] += total;
+}
+
+// A block per class and stretch of columns, several per thread; the blocks behind the last stretch take the sums of p~.
+constexpr int kSumColumns = 4;
+
 template <typename T>
 __global__ __launch_bounds__(kRowThreads, 6) void column_sums_kernel(const __grid_constant__ RowPass<T> pass, T* sums,
                                                                      T* t) {
-  const int64_t s = blockIdx.x, i = static_cast<int64_t>(blockIdx.y) * kRowThreads + threadIdx.x;
+  if (blockIdx.y == gridDim.y - 1) {
+    if (static_cast<int64_t>(blockIdx.x) * kSumClasses < pass.classes) add_column_sums(pass, sums);
+    return;
+  }
+  const int64_t s = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * kRowThreads * kSumColumns + threadIdx.x;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  LongSum<T> sum;
+  LongSum<T> total[kSumColumns];
   for (int64_t base = 0; base < pass.n; base += kWarp) {
-    const bool mine = base + lane < pass.n && pass.facts[base + lane].y == s;
+    const bool mine = base + lane < pass.n && pass.likely[base + lane] == s;
     unsigned rows = __ballot_sync(kFullWarp, mine);
     for (; rows != 0; rows &= rows - 1) {
       const int64_t n = base + __ffs(static_cast<int>(rows)) - 1;
-      if (i < pass.fan_in) sum.add(pass.facts[n].upstream * pass.shift[n * pass.fan_in + i]);
+      const T g = pass.factors[n];
+#pragma unroll
+      for (int j = 0; j < kSumColumns; ++j) {
+        const int64_t i = first + j * kRowThreads;
+        if (i < pass.fan_in) total[j].add(g * pass.shift[n * pass.fan_in + i]);
+      }
     }
   }
-  if (i < pass.fan_in) t[s * pass.fan_in + i] += sum.total();
-  if (blockIdx.y != 0) return;
-  __shared__ T scratch[kWarp];
-  CompensatedSumOf<T> column;
-  for (int64_t n = threadIdx.x; n < pass.n; n += kRowThreads) {
-    column.add(pass.facts[n].upstream * pass.p[n * pass.classes + s]);
+#pragma unroll
+  for (int j = 0; j < kSumColumns; ++j) {
+    const int64_t i = first + j * kRowThreads;
+    if (i < pass.fan_in) t[s * pass.fan_in + i] += total[j].total();
   }
-  const T total = block_sum(column.total(), scratch);
-  if (threadIdx.x == 0) sums[s] += total;
 }
 
 }  // namespace fam_ext::gpu

@@ -6,6 +6,7 @@
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -13,6 +14,15 @@
 #define FAM_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 namespace fam_ext::gpu {
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+// One number from global to shared memory, without a register: all copies up to the next wait are under way together.
+template <typename T>
+__device__ __forceinline__ void copy_async(T* shared, const T* global) {
+  __pipeline_memcpy_async(shared, global, sizeof(T));
+}
+__device__ __forceinline__ void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
 // The arguments have the kernel's own types: the launch copies them byte by byte.
 template <typename... Parameters>
 cudaError_t launch_cooperative(void (*kernel)(Parameters...), unsigned grid, unsigned block, size_t shared,
@@ -31,6 +41,7 @@ cudaError_t launch_cooperative(void (*kernel)(Parameters...), unsigned grid, uns
 #include <cassert>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cuda/view.h"
 #include "flatness.h"
@@ -105,34 +116,47 @@ void to_storage(T x, Half* p) {
 }
 #endif
 
-// f(S()) for the type S that `type` stands for: a branch that all threads of a launch take alike.
-template <typename F>
+// In place of the type of numbers in memory: it is known when the kernel runs only.
+struct Any {};
+
+// f(S()), or with Any f of the type that `type` stands for: a branch that all threads of a launch take alike. What is accumulated in
+// float holds no double.
+template <typename T, typename S, typename F>
 __device__ __forceinline__ void with_type(DType type, const F& f) {
-  switch (type) {
-    case DType::kFloat:
-      f(float{});
-      break;
-    case DType::kDouble:
-      f(double{});
-      break;
-    case DType::kBFloat16:
-      f(BFloat16{});
-      break;
-    case DType::kHalf:
-      f(Half{});
-      break;
+  if constexpr (!std::is_same_v<S, Any>) {
+    f(S{});
+  } else if (type == DType::kBFloat16) {
+    f(BFloat16{});
+  } else if (type == DType::kHalf) {
+    f(Half{});
+  } else if (std::is_same_v<T, float> || type == DType::kFloat) {
+    f(float{});
+  } else {
+    f(T{});
   }
 }
 
-template <typename T>
+template <typename T, typename S>
 __device__ __forceinline__ T load(const RowView& view, int64_t index) {
   T result{};
-  with_type(view.dtype, [&](auto s) { result = from_storage<T>(static_cast<const decltype(s)*>(view.data)[index]); });
+  with_type<T, S>(view.dtype,
+                  [&](auto s) { result = from_storage<T>(static_cast<const decltype(s)*>(view.data)[index]); });
   return result;
 }
-template <typename T>
+template <typename S, typename T>
 __device__ __forceinline__ void store(const RowView& view, int64_t index, T x) {
-  with_type(view.dtype, [&](auto s) { to_storage(x, static_cast<decltype(s)*>(view.data) + index); });
+  with_type<T, S>(view.dtype, [&](auto s) { to_storage(x, static_cast<decltype(s)*>(view.data) + index); });
+}
+
+// f(S()) on the host, for the type S in memory that a kernel is compiled for: float accumulates what is of one type, double what is
+// double or Any.
+template <typename T, typename F>
+cudaError_t for_type(DType type, const F& f) {
+  if constexpr (std::is_same_v<T, double>) {
+    return type == DType::kDouble ? f(double{}) : f(Any{});
+  } else {
+    return type == DType::kBFloat16 ? f(BFloat16{}) : type == DType::kHalf ? f(Half{}) : f(float{});
+  }
 }
 
 // V numbers that lie side by side, 16 bytes of them at most.
@@ -182,7 +206,8 @@ __device__ __forceinline__ T shifted_exp(T x, T max) {
 template <typename T>
 class LongSum {
  public:
-  __device__ __forceinline__ explicit LongSum(T start = T(0)) : outer_(start), inner_(0) {}
+  __device__ __forceinline__ LongSum() : LongSum(T(0)) {}
+  __device__ __forceinline__ explicit LongSum(T start) : outer_(start), inner_(0) {}
   __device__ __forceinline__ void add(T x) {
     inner_ += x;
     if (++count_ % 32 == 0) flush();
@@ -204,25 +229,28 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
+constexpr int kSumThreads = 128;  // of every block that sums
+
 // The sum over the block in every thread. `scratch`: one number per warp; all threads call it.
 template <typename T>
 __device__ __forceinline__ T block_sum(T x, T* scratch) {
-  const int warps = (static_cast<int>(blockDim.x) + kWarp - 1) / kWarp;
+  constexpr int warps = kSumThreads / kWarp;
   x = warp_sum(x);
   __syncthreads();  // the scratch of the sum before has been read
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
   __syncthreads();
   T result(0);
+#pragma unroll
   for (int k = 0; k < warps; ++k) result += scratch[k];
   return result;
 }
 
 // sum of the squares of one row, by the threads `lane`, `lane` + `lanes`, ...: this thread's share
-template <typename T>
+template <typename T, typename Stored>
 __device__ __forceinline__ T squares_share(const RowView& view, int64_t row, int lane, int lanes) {
   const int64_t start = view.offset(row);
   T result(0);
-  with_type(view.dtype, [&](auto s) {
+  with_type<T, Stored>(view.dtype, [&](auto s) {
     using S = decltype(s);
     constexpr int V = kPack<S>;
     const S* x = static_cast<const S*>(view.data) + start;
@@ -263,13 +291,39 @@ struct GradientOf<BFloat16> {
   using type = float;
 };
 
+// The sum of |a_i - b_i|^2 over `size` entries, by one warp, in every thread of it.
+template <typename T>
+__device__ __forceinline__ T squared_difference(const T* a, const T* b, int64_t size, int lane) {
+  T sums[4] = {};
+  for (int64_t i = lane; i < size; i += 4 * kWarp) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (i + j * kWarp >= size) continue;
+      const T d = a[i + j * kWarp] - b[i + j * kWarp];
+      sums[j] += d * d;
+    }
+  }
+  return warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// The k-th pair (s, t) of classes in the order of rows, with s < t, or s <= t.
+struct ClassPair {
+  int s = 0, t;
+  __device__ __forceinline__ ClassPair(int k, int classes, bool diagonal) : t(k) {
+    const int first = diagonal ? 0 : 1;
+#pragma unroll 1
+    while (t >= classes - first - s) t -= classes - first - s++;
+    t += s + first;
+  }
+};
+
 // out's row = factor * view's row, by the same threads; zeros where the factor is 0, whatever the row holds. `out` has the dtype of a
 // gradient of `view`.
-template <typename T>
+template <typename Stored, typename T>
 __device__ __forceinline__ void scale_row(const RowView& view, const RowView& out, int64_t row, T factor, int lane,
                                           int lanes) {
   const int64_t from = view.offset(row), to = out.offset(row);
-  with_type(view.dtype, [&](auto s) {
+  with_type<T, Stored>(view.dtype, [&](auto s) {
     using S = decltype(s);
     constexpr int V = kPack<S>;
     const S* x = static_cast<const S*>(view.data) + from;

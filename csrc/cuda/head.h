@@ -11,14 +11,13 @@ constexpr int kPartials = 1024;  // most blocks that share a sum over rows
 template <typename T>
 struct Head {
   RowView features, grad_features;   // (rows, I)
-  RowView soft;                      // (rows, O) probabilities, or no data: targets are `indices`
+  RowView soft;                      // (rows, O) probabilities in T, or no data: targets are `indices`
   const int64_t* indices = nullptr;  // (rows)
   const T* omega = nullptr;          // (O) class weights, or null
   int64_t ignore_index = 0;
   double smoothing = 0, strength = 0;
   bool mean = false, curvature_grad = false;
-  double* denominators =
-      nullptr;  // (kPartials + 1): sums of omega over the targets, share by share; then sum_s omega_s
+  double* denominators = nullptr;  // (kPartials + 1): sums of omega over the targets by share; then sum_s omega_s
   int shares = 1;
   T *loss = nullptr, *flatness = nullptr;  // one number each
 };

@@ -5,8 +5,9 @@
 namespace fam_ext::gpu {
 
 template <typename T>
-cudaError_t launch_small_head(const SmallTrace<T>& pass, const Head<T>& head, SmallPhase last, cudaStream_t stream) {
-  return launch_small<T, true>(pass, head, kPrepare, last, stream);
+cudaError_t launch_small_head(const SmallTrace<T>& pass, const Head<T>& head, cudaStream_t stream) {
+  if (head.features.dtype != pass.logits.dtype) return launch_small<T, true, Any>(pass, head, stream);
+  return for_type<T>(pass.logits.dtype, [&](auto s) { return launch_small<T, true, decltype(s)>(pass, head, stream); });
 }
 
 template <typename T>
@@ -24,7 +25,7 @@ cudaError_t launch_head_totals(const Head<T>& head, const RowPass<T>& pass, cuda
 }
 
 #define FAM_INSTANTIATE(T)                                                                                   \
-  template cudaError_t launch_small_head<T>(const SmallTrace<T>&, const Head<T>&, SmallPhase, cudaStream_t); \
+  template cudaError_t launch_small_head<T>(const SmallTrace<T>&, const Head<T>&, cudaStream_t);             \
   template cudaError_t launch_softmax_rows<T, true>(const RowPass<T>&, const Head<T>&, cudaStream_t);        \
   template cudaError_t launch_row_values<T, true>(const RowPass<T>&, const Head<T>&, cudaStream_t);          \
   template cudaError_t launch_row_gradients<T, true>(const RowPass<T>&, const Head<T>&, bool, cudaStream_t); \

@@ -13,12 +13,18 @@ struct RowTarget {
   T hard = T(0), coefficient = T(0);
 };
 
-// Share `share` of sum_i omega_{t_i} over the rows that are not ignored; the block's threads together.
+// What all rows' targets add up to.
+struct TargetSums {
+  double valid = 0;  // sum_i omega_{t_i} over the rows that are not ignored
+  double omega = 0;  // sum_s omega_s
+};
+
+// Share `share` of `shares` of the first sum, in every thread; the block's threads together.
 template <typename T>
-__device__ void denominator_share(const Head<T>& h, int64_t rows, int64_t classes, int share, double* scratch) {
+__device__ double valid_share(const Head<T>& h, int64_t rows, int64_t classes, int share, int shares, double* scratch) {
   double sum = 0;
   if (h.soft.data == nullptr) {
-    const int64_t step = static_cast<int64_t>(h.shares) * blockDim.x;
+    const int64_t step = static_cast<int64_t>(shares) * blockDim.x;
     for (int64_t n = static_cast<int64_t>(share) * blockDim.x + threadIdx.x; n < rows; n += step) {
       const int64_t t = h.indices[n];
       if (t == h.ignore_index) continue;
@@ -26,38 +32,49 @@ __device__ void denominator_share(const Head<T>& h, int64_t rows, int64_t classe
       sum += h.omega == nullptr ? 1.0 : static_cast<double>(h.omega[t]);
     }
   }
-  sum = block_sum(sum, scratch);
-  if (threadIdx.x == 0) h.denominators[share] = sum;
-  if (share != 0) return;
-  double omega_sum = 0;
-  if (h.omega == nullptr) {
-    omega_sum = static_cast<double>(classes);
-  } else {
-    for (int64_t s = threadIdx.x; s < classes; s += blockDim.x) omega_sum += static_cast<double>(h.omega[s]);
-    omega_sum = block_sum(omega_sum, scratch);
-  }
-  if (threadIdx.x == 0) h.denominators[kPartials] = omega_sum;
+  return block_sum(sum, scratch);
 }
 
-// The sum of the shares: the same number in every block and thread.
 template <typename T>
-__device__ double denominator(const Head<T>& h, double* scratch) {
+__device__ double omega_sum(const Head<T>& h, int64_t classes, double* scratch) {
+  if (h.omega == nullptr) return static_cast<double>(classes);
   double sum = 0;
-  for (int k = static_cast<int>(threadIdx.x); k < h.shares; k += static_cast<int>(blockDim.x)) sum += h.denominators[k];
+#pragma unroll 1
+  for (int64_t s = threadIdx.x; s < classes; s += blockDim.x) sum += static_cast<double>(h.omega[s]);
   return block_sum(sum, scratch);
+}
+
+// A block's share of the sums, for read_target_sums.
+template <typename T>
+__device__ void write_target_sums(const Head<T>& h, int64_t rows, int64_t classes, int share, double* scratch) {
+  const double valid = valid_share(h, rows, classes, share, h.shares, scratch);
+  if (threadIdx.x == 0) h.denominators[share] = valid;
+  if (share != 0) return;
+  const double omega = omega_sum(h, classes, scratch);
+  if (threadIdx.x == 0) h.denominators[kPartials] = omega;
+}
+
+// The same numbers in every block and thread.
+template <typename T>
+__device__ TargetSums read_target_sums(const Head<T>& h, double* scratch) {
+  double sum = 0;
+#pragma unroll 1
+  for (int k = static_cast<int>(threadIdx.x); k < h.shares; k += static_cast<int>(blockDim.x)) sum += h.denominators[k];
+  return {block_sum(sum, scratch), h.denominators[kPartials]};
 }
 
 // The reduction's factor.
 template <typename T>
-__device__ __forceinline__ T reduction_scale(const Head<T>& h, int64_t rows, double denominator) {
+__device__ __forceinline__ T reduction_scale(const Head<T>& h, int64_t rows, const TargetSums& sums) {
   if (!h.mean) return T(1);
   if (h.soft.data != nullptr) return static_cast<T>(1.0 / static_cast<double>(rows));
-  return static_cast<T>(1 / denominator);  // class weights that sum to 0 divide by 0, as torch's mean does
+  return static_cast<T>(1 / sums.valid);  // class weights that sum to 0 divide by 0, as torch's mean does
 }
 
 // For soft targets the coefficient is their sum, not known yet: 1.
 template <typename T>
-__device__ __forceinline__ RowTarget<T> row_target(const Head<T>& h, int64_t row, int64_t classes, T scale) {
+__device__ __forceinline__ RowTarget<T> row_target(const Head<T>& h, int64_t row, int64_t classes, T scale,
+                                                   double omega_total) {
   RowTarget<T> result;
   if (h.soft.data != nullptr) {
     result.coefficient = T(1);
@@ -67,7 +84,7 @@ __device__ __forceinline__ RowTarget<T> row_target(const Head<T>& h, int64_t row
   if (t == h.ignore_index) return result;
   assert(0 <= t && t < classes && "head_cross_entropy: target must be a class index or ignore_index");
   const double omega = h.omega == nullptr ? 1.0 : static_cast<double>(h.omega[t]);
-  const double c = index_coefficient(h.smoothing, omega, h.denominators[kPartials], static_cast<double>(classes));
+  const double c = index_coefficient(h.smoothing, omega, omega_total, static_cast<double>(classes));
   result.coefficient = static_cast<T>(c) * scale;
   if (result.coefficient == T(0)) return result;  // the row does not count
   result.index = t;
@@ -87,7 +104,7 @@ __device__ __forceinline__ T soft_share(const Head<T>& h, int64_t start, int64_t
   const T share = static_cast<T>(h.smoothing / static_cast<double>(classes));
   const T omega = h.omega == nullptr ? T(1) : h.omega[s];
   if (h.soft.data != nullptr) {
-    const T q = load<T>(h.soft, start + s * h.soft.width_stride);
+    const T q = static_cast<const T*>(h.soft.data)[start + s * h.soft.width_stride];
     return (q * static_cast<T>(1 - h.smoothing) + share) * (scale * omega);
   }
   return coefficient == T(0) ? T(0) : share * scale * omega;

@@ -17,29 +17,33 @@ constexpr int kPlaneRows = 16;         // most outputs along the first axis of a
 struct PatchItem {
   int64_t batch, group, position;
   __device__ __forceinline__ PatchItem(const PatchView& view, int64_t positions, int64_t item) {
-    if (view.groups_inside) {
-      group = item % view.groups;
-      item /= view.groups;
-      position = item % positions;
-      batch = item / positions;
-    } else {
-      position = item % positions;
-      item /= positions;
-      group = item % view.groups;
-      batch = item / view.groups;
-    }
+    const int64_t inner = view.groups_inside ? view.groups : positions,
+                  middle = view.groups_inside ? positions : view.groups;
+    const int64_t outer = item / inner, rest = item - outer * inner;  // a remainder by % would be another division
+    batch = outer / middle;
+    const int64_t between = outer - batch * middle;
+    group = view.groups_inside ? rest : between, position = view.groups_inside ? between : rest;
   }
 };
 
 __device__ __forceinline__ int64_t position_offset(const int64_t* sizes, const int64_t* steps, int64_t position) {
-  const int64_t w = position % sizes[2], row = position / sizes[2];
-  return w * steps[2] + row % sizes[1] * steps[1] + row / sizes[1] * steps[0];
+  const int64_t row = position / sizes[2], d = row / sizes[1];
+  return (position - row * sizes[2]) * steps[2] + (row - d * sizes[1]) * steps[1] + d * steps[0];
+}
+
+// Where the channels of an item begin that lie side by side.
+__device__ __forceinline__ int64_t channels_offset(const PatchView& view, int64_t item, int64_t batch_step,
+                                                   const int64_t* steps) {
+  if (view.items_dense) return item * view.channels;  // without a division
+  const PatchItem at(view, view.sizes[0] * view.sizes[1] * view.sizes[2], item);
+  return at.batch * batch_step + at.group * view.channels + position_offset(view.sizes, steps, at.position);
 }
 
 // A thread, or `slices` threads that share the channels, per item of V neighbouring positions.
 template <typename S, typename T, int V>
-__global__ __launch_bounds__(kPatchThreads) void squares_by_position(const __grid_constant__ PatchView view, T* sums,
-                                                                     int64_t items, int slices) {
+__global__ __launch_bounds__(kPatchThreads,
+                             V == 8 ? 5 : 6) void squares_by_position(const __grid_constant__ PatchView view, T* sums,
+                                                                      int64_t items, int slices) {
   __shared__ T shares[V][kPatchThreads];
   const int per_block = kPatchThreads / slices, thread = static_cast<int>(threadIdx.x), slice = thread / per_block;
   const int64_t positions = view.sizes[0] * view.sizes[1] * view.sizes[2];
@@ -78,14 +82,12 @@ __global__ __launch_bounds__(kPatchThreads) void squares_by_position(const __gri
 template <typename S, typename T, int V>
 __global__ __launch_bounds__(kPatchThreads) void squares_by_channel(const __grid_constant__ PatchView view, T* sums,
                                                                     int64_t items, int lanes) {
-  const int64_t positions = view.sizes[0] * view.sizes[1] * view.sizes[2];
-  const int64_t item = (static_cast<int64_t>(blockIdx.x) * kPatchThreads + threadIdx.x) / lanes;
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * (kPatchThreads / lanes) + thread / lanes;
+  const int lane = thread % lanes;
   T total[V] = {};
   if (item < items) {
-    const PatchItem at(view, positions, item);
-    const S* x = static_cast<const S*>(view.x) + at.batch * view.batch_step + at.group * view.channels +
-                 position_offset(view.sizes, view.steps, at.position);
+    const S* x = static_cast<const S*>(view.x) + channels_offset(view, item, view.batch_step, view.steps);
 #pragma unroll 4
     for (int64_t c = lane; c < view.channels / V; c += lanes) {
       const Pack<S, V> pack = reinterpret_cast<const Pack<S, V>*>(x)[c];
@@ -103,40 +105,72 @@ __global__ __launch_bounds__(kPatchThreads) void squares_by_channel(const __grid
   if (lane == 0 && item < items) sums[item] = sum;
 }
 
-// One pack of V numbers per thread: V positions of one channel, or with `along_channels` V channels of one position.
+// 2 factor x of V numbers.
 template <typename S, typename T, int V>
-__global__ __launch_bounds__(kPatchThreads) void scale_packs(const __grid_constant__ PatchView view, const T* factors,
-                                                             int64_t packs, bool along_channels) {
-  const int64_t positions = view.sizes[0] * view.sizes[1] * view.sizes[2], all = view.groups * view.channels;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kPatchThreads;
-  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kPatchThreads + threadIdx.x; k < packs; k += step) {
-    int64_t batch, channel, position;
-    if (along_channels) {
-      channel = k % (all / V) * V;
-      position = k / (all / V) % positions;
-      batch = k / (all / V) / positions;
-    } else {
-      position = k % (positions / V) * V;
-      channel = k / (positions / V) % all;
-      batch = k / (positions / V) / all;
-    }
-    const int64_t group = channel / view.channels;
-    const int64_t item = view.groups_inside ? (batch * positions + position) * view.groups + group
-                                            : (batch * view.groups + group) * positions + position;
-    const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(static_cast<const S*>(view.x) +
-                                                                 batch * view.batch_step + channel * view.channel_step +
-                                                                 position_offset(view.sizes, view.steps, position));
-    T factor[V];
+__device__ __forceinline__ Pack<S, V> scaled_pack(const Pack<S, V>& pack, const T* factors, int step) {
+  Pack<S, V> result;
 #pragma unroll
-    for (int j = 0; j < V; ++j) factor[j] = factors[along_channels ? item : item + j];
-    Pack<S, V> result;
+  for (int j = 0; j < V; ++j) {
+    const T factor = factors[j * step];
+    to_storage((factor + factor) * from_storage<T>(pack.values[j]), &result.values[j]);
+  }
+  return result;
+}
+
+constexpr int kScaleLoads = 4;  // packs that a thread has under way
+
+// A thread per item of V neighbouring positions, whose factors stay in registers; gridDim.y blocks share the channels.
+template <typename S, typename T, int V>
+__global__ __launch_bounds__(kPatchThreads) void scale_by_position(const __grid_constant__ PatchView view,
+                                                                   const T* factors, int64_t items) {
+  const int64_t item = (static_cast<int64_t>(blockIdx.x) * kPatchThreads + threadIdx.x) * V;
+  if (item >= items) return;
+  const PatchItem at(view, view.sizes[0] * view.sizes[1] * view.sizes[2], item);
+  const int64_t channel = at.group * view.channels;
+  const S* x = static_cast<const S*>(view.x) + at.batch * view.batch_step + channel * view.channel_step +
+               position_offset(view.sizes, view.steps, at.position);
+  S* dx = static_cast<S*>(view.dx) + at.batch * view.dx_batch_step + channel * view.dx_channel_step +
+          position_offset(view.sizes, view.dx_steps, at.position);
+  T factor[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      to_storage((factor[j] + factor[j]) * from_storage<T>(pack.values[j]), &result.values[j]);
+  for (int j = 0; j < V; ++j) factor[j] = factors[item + j];
+  const int64_t step = gridDim.y;
+  for (int64_t first = blockIdx.y; first < view.channels; first += kScaleLoads * step) {
+    Pack<S, V> packs[kScaleLoads];
+#pragma unroll
+    for (int k = 0; k < kScaleLoads; ++k) {
+      const int64_t c = first + k * step;
+      if (c < view.channels) packs[k] = *reinterpret_cast<const Pack<S, V>*>(x + c * view.channel_step);
     }
-    store_pack(static_cast<S*>(view.dx) + batch * view.dx_batch_step + channel * view.dx_channel_step +
-                   position_offset(view.sizes, view.dx_steps, position),
-               result);
+#pragma unroll
+    for (int k = 0; k < kScaleLoads; ++k) {
+      const int64_t c = first + k * step;
+      if (c < view.channels) store_pack(dx + c * view.dx_channel_step, scaled_pack(packs[k], factor, 1));
+    }
+  }
+}
+
+// `lanes` threads of a warp per item, V neighbouring channels each.
+template <typename S, typename T, int V>
+__global__ __launch_bounds__(kPatchThreads) void scale_by_channel(const __grid_constant__ PatchView view,
+                                                                  const T* factors, int64_t items, int lanes) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * (kPatchThreads / lanes) + thread / lanes;
+  if (item >= items) return;
+  const S* x = static_cast<const S*>(view.x) + channels_offset(view, item, view.batch_step, view.steps);
+  S* dx = static_cast<S*>(view.dx) + channels_offset(view, item, view.dx_batch_step, view.dx_steps);
+  const T factor = factors[item];
+  const int64_t packs = view.channels / V;
+  for (int64_t first = thread % lanes; first < packs; first += kScaleLoads * lanes) {
+    Pack<S, V> pack[kScaleLoads];
+#pragma unroll
+    for (int k = 0; k < kScaleLoads; ++k) {
+      if (first + k * lanes < packs) pack[k] = reinterpret_cast<const Pack<S, V>*>(x)[first + k * lanes];
+    }
+#pragma unroll
+    for (int k = 0; k < kScaleLoads; ++k) {
+      if (first + k * lanes < packs) store_pack(dx + (first + k * lanes) * V, scaled_pack(pack[k], &factor, 0));
+    }
   }
 }
 
@@ -148,8 +182,9 @@ __global__ __launch_bounds__(kPatchThreads) void window_sums_kernel(const T* sou
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * kPatchThreads + threadIdx.x; k < entries; k += step) {
     const int64_t i = k / inner % axis.to(), first = k / inner / axis.to() * axis.from() * inner + k % inner;
     T sum(0);
-    for (int64_t j = 0; j < axis.kernel; ++j) {
-      const int64_t at = axis.tap(i, j);
+    Taps taps(axis, i);
+    for (int64_t j = 0; j < axis.kernel; ++j, taps.advance()) {
+      const int64_t at = taps.source();
       if (at >= 0) sum += source[first + at * inner];
     }
     target[k] = sum;
@@ -196,8 +231,9 @@ __global__ __launch_bounds__(kPatchThreads) void plane_sums_kernel(const T* sour
     const int64_t column = first + k % width, i = column / inner, j = column % inner;
     const T* row = plane + (sources.begin + k / width) * b.from() * inner + j;
     T sum(0);
-    for (int64_t m = 0; m < b.kernel; ++m) {
-      const int64_t at = b.tap(i, m);
+    Taps taps(b, i);
+    for (int64_t m = 0; m < b.kernel; ++m, taps.advance()) {
+      const int64_t at = taps.source();
       if (at >= 0) sum += row[at * inner];
     }
     lines[k] = sum;
@@ -207,8 +243,9 @@ __global__ __launch_bounds__(kPatchThreads) void plane_sums_kernel(const T* sour
   for (int k = static_cast<int>(threadIdx.x); k < outputs; k += kPatchThreads) {
     const int64_t i = begin + k / width;
     T sum(0);
-    for (int64_t m = 0; m < a.kernel; ++m) {
-      const int64_t at = a.tap(i, m);
+    Taps taps(a, i);
+    for (int64_t m = 0; m < a.kernel; ++m, taps.advance()) {
+      const int64_t at = taps.source();
       if (at >= 0) sum += lines[static_cast<int>(at - sources.begin) * width + k % width];
     }
     target[(outer * a.to() + i) * line + first + k % width] = sum;

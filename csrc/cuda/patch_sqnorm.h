@@ -20,6 +20,7 @@ struct PatchView {
   // which neighbours in memory make whole, aligned 16-byte packs, in x and in dx: positions, or the channels of a group
   bool position_packs = false, channel_packs = false;
   bool channels_dense = false;  // the channels of a group lie side by side
+  bool items_dense = false;     // and the items one after another
 
   int64_t positions() const { return sizes[0] * sizes[1] * sizes[2]; }
 };
@@ -29,20 +30,40 @@ struct PatchView {
 struct WindowAxis {
   int64_t inputs = 1, outputs = 1, kernel = 1, stride = 1, padding = 0, dilation = 1;
   bool transposed = false;
+  int64_t whole = 0, rest = 0;  // dilation / stride and its remainder
 
   FAM_HOST_DEVICE int64_t from() const { return transposed ? outputs : inputs; }
   FAM_HOST_DEVICE int64_t to() const { return transposed ? inputs : outputs; }
   FAM_HOST_DEVICE bool trivial() const { return kernel == 1 && stride == 1 && padding == 0; }
-  // the entry of the source that tap k of entry `i` reads, or -1
-  FAM_HOST_DEVICE int64_t tap(int64_t i, int64_t k) const {
-    if (!transposed) {
-      const int64_t at = i * stride - padding + k * dilation;
-      return at < 0 || at >= inputs ? -1 : at;
+};
+
+// The entries of the source that the taps of one entry read, one tap after the other, with one division at most for all of them.
+class Taps {
+ public:
+  FAM_HOST_DEVICE Taps(const WindowAxis& axis, int64_t entry) : axis_(axis) {
+    if (!axis.transposed) {
+      at_ = entry * axis.stride - axis.padding;
+    } else {
+      const int64_t shifted = entry + axis.padding;
+      at_ = axis.stride == 1 ? shifted : shifted / axis.stride;
+      rest_ = shifted - at_ * axis.stride;
     }
-    const int64_t shifted = i + padding - k * dilation;
-    if (shifted < 0 || shifted % stride != 0) return -1;
-    return shifted / stride < outputs ? shifted / stride : -1;
   }
+  // -1 where the tap reads nothing
+  FAM_HOST_DEVICE int64_t source() const { return rest_ == 0 && at_ >= 0 && at_ < axis_.from() ? at_ : -1; }
+  FAM_HOST_DEVICE void advance() {
+    if (!axis_.transposed) {
+      at_ += axis_.dilation;
+      return;
+    }
+    at_ -= axis_.whole;
+    rest_ -= axis_.rest;
+    if (rest_ < 0) rest_ += axis_.stride, --at_;
+  }
+
+ private:
+  const WindowAxis& axis_;
+  int64_t at_, rest_ = 0;  // of a transposed axis the entry is at_ where rest_ is 0
 };
 
 // Sums of squares over the channels of a group: x is read once. `sums` is dense over the items.

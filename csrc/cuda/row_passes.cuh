@@ -6,7 +6,7 @@
 
 namespace fam_ext::gpu {
 
-constexpr int kRowThreads = 128;
+constexpr int kRowThreads = kSumThreads;
 
 // The largest of the block's numbers and the smallest index that has it, in every thread.
 template <typename T>
@@ -27,7 +27,8 @@ __device__ void block_maximum(T& max, int& index, T* values, int* indices) {
   }
 }
 
-template <typename T, bool kHead>
+// S: the logits in memory.
+template <typename T, bool kHead, typename S>
 __global__ __launch_bounds__(kRowThreads, 6) void softmax_rows_kernel(const __grid_constant__ RowPass<T> pass,
                                                                       const __grid_constant__ Head<T> head) {
   __shared__ T scratch[kWarp];
@@ -38,17 +39,28 @@ __global__ __launch_bounds__(kRowThreads, 6) void softmax_rows_kernel(const __gr
   T scale(1);
   RowTarget<T> target;
   if constexpr (kHead) {
-    scale = reduction_scale(head, pass.rows, denominator(head, wide_scratch));
-    target = row_target(head, row, classes, scale);
+    const TargetSums sums = read_target_sums(head, wide_scratch);
+    scale = reduction_scale(head, pass.rows, sums);
+    target = row_target(head, row, classes, scale, sums.omega);
   }
   const bool part = !kHead || target.coefficient != T(0);  // else the row may hold anything
   T* p = pass.p + n * classes;
   T max = -kInfinity<T>;
   int y = 0;
-  for (int64_t s = thread; s < classes; s += kRowThreads) {
-    const T z = part ? load<T>(pass.logits, start + s * pass.logits.width_stride) : T(0);
-    p[s] = z;
-    if (z > max) max = z, y = static_cast<int>(s);
+  for (int64_t first = thread; first < classes; first += 4 * kRowThreads) {  // four loads under way
+    T z[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t s = first + j * kRowThreads;
+      z[j] = part && s < classes ? load<T, S>(pass.logits, start + s * pass.logits.width_stride) : T(0);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t s = first + j * kRowThreads;
+      if (s >= classes) continue;
+      p[s] = z[j];
+      if (z[j] > max) max = z[j], y = static_cast<int>(s);
+    }
   }
   block_maximum(max, y, scratch, index_scratch);
 
@@ -98,18 +110,20 @@ __global__ __launch_bounds__(kRowThreads, 6) void softmax_rows_kernel(const __gr
   RowFacts<T> facts{};
   facts.max = max, facts.py = py, facts.r = r, facts.log_total = log1p(rest), facts.weighted = weighted_squares;
   facts.gap = gap, facts.others = others, facts.coefficient = target.coefficient, facts.hard = target.hard;
-  facts.y = y, facts.index = target.index;
+  facts.index = target.index;
   pass.facts[n] = facts;
+  pass.likely[n] = y;
 }
 
-template <typename T, bool kHead>
+// S: the features in memory.
+template <typename T, bool kHead, typename S>
 __global__ __launch_bounds__(kRowThreads, 6) void row_values_kernel(const __grid_constant__ RowPass<T> pass,
                                                                     const __grid_constant__ Head<T> head) {
   __shared__ T scratch[kWarp];
   const int64_t n = blockIdx.x, row = pass.first + n;
   const int thread = static_cast<int>(threadIdx.x);
   RowFacts<T>& facts = pass.facts[n];
-  const int y = facts.y;
+  const int y = pass.likely[n];
   const T r = facts.r, coefficient = facts.coefficient;
   T v(0), squared_shift(0), squared_mean(0);
   if (pass.pairwise) {
@@ -138,10 +152,10 @@ __global__ __launch_bounds__(kRowThreads, 6) void row_values_kernel(const __grid
   T upstream(0);
   if constexpr (kHead) {
     const T squares =
-        coefficient == T(0) ? T(0) : block_sum(squares_share<T>(head.features, row, thread, kRowThreads), scratch);
+        coefficient == T(0) ? T(0) : block_sum(squares_share<T, S>(head.features, row, thread, kRowThreads), scratch);
     const RowValue<T> value = row_value(head, coefficient, facts.gap, facts.log_total, squares, v);
     if (head.grad_features.data != nullptr) {
-      scale_row(head.features, head.grad_features, row, value.feature_factor, thread, kRowThreads);
+      scale_row<S>(head.features, head.grad_features, row, value.feature_factor, thread, kRowThreads);
     }
     upstream = value.upstream;
     if (thread == 0) {
@@ -153,10 +167,12 @@ __global__ __launch_bounds__(kRowThreads, 6) void row_values_kernel(const __grid
     if (thread == 0 && pass.values != nullptr) pass.values[row] = v;
   }
   if (thread != 0) return;
-  facts.v = v, facts.upstream = upstream, facts.squared_shift = squared_shift, facts.squared_mean = squared_mean;
+  facts.v = v, facts.squared_shift = squared_shift, facts.squared_mean = squared_mean;
+  pass.factors[n] = upstream;
 }
 
-template <typename T, bool kHead>
+// S: the gradient of the logits in memory.
+template <typename T, bool kHead, typename S>
 __global__ __launch_bounds__(kRowThreads, 6) void row_gradients_kernel(const __grid_constant__ RowPass<T> pass,
                                                                        const __grid_constant__ Head<T> head,
                                                                        bool grad_weight) {
@@ -164,14 +180,15 @@ __global__ __launch_bounds__(kRowThreads, 6) void row_gradients_kernel(const __g
   const int64_t n = blockIdx.x, row = pass.first + n, classes = pass.classes;
   const int thread = static_cast<int>(threadIdx.x);
   const RowFacts<T>& facts = pass.facts[n];
-  const T g = facts.upstream, v = facts.v;
+  const T g = pass.factors[n], v = facts.v;
+  const int y = pass.likely[n];
   T scale(1);
   int64_t soft_start = 0;
   RowTarget<T> target;
   bool soft = false;
   if constexpr (kHead) {
     soft = has_soft_shares(head);
-    if (soft) scale = reduction_scale(head, pass.rows, denominator(head, wide_scratch));
+    if (soft) scale = reduction_scale(head, pass.rows, read_target_sums(head, wide_scratch));
     if (head.soft.data != nullptr) soft_start = head.soft.offset(row);
     target.index = facts.index, target.hard = facts.hard, target.coefficient = facts.coefficient;
   }
@@ -179,21 +196,21 @@ __global__ __launch_bounds__(kRowThreads, 6) void row_gradients_kernel(const __g
   const T* p = pass.p + n * classes;
   T* q = pass.q == nullptr ? nullptr : pass.q + n * classes;
   for (int64_t s = thread; s < classes; s += kRowThreads) {
-    const T probability = s == facts.y ? facts.py : p[s];
+    const T probability = s == y ? facts.py : p[s];
     if (pass.grad_logits.data != nullptr) {
       T dz(0);
       if (pass.products && pass.pairwise) {
         dz = g * pairwise_logit_grad(probability, q[s], v);
       } else if (pass.products) {
-        const T distance = s == facts.y ? facts.squared_shift
-                                        : at_least_zero(squared_distance(pass.squares[s], q[s], facts.squared_mean));
+        const T distance =
+            s == y ? facts.squared_shift : at_least_zero(squared_distance(pass.squares[s], q[s], facts.squared_mean));
         dz = g * probability * (distance - v);
       }
       if constexpr (kHead) {
         const T f = soft ? soft_share(head, soft_start, s, classes, scale, target.coefficient) : T(0);
-        dz += loss_gradient(target, s, facts.y, probability, facts.r, facts.others, f);
+        dz += loss_gradient(target, s, y, probability, facts.r, facts.others, f);
       }
-      store(pass.grad_logits, start + s * pass.grad_logits.width_stride, dz);
+      store<S>(pass.grad_logits, start + s * pass.grad_logits.width_stride, dz);
     }
     if (grad_weight && pass.pairwise) q[s] = g * probability;
   }
@@ -206,7 +223,7 @@ template <typename T>
 __global__ __launch_bounds__(kRowThreads, 6) void head_prepare_kernel(const __grid_constant__ Head<T> head,
                                                                       int64_t rows, int64_t classes) {
   __shared__ double scratch[kWarp];
-  denominator_share(head, rows, classes, static_cast<int>(blockIdx.x), scratch);
+  write_target_sums(head, rows, classes, static_cast<int>(blockIdx.x), scratch);
 }
 
 template <typename T>
@@ -220,31 +237,44 @@ __global__ __launch_bounds__(kRowThreads, 6) void head_totals_kernel(const __gri
   }
   loss = block_sum(loss, scratch);
   curvature = block_sum(curvature, scratch);
-  const double valid = denominator(head, scratch);
-  if (threadIdx.x == 0) write_totals(head, loss, curvature, valid);
+  const TargetSums sums = read_target_sums(head, scratch);
+  if (threadIdx.x == 0) write_totals(head, loss, curvature, sums.valid);
 }
 
 // ---- Launches ----
 
 template <typename T, bool kHead>
 cudaError_t launch_softmax_rows(const RowPass<T>& pass, const Head<T>& head, cudaStream_t stream) {
-  const auto kernel = softmax_rows_kernel<T, kHead>;
-  FAM_LAUNCH(kernel, static_cast<unsigned>(pass.n), kRowThreads, 0, stream, pass, head);
-  return cudaGetLastError();
+  return for_type<T>(pass.logits.dtype, [&](auto s) {
+    const auto kernel = softmax_rows_kernel<T, kHead, decltype(s)>;
+    FAM_LAUNCH(kernel, static_cast<unsigned>(pass.n), kRowThreads, 0, stream, pass, head);
+    return cudaGetLastError();
+  });
 }
 
 template <typename T, bool kHead>
 cudaError_t launch_row_values(const RowPass<T>& pass, const Head<T>& head, cudaStream_t stream) {
-  const auto kernel = row_values_kernel<T, kHead>;
-  FAM_LAUNCH(kernel, static_cast<unsigned>(pass.n), kRowThreads, 0, stream, pass, head);
-  return cudaGetLastError();
+  const auto launch = [&](auto s) {
+    const auto kernel = row_values_kernel<T, kHead, decltype(s)>;
+    FAM_LAUNCH(kernel, static_cast<unsigned>(pass.n), kRowThreads, 0, stream, pass, head);
+    return cudaGetLastError();
+  };
+  if constexpr (kHead) return for_type<T>(head.features.dtype, launch);
+  return launch(T{});
 }
 
 template <typename T, bool kHead>
 cudaError_t launch_row_gradients(const RowPass<T>& pass, const Head<T>& head, bool grad_weight, cudaStream_t stream) {
-  const auto kernel = row_gradients_kernel<T, kHead>;
-  FAM_LAUNCH(kernel, static_cast<unsigned>(pass.n), kRowThreads, 0, stream, pass, head, grad_weight);
-  return cudaGetLastError();
+  const auto launch = [&](auto s) {
+    const auto kernel = row_gradients_kernel<T, kHead, decltype(s)>;
+    FAM_LAUNCH(kernel, static_cast<unsigned>(pass.n), kRowThreads, 0, stream, pass, head, grad_weight);
+    return cudaGetLastError();
+  };
+  // gradients made in the forward pass are float or double
+  if constexpr (kHead && std::is_same_v<T, float>)
+    return launch(float{});
+  else
+    return for_type<T>(pass.grad_logits.dtype, launch);
 }
 
 }  // namespace fam_ext::gpu

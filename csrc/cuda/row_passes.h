@@ -16,8 +16,7 @@ struct RowFacts {
   T weighted;               // sum_s p~_s |w_s|^2
   T gap, others;            // loss up to c log_total; sum of the targets of all classes but y
   T coefficient, hard;
-  T v, upstream, squared_shift, squared_mean;
-  int y;
+  T v, squared_shift, squared_mean;
   int64_t index;
 };
 
@@ -34,6 +33,8 @@ struct RowPass {
   T* q = nullptr;                                   // (n, O): D p, or <w_s, u>; becomes g p in the pairwise form
   T *shift = nullptr, *mean = nullptr;              // (n, I): U, and u = w_y + U, which becomes g u
   RowFacts<T>* facts = nullptr;                     // (n)
+  T* factors = nullptr;                             // (n): g, the gradient that reaches v
+  int* likely = nullptr;                            // (n): y, the most likely class
   T* values = nullptr;                              // (rows)
   const T* upstream = nullptr;                      // (rows)
   T *row_loss = nullptr, *row_curvature = nullptr;  // (rows), of a head
@@ -49,7 +50,7 @@ cudaError_t launch_row_values(const RowPass<T>& pass, const Head<T>& head, cudaS
 template <typename T, bool kHead>
 cudaError_t launch_row_gradients(const RowPass<T>& pass, const Head<T>& head, bool grad_weight, cudaStream_t stream);
 
-// D_st = |w_s - w_t|^2 from differences.
+// D_st = |w_s - w_t|^2 from differences: a warp for a few pairs where classes are few, else a block for 64 x 64 pairs.
 template <typename T>
 cudaError_t launch_class_distances(const T* weight, int64_t classes, int64_t fan_in, T* distances, cudaStream_t stream);
 // sums_s += sum_n g_n p~_ns, and t_s += sum_{n: y_n = s} g_n U_n, every sum in the order of the rows.

@@ -6,31 +6,36 @@
 
 namespace fam_ext::gpu {
 
-constexpr int kSmallThreads = 128;
+constexpr int kSmallThreads = kSumThreads;
 
 // A tile of rows in shared memory. ld is odd, so that neighbouring classes lie in different banks.
 template <typename T>
 struct Tile {
-  T *p, *q, *distances;  // (O, ld): logits, then e, then p; q = D p; (O, O)
+  T *distances, *p, *q;  // (O, O); (O, ld): logits, then e, then p; q = D p
   T *v, *r, *log_total, *py, *max, *g, *squares, *gap, *others, *factor;
   RowTarget<T>* targets;
   int* y;
+  T* stage;  // columns of the weight, before the first tile, where p begins
   int ld;
 
-  __host__ __device__ static int leading(int rows) { return rows | 1; }
-  __host__ __device__ static int64_t bytes(int classes, int rows) {
-    const int64_t numbers = 2 * classes * leading(rows) + classes * classes + 10 * rows;
-    return (numbers + 1) / 2 * 2 * static_cast<int64_t>(sizeof(T)) + rows * static_cast<int64_t>(sizeof(RowTarget<T>)) +
-           rows * static_cast<int64_t>(sizeof(int));
+  __host__ __device__ static int leading(int columns) { return columns | 1; }
+  __host__ __device__ static int64_t numbers(int classes, int rows) {
+    return classes * classes + 2 * classes * leading(rows) + 10 * rows;
+  }
+  __host__ __device__ static int64_t bytes(int classes, int rows, int staged) {
+    const int64_t number = static_cast<int64_t>(sizeof(T)),
+                  per_row = static_cast<int64_t>(sizeof(RowTarget<T>) + sizeof(int));
+    const int64_t tile = (numbers(classes, rows) + 1) / 2 * 2 * number + rows * per_row;
+    const int64_t columns = classes * leading(staged), sums = kSmallThreads;  // what passes through `stage`
+    const int64_t staging = staged == 0 ? 0 : (classes * classes + (columns < sums ? sums : columns)) * number;
+    return tile < staging ? staging : tile;
   }
   __device__ __forceinline__ Tile(unsigned char* memory, int classes, int rows) : ld(leading(rows)) {
-    T* next = reinterpret_cast<T*>(memory);
-    p = next, q = p + classes * ld, distances = q + classes * ld;
-    v = distances + classes * classes, r = v + rows, log_total = r + rows, py = log_total + rows, max = py + rows,
-    g = max + rows;
+    distances = reinterpret_cast<T*>(memory);
+    p = distances + classes * classes, q = p + classes * ld, stage = p;
+    v = q + classes * ld, r = v + rows, log_total = r + rows, py = log_total + rows, max = py + rows, g = max + rows;
     squares = g + rows, gap = squares + rows, others = gap + rows, factor = others + rows;
-    const int64_t numbers = 2 * classes * ld + classes * classes + 10 * rows;
-    targets = reinterpret_cast<RowTarget<T>*>(next + (numbers + 1) / 2 * 2);
+    targets = reinterpret_cast<RowTarget<T>*>(distances + (numbers(classes, rows) + 1) / 2 * 2);
     y = reinterpret_cast<int*>(targets + rows);
   }
 };
@@ -38,20 +43,22 @@ struct Tile {
 // k-th (row, class) of a tile; neighbouring k are neighbours in memory
 struct TileItem {
   int row, s;
-  __device__ __forceinline__ TileItem(int k, int rows, int classes, bool rows_fastest)
-      : row(rows_fastest ? k % rows : k / classes), s(rows_fastest ? k / rows : k % classes) {}
+  __device__ __forceinline__ TileItem(int k, int rows, int classes, bool rows_fastest) {
+    const int inner = rows_fastest ? rows : classes, outer = k / inner, rest = k - outer * inner;
+    row = rows_fastest ? rest : outer, s = rows_fastest ? outer : rest;
+  }
 };
 
 __device__ __forceinline__ bool rows_are_neighbours(const RowView& view) { return view.strides[view.dims - 1] == 1; }
 
 // Targets of a tile's rows and their logits, zeros where a row does not count.
-template <typename T, bool kHead>
-__device__ void load_tile(const SmallTrace<T>& pass, const Head<T>& head, T scale, int64_t first, int rows,
-                          const Tile<T>& tile) {
+template <typename T, bool kHead, typename S>
+__device__ void load_tile(const SmallTrace<T>& pass, const Head<T>& head, T scale, double omega_total, int64_t first,
+                          int rows, const Tile<T>& tile) {
   const int classes = pass.classes;
   if constexpr (kHead) {
     for (int k = static_cast<int>(threadIdx.x); k < rows; k += kSmallThreads) {
-      tile.targets[k] = row_target(head, first + k, classes, scale);
+      tile.targets[k] = row_target(head, first + k, classes, scale, omega_total);
     }
     __syncthreads();
   }
@@ -60,7 +67,7 @@ __device__ void load_tile(const SmallTrace<T>& pass, const Head<T>& head, T scal
     const TileItem at(k, rows, classes, rows_fastest);
     T z(0);
     if (!kHead || tile.targets[at.row].coefficient != T(0)) {
-      z = load<T>(pass.logits, pass.logits.offset(first + at.row) + at.s * pass.logits.width_stride);
+      z = load<T, S>(pass.logits, pass.logits.offset(first + at.row) + at.s * pass.logits.width_stride);
     }
     tile.p[at.s * tile.ld + at.row] = z;
   }
@@ -68,7 +75,7 @@ __device__ void load_tile(const SmallTrace<T>& pass, const Head<T>& head, T scal
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     for (int k = static_cast<int>(threadIdx.x) / kWarp; k < rows; k += kSmallThreads / kWarp) {
       if (tile.targets[k].coefficient == T(0)) continue;  // the same for the whole warp
-      const T squares = warp_sum(squares_share<T>(head.features, first + k, lane, kWarp));
+      const T squares = warp_sum(squares_share<T, S>(head.features, first + k, lane, kWarp));
       if (lane == 0) tile.squares[k] = squares;
     }
   }
@@ -165,9 +172,10 @@ __device__ void tile_trace(const SmallTrace<T>& pass, int rows, const Tile<T>& t
   }
 }
 
-template <typename T, bool kHead>
+template <typename T, bool kHead, typename S>
 __device__ void tile_gradients(const SmallTrace<T>& pass, const Head<T>& head, T scale, int64_t first, int rows,
                                const Tile<T>& tile) {
+  using G = std::conditional_t<kHead, typename GradientOf<S>::type, S>;
   const int classes = pass.classes, thread = static_cast<int>(threadIdx.x);
   if (pass.grad_logits.data != nullptr) {
     const bool rows_fastest = rows_are_neighbours(pass.grad_logits);
@@ -184,13 +192,13 @@ __device__ void tile_gradients(const SmallTrace<T>& pass, const Head<T>& head, T
         }
         dz += loss_gradient(tile.targets[at.row], at.s, tile.y[at.row], p, tile.r[at.row], tile.others[at.row], soft);
       }
-      store(pass.grad_logits, pass.grad_logits.offset(first + at.row) + at.s * pass.grad_logits.width_stride, dz);
+      store<G>(pass.grad_logits, pass.grad_logits.offset(first + at.row) + at.s * pass.grad_logits.width_stride, dz);
     }
   }
   if constexpr (kHead) {
     if (head.grad_features.data != nullptr) {
       for (int k = thread / kWarp; k < rows; k += kSmallThreads / kWarp) {
-        scale_row(head.features, head.grad_features, first + k, tile.factor[k], thread % kWarp, kWarp);
+        scale_row<S>(head.features, head.grad_features, first + k, tile.factor[k], thread % kWarp, kWarp);
       }
     }
   }

@@ -6,13 +6,21 @@
 namespace fam_ext::gpu {
 
 template <typename T>
-cudaError_t launch_small_trace(const SmallTrace<T>& pass, SmallPhase first, SmallPhase last, cudaStream_t stream) {
-  return launch_small<T, false>(pass, Head<T>{}, first, last, stream);
+cudaError_t launch_small_trace(const SmallTrace<T>& pass, cudaStream_t stream) {
+  return for_type<T>(pass.logits.dtype,
+                     [&](auto s) { return launch_small<T, false, decltype(s)>(pass, Head<T>{}, stream); });
 }
 
 template <typename T>
 cudaError_t launch_class_distances(const T* weight, int64_t classes, int64_t fan_in, T* distances,
                                    cudaStream_t stream) {
+  if (classes <= kPairClasses) {
+    const unsigned blocks = static_cast<unsigned>((classes + kPairsPerBlock - 1) / kPairsPerBlock);
+    const auto kernel = pair_distances_kernel<T>;
+    FAM_LAUNCH(kernel, dim3(blocks, static_cast<unsigned>(classes)), kPairThreads, 0, stream, weight,
+               static_cast<int>(classes), fan_in, distances);
+    return cudaGetLastError();
+  }
   const unsigned tiles = static_cast<unsigned>((classes + kDistanceTile - 1) / kDistanceTile);
   const auto kernel = class_distances_kernel<T>;
   FAM_LAUNCH(kernel, dim3(tiles, tiles), kDistanceThreads, 0, stream, weight, classes, fan_in, distances);
@@ -21,15 +29,16 @@ cudaError_t launch_class_distances(const T* weight, int64_t classes, int64_t fan
 
 template <typename T>
 cudaError_t launch_column_sums(const RowPass<T>& pass, T* sums, T* t, cudaStream_t stream) {
-  const int64_t stretches = std::max<int64_t>(1, (pass.fan_in + kRowThreads - 1) / kRowThreads);
+  constexpr int64_t columns = kRowThreads * kSumColumns;
+  const int64_t stretches = (pass.fan_in + columns - 1) / columns;
   const auto kernel = column_sums_kernel<T>;
-  FAM_LAUNCH(kernel, dim3(static_cast<unsigned>(pass.classes), static_cast<unsigned>(stretches)), kRowThreads, 0,
+  FAM_LAUNCH(kernel, dim3(static_cast<unsigned>(pass.classes), static_cast<unsigned>(stretches + 1)), kRowThreads, 0,
              stream, pass, sums, t);
   return cudaGetLastError();
 }
 
 #define FAM_INSTANTIATE(T)                                                                                    \
-  template cudaError_t launch_small_trace<T>(const SmallTrace<T>&, SmallPhase, SmallPhase, cudaStream_t);     \
+  template cudaError_t launch_small_trace<T>(const SmallTrace<T>&, cudaStream_t);                             \
   template cudaError_t launch_softmax_rows<T, false>(const RowPass<T>&, const Head<T>&, cudaStream_t);        \
   template cudaError_t launch_row_values<T, false>(const RowPass<T>&, const Head<T>&, cudaStream_t);          \
   template cudaError_t launch_row_gradients<T, false>(const RowPass<T>&, const Head<T>&, bool, cudaStream_t); \

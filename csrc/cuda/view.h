@@ -22,9 +22,13 @@ struct RowView {
 
   FAM_HOST_DEVICE int64_t offset(int64_t row) const {
     int64_t result = 0;
+#ifdef __CUDACC__
+#pragma unroll 1  // the division, which rows in one dimension do not need, stands in the code once
+#endif
     for (int d = dims - 1; d > 0; --d) {
-      result += row % sizes[d] * strides[d];
-      row /= sizes[d];
+      const int64_t outer = row / sizes[d];
+      result += (row - outer * sizes[d]) * strides[d];
+      row = outer;
     }
     return result + row * strides[0];
   }

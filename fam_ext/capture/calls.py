@@ -27,7 +27,7 @@ class CapturedCall:
 
     __slots__ = (
         "__weakref__", "dtype", "features", "features_ref", "first", "on_output", "output_ref", "output_version", "shape", "used",
-        "version", "weight",
+        "version", "weight", "weight_version",
     )  # fmt: skip
 
     def __init__(self, features: Tensor | None, weight: Tensor | None, output: Tensor | None) -> None:
@@ -35,6 +35,8 @@ class CapturedCall:
         self.on_output = False  # kept by the output itself, which has no graph that would hold the features
         self.features_ref: TensorWeakRef | None = None
         self.weight = weight
+        plain = weight is not None and type(weight) is nn.Parameter and not weight.is_inference()
+        self.weight_version = weight._version if plain and weight is not None else -1
         self.first: Tensor | None = (
             None  # first row of the output, kept where the layer's map must be checked
         )
@@ -71,7 +73,17 @@ class CapturedCall:
             raise UnsupportedError(
                 f"{caller}: the layer's input was modified in place after the layer used it; use an out-of-place operation"
             )
+        if self.weight_changed():
+            raise UnsupportedError(
+                f"{caller}: the layer's weight was modified in place between the forward pass and the loss; take the loss before "
+                "the optimizer's step, or call the model again"
+            )
         return features
+
+    def weight_changed(self) -> bool:
+        """Whether a plain weight was modified in place since the call."""
+        weight = self.weight
+        return weight is not None and 0 <= self.weight_version != weight._version
 
     def __reduce__(self) -> Any:
         return CapturedCall, (None, None, None)  # a copied or saved tensor carries no features
@@ -128,6 +140,8 @@ class CapturedCalls:
         if weight is None and not self.owners:
             weight = layer_weight(layer)
         capture = CapturedCall(features, weight, output)
+        if self.owners:
+            capture.weight_version = -1  # filled and freed in place
         if (check or self.check) and output.numel() and output.dim() == features.dim():
             local: Any = output
             if sharding.is_dtensor(output):
@@ -235,7 +249,7 @@ class CapturedCalls:
             return None
         if features._version != capture.version or outputs._version != capture.output_version:
             return None
-        if self.split:
+        if self.split or capture.weight_changed():
             return None
         if self.owners:
             self.gather(capture)

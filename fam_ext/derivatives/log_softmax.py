@@ -7,7 +7,7 @@ no matrix is written that the result does not need. With l = log p, s = sum(g) a
     gradient      g - s p
     its gradient  -s p u  towards l,   u - <p, u>  towards g        (and l is log_softmax again)
 
-Writing into blocks has no rule for vmap, so that fam_ext.curvature takes several products one after the other: at these sizes
+Writing into blocks has no rule for vmap, so that fam_ext.hessian takes several products one after the other: at these sizes
 their matrices together would leave the cache, and perhaps the memory.
 """
 
@@ -38,7 +38,7 @@ def pays(node: Any) -> bool:
 
 
 def gradient(saved: Any, grad: Tensor) -> tuple[Tensor]:
-    """The gradient of log_softmax's input, for fam_ext.corrections."""
+    """The gradient of log_softmax's input, for fam_ext.derivatives.corrections."""
     return (_Gradient.apply(saved.result, grad),)  # type: ignore[no-untyped-call]
 
 

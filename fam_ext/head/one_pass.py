@@ -212,5 +212,9 @@ def _checked(
         raise UnsupportedError(f"{NAME}: measure must be 'neuronwise', got {options.measure!r}")
     if options.method not in ("auto", "closed_form"):
         raise UnsupportedError(f"{NAME}: method must be 'auto' or 'closed_form', got {options.method!r}")
+    if options.curvature == "empirical_fisher":
+        raise UnsupportedError(
+            f"{NAME}: curvature must be 'hessian', 'ggn' or 'fisher', got 'empirical_fisher'"
+        )
     options.check_fisher(loss_hessian)
     return layers[0], loss_hessian

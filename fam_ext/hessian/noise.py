@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype, without_autocast
+from fam_ext.hessian import noise_passes
 from fam_ext.layers.linear_map import LinearMap
 
 # Different a in a batch, where W a costs a product: samples with the same a still have uncorrelated draws, by b. Estimates of
@@ -139,12 +140,16 @@ def along(features: Tensor, left: Tensor, signs: Tensor) -> Draw:
 def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """+1 and -1 with equal probability, of the device and dtype of `like`."""
     if type(like) is Tensor and like.device.type == "cpu" and not torch.compiler.is_compiling():
-        # eight signs from one random number: the CPU's generator is what costs
-        count = math.prod(shape)
-        bytes_ = torch.randint(
-            0, 256, (-(-count // 8),), dtype=torch.int32, generator=generator, device="cpu"
-        )
-        return F.embedding(bytes_, _BYTE_SIGNS).flatten()[:count].reshape(tuple(shape)).to(like.dtype)
+        # 56 signs from one random number: the CPU's generator is what costs
+        count, size = math.prod(shape), tuple(shape)
+        numbers = torch.empty(-(-count // 56), dtype=torch.int64, device="cpu").random_(generator=generator)
+        made = noise_passes.signs(numbers, size, like)
+        if made is not None:
+            return made
+        bytes_ = numbers.view(torch.uint8).reshape(-1, 8)[
+            :, :7
+        ]  # the last holds the number's sign, which is none
+        return F.embedding(bytes_.int(), _BYTE_SIGNS).flatten()[:count].reshape(size).to(like.dtype)
     bits = torch.randint(0, 2, tuple(shape), device=like.device, dtype=like.dtype, **_given(generator))
     return bits.mul_(2).sub_(1)
 
@@ -162,6 +167,9 @@ def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: flo
     scale = amplitude(strength)
     if features.numel() == 0:
         return features
+    done = _passed(layer, drawn, features, scale)
+    if done is not None:
+        return done
     with without_autocast(features):
         if drawn.channels is None:
             length = torch.linalg.vector_norm(
@@ -177,12 +185,23 @@ def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: flo
         return _whole(layer, perturbed, features.shape)
 
 
+def _passed(layer: LinearMap, drawn: Draw, features: Tensor, scale: float | Tensor) -> Tensor | None:
+    """What :func:`perturb_input` gives, from compiled passes where these apply."""
+    if drawn.channels is None:
+        return noise_passes.with_length(features, drawn.left, scale)
+    at = _positions(drawn, features)
+    return noise_passes.rank_one(layer, features, drawn.left, drawn.channels, at, scale)
+
+
 def products(layer: LinearMap, drawn: Draw, features: Tensor) -> tuple[Tensor, Tensor]:
     """(features, <r, x>): the features again, and what :func:`perturb_output` needs of them, (S, groups, N).
 
     A layer that is called with these instead hands both gradients back at once, and they are added in one pass.
     """
     assert drawn.channels is not None
+    passed = noise_passes.project(features, drawn.channels)
+    if passed is not None:
+        return passed
     with without_autocast(features):
         vector = drawn.channels.to(features.dtype).expand(layer.samples(features.shape), -1, -1)
         if features.requires_grad and torch.is_grad_enabled():
@@ -208,10 +227,13 @@ def perturb_output(
     if output.numel() == 0:
         return output
     assert drawn.channels is not None and drawn.place is not None
+    if inner is None:
+        inner = products(layer, drawn, features)[1]
+    passed = noise_passes.outer(layer, output, weight, inner, drawn.left, drawn.place, scale)
+    if passed is not None:
+        return passed
     with without_autocast(output):
         dtype, samples = output.dtype, layer.samples(output.shape)
-        if inner is None:
-            inner = products(layer, drawn, features)[1]
         place = drawn.place.to(dtype)  # the shift
         inner = inner.to(dtype).reshape(samples, layer.groups, *features.shape[-layer.spatial :])
         inner = layer.apply(inner, place[0]) if len(place) == 1 else layer.apply_each(inner, place)

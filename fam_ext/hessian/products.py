@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +54,6 @@ class LayerHessian:
         self.on_weight = past_calls or len(calls) != 1
         self.device = weight.device
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.bytes_of_output = 4 * sum(prod(call.shape) for call in calls)
         self.gradient: Tensor | None = None
         # what the first gradient is taken by: the weight, or the edge where the only call's output entered the graph
         self.origin: Any = weight if self.on_weight else calls[0].edge

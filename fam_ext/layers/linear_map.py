@@ -152,12 +152,6 @@ class LinearMap:
             return direction.reshape(self.groups, neurons, inputs, -1).transpose(1, 2).reshape(shape)
         return direction.reshape(shape)
 
-    def shape_with_outputs(self, outputs: int) -> torch.Size:
-        """The shape of a weight in the module's layout that gives `outputs` neurons (of all groups) in place of the layer's."""
-        if self.transposed:
-            return torch.Size((self.inputs, outputs // self.groups, *self.shape[2:]))
-        return torch.Size((outputs, *self.shape[1:]))
-
     def divide_features(self, features: Tensor, scale: Tensor) -> Tensor:
         """Features over `scale`, one number for each input channel; a channel of scale 0 is left out: it becomes 0."""
         divisor = scale.masked_fill(scale == 0, torch.inf)

@@ -16,7 +16,7 @@ from fam_ext.hessian.exact import exact
 from fam_ext.hessian.products import LayerCall, LayerHessian, products
 from fam_ext.layers import sharding
 from fam_ext.loss.layer_term import LayerTerm
-from fam_ext.loss.plan import AT_ONCE, Plan, first_products, graph_key, plan_products, signature
+from fam_ext.loss.plan import AT_ONCE, Plan, first_products, graph_key, plan_products, rows_taken, signature
 from fam_ext.loss_hessians import SUPPORTED, LossHessian
 from fam_ext.options import EIGENVALUE_MEASURES, Options
 
@@ -219,12 +219,15 @@ def _check_calls(caller: str, hidden: HiddenCall) -> None:
 
 
 def _check_samples(caller: str, group: Sequence[HiddenCall], outputs: Tensor) -> None:
-    """Refuse where samples interact after one of the layers: found out once for a graph, and now and then again."""
+    """Refuse where samples interact after one of the layers: found out once for a graph and rows that indexing takes, and now
+    and then again.
+    """
     new, known = [], []
+    rows = rows_taken(_all_between(group))
     for hidden in group:
         call, memory = hidden.calls[0], hidden.term.memory
         key = ("factors", call.shape, outputs.shape, *map(signature, hidden.between))
-        if key not in memory.levels:
+        if memory.apart.get(key) != rows:
             new.append((hidden, key))
         elif memory.should_recheck(key):
             known.append((hidden, key))
@@ -235,7 +238,7 @@ def _check_samples(caller: str, group: Sequence[HiddenCall], outputs: Tensor) ->
             apart = gauss_newton.check_samples_apart(caller, layers, outputs, again)
             for (hidden, key), shown in zip(due, apart, strict=True):
                 if shown:
-                    hidden.term.memory.levels[key] = "samples"
+                    hidden.term.memory.apart[key] = rows
 
 
 def _positive(
@@ -288,6 +291,11 @@ def difference_term(term: LayerTerm, closure: Any, per_sample: bool) -> Estimate
     if term.layer.module is not term.module:
         raise UnsupportedError(
             f"{options.caller}: method='finite_difference' is not for adapters; merge them first"
+        )
+    if not isinstance(term.layer.module._parameters.get("weight"), torch.nn.Parameter):
+        raise UnsupportedError(
+            f"{options.caller}: method='finite_difference' moves the layer's parameter `weight`, and this layer computes its "
+            "weight at every call (pruning, weight_norm, a parametrization); make it permanent, or use another method"
         )
     sharding.check_local(options.caller, term.layer.module.weight)
     if term.captures.owners:

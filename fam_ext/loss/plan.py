@@ -15,6 +15,7 @@ from fam_ext.hessian.memory import ProductBytes
 from fam_ext.hessian.products import LayerHessian
 from fam_ext.options import EIGENVALUE_MEASURES, Options
 
+RECHECKED = 32  # uses after which a result about the coupling of rows is checked again at the latest
 EXACT_PRODUCTS = 32  # "auto" takes the exact value up to this many products
 # Exact products taken together. Where vmap has no rule for an operation it loops, and the loop's backward fills a tensor of all
 # products for each of them: 256 at once took 2 to 20 times as long as 16.
@@ -85,15 +86,19 @@ class CouplingMemory:
         self.levels: dict[Any, str] = {}  # the widest level shown
         self.uses: dict[Any, int] = {}  # of such a result
         self.bytes: dict[Any, ProductBytes] = {}  # of one product with its graph
+        self.apart: dict[
+            Any, tuple[Any, ...]
+        ] = {}  # rows_taken, by graph of a positive form whose samples are apart
         self.at_once: dict[Any, int] = {}  # products within max_bytes that leave no graph
 
     def should_recheck(self, key: Any) -> bool:
-        """Whether a result about this graph is to be checked again: at the 1st, 2nd, 4th, 8th, ... use of it.
+        """Whether a result about this graph is to be checked again: at the 1st, 2nd, 4th, ..., 32nd use of it, and every 32nd.
 
-        What a weight of zero hides (a gate, the gamma of a residual branch's batch_norm) shows when it has moved.
+        What a factor of zero hides (a gate, the gamma of a residual branch's batch_norm, a loss that is switched on later) shows
+        when it has moved.
         """
         uses = self.uses[key] = self.uses.get(key, 0) + 1
-        return uses & (uses - 1) == 0
+        return uses % RECHECKED == 0 if uses > RECHECKED else uses & (uses - 1) == 0
 
     def level(self, options: Options, hessian: LayerHessian, between: Sequence[Any], per_sample: bool) -> str:
         """How far rows are coupled, "batch" where that cannot be told yet (for shares by sample: "samples")."""
@@ -142,6 +147,22 @@ def signature(node: Any) -> Any:
     return (name, getattr(node, "_saved_training", None)) if "Norm" in name else name
 
 
+def rows_taken(between: Sequence[Any]) -> tuple[Any, ...]:
+    """Which rows of the first dimension indexing took between the layer and the loss: shapes and names do not tell these."""
+    taken = []
+    for node in between:
+        name = node.name().rstrip("0123456789")
+        if name == "IndexBackward":
+            taken.append(node._saved_indices[0])
+        elif name in ("IndexSelectBackward", "GatherBackward") and node._saved_dim == 0:
+            taken.append(node._saved_index)
+        elif name == "MaskedSelectBackward":
+            taken.append(node._saved_mask)
+        elif name == "TakeBackward":
+            taken.append(node._saved_index)
+    return tuple(None if rows is None else (*rows.shape, *rows.flatten().tolist()) for rows in taken)
+
+
 def plan_products(
     options: Options,
     layers: Sequence[tuple[CouplingMemory, LayerHessian, Sequence[Any]]],
@@ -155,6 +176,10 @@ def plan_products(
     samples are coupled.
     """
     if options.measure in EIGENVALUE_MEASURES:
+        if per_sample:
+            raise UnsupportedError(
+                f"{options.caller}: measure={options.measure!r} has no shares by sample; use per_sample=False"
+            )
         return [Plan("lanczos", None, 0, "an eigenvalue") for _ in layers]
     levels = [known.level(options, hessian, between, per_sample) for known, hessian, between in layers]
     if per_sample and "batch" in levels:

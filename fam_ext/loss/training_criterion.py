@@ -93,9 +93,9 @@ class TrainingCriterion(LayerCriterion):
         """Count the steps of `optimizer` from now on, not the calls of the criterion: what `every` and schedules go by.
 
         Without it a training step is one call. Gradient accumulation, SAM and LBFGS call the criterion several times for one
-        update: these calls share one step then, and with it one strength. A step that GradScaler skips does not count. Of an
-        optimizer around others (SAM), pass the inner one, whose step makes the update. A copy of the criterion counts its calls
-        until it follows an optimizer itself.
+        update: these calls share one step then, and with it one strength (but TargetRatio's, which every call moves). A step
+        that GradScaler skips does not count. Of an optimizer around others (SAM), pass the inner one, whose step makes the
+        update. A copy of the criterion counts its calls until it follows an optimizer itself.
 
         Args:
             optimizer: a torch.optim.Optimizer, or a wrapper that keeps one as `.optimizer` (accelerate's, Lightning's); None:
@@ -228,7 +228,9 @@ class TrainingCriterion(LayerCriterion):
         self._reset_noise()
 
     def _advise(self, last: StepRecord) -> None:
-        """Look at the numbers of a step with the term."""
+        """Look at the numbers of a step with the term; on the meta device there are none."""
+        if last.flatness is None or last.flatness.is_meta:
+            return
         inside = self.options.curvature == "hessian" and any(
             term.plan not in (None, CLOSED_FORM, UNUSED) for term in self.terms
         )

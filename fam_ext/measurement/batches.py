@@ -94,19 +94,24 @@ class Mean:
 
 def batch_weight(criterion: Any, outputs: Any, targets: Any) -> tuple[float, float | None]:
     """(weight of a batch's loss in the data set's, its share of the total); the total is None for sums, where it is 1."""
-    inside = criteria.flattened(criterion)
-    if inside is not None:
-        criterion = inside.func
-        outputs, (targets,) = inside.arguments(outputs, (targets,))
-    try:
-        loss_hessian: loss_hessians.LossHessian | None = loss_hessians.read(NAME, criterion)(targets)
-    except UnsupportedError:
-        loss_hessian = None
+    loss_hessian, outputs = bound(criterion, outputs, targets)
     reduction = loss_hessian.reduction if loss_hessian else getattr(criterion, "reduction", "mean")
     if reduction == "sum":
         return 1.0, None
     size = float(loss_hessian.denominator(outputs) if loss_hessian else len(targets))
     return size, size
+
+
+def bound(criterion: Any, outputs: Any, targets: Any) -> tuple[loss_hessians.LossHessian | None, Any]:
+    """(the criterion with its targets, None where it is not known; the outputs as it takes them)."""
+    inside = criteria.flattened(criterion)
+    if inside is not None:
+        criterion = inside.func
+        outputs, (targets,) = inside.arguments(outputs, (targets,))
+    try:
+        return loss_hessians.read(NAME, criterion)(targets), outputs
+    except UnsupportedError:
+        return None, outputs
 
 
 def _shown(batches: Iterable[Any], name: str) -> Iterable[Any]:

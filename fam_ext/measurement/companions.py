@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fam_ext import _checks
 from fam_ext.layers.linear_map import LAYERS
-from fam_ext.measurement.batches import NAME, DataSet, batch_weight
+from fam_ext.measurement.batches import NAME, DataSet, batch_weight, bound
 
 _EXCESS = 0.1
 _PRECISION = 1.01  # of sigma, a ratio
@@ -62,10 +62,11 @@ def fisher_rao(data: DataSet) -> float:
             continue
         (g,) = torch.autograd.grad(data.criterion(z, targets), z)
         # the gradient of a sample's own loss: that of the mean times the number the mean divides by
-        ignored = getattr(data.criterion, "ignore_index", None)
-        by_index = not targets.is_floating_point() and targets.dim() == 1 and ignored is not None
-        valid = float((targets != ignored).sum()) if by_index else float(len(targets))
-        divided = 1.0 if counted is None else (weight if by_index else float(len(targets)))
+        loss_hessian, _ = bound(data.criterion, z, targets)
+        ignored = None if loss_hessian is None else loss_hessian.ignored()
+        by_row = ignored is not None and ignored.dim() == 1
+        valid = float(len(targets) - (ignored.sum() if by_row and ignored is not None else 0))
+        divided = 1.0 if counted is None else (weight if by_row else float(len(targets)))
         along = (g.double() * z.detach().double()).flatten(1).sum(1) * divided
         total += float(along.square().sum())
         samples += valid

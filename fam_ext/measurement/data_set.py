@@ -52,8 +52,8 @@ def measure(
             criterion takes (wrap one whose output is an object with logits).
         batches: an iterable of pairs (inputs, targets) on the model's device, a DataLoader say; iterated again for each product
             of an eigenvalue, for normalize_features, with rtol, and for the measures of the whole network.
-        layer: a name, a glob, a module of the model, several of these, or None for its last Linear or Conv layer. Each layer
-            that they match has a row in the report.
+        layer: a name, a glob, a module of the model, several of these, or None for its head. Each layer that they match
+            has a row in the report.
         criterion: as for FAMLoss; reduction "mean" or "sum" (one that does not tell its reduction counts as a mean over samples).
         measures: of each layer "neuronwise", "layerwise", "trace", "layerwise_eigenvalue", "neuronwise_eigenvalue" (see FAMLoss)
             and "largest_eigenvalue", lambda_max of the layer's Hessian; of the whole network "fisher_rao", "pac_bayes_sharpness",

@@ -33,9 +33,10 @@ class Term:
         self.rounds: list[float] = []
         self.variances: list[float] = []
         self._variance = 0.0
+        self.estimated = False  # in any batch
+        self.plans: dict[str, None] = {}  # of the batches: a set with an order
 
-    @property
-    def estimated(self) -> bool:
+    def _is_estimate(self) -> bool:
         plan: Any = self.flatness.plan
         if plan is not None and plan.method in ("ggn", "empirical_fisher"):  # exact without draws
             return "random" in plan.reason or (plan.method == "empirical_fisher" and plan.products > 1)
@@ -52,8 +53,10 @@ class Term:
         with torch.no_grad():
             value = self.flatness(outputs, targets, **arguments)
         error = self.flatness.standard_error
+        self.plans[str(self.flatness.plan)] = None
         self.mean.sum += weight * float(value)
-        if self.estimated:
+        if self._is_estimate():
+            self.estimated = True
             self._variance += float("nan") if error is None else (weight * float(error)) ** 2
 
     def end_round(self) -> None:
@@ -135,7 +138,7 @@ class LayerTerms:
     def row(self) -> LayerRow:
         values = {**{name: term.value for name, term in self.terms.items()}, **self.taken_eigenvalues}
         errors = {name: term.standard_error for name, term in self.terms.items()}
-        plans = {name: str(term.flatness.plan or "no target counts") for name, term in self.terms.items()}
+        plans = {name: "; ".join(term.plans) or "no target counts" for name, term in self.terms.items()}
         plans |= dict.fromkeys(self.eigenvalues, "lanczos, products over the data set")
         for name, term in self.terms.items():
             if len(term.rounds) > 1:

@@ -116,7 +116,9 @@ class Problem:
         self.dtype = accumulation_dtype(x, s, gram)
         self._matrix_units = self.dtype == torch.float32 and on_matrix_units(x)
         shapes, window = (tuple(x.shape), tuple(s.shape)), tuple(tuple(values) for values in window)
-        sizes = _sizes(name, *shapes, window, form, self.dtype.itemsize, max_bytes)
+        # a float32 factor that is split is held once more while its three parts are
+        number = self.dtype.itemsize + (6 if self._matrix_units else 0)
+        sizes = _sizes(name, *shapes, window, form, number, max_bytes)
         self.windows, self.fan_in, self.outputs = sizes.windows, sizes.fan_in, sizes.outputs
         self._chunk, self._rows = sizes.chunk, _in_rows(window[0], form)
         self.kept_shape = kept_shape(*shapes, window[0], form)

@@ -14,8 +14,9 @@ kernels/linear_cross_entropy.py.
 A weight of less than float32 is converted a block of classes at a time, since torch.mm would round z to the weight's dtype. A
 bfloat16 head on Triton's kernels, both tensors of it, is multiplied on the matrix units instead, with float32 sums and results
 (torch.mm's out_dtype). z is exact but for its sum. What becomes kappa, and the distances in its gradient, keeps 16 bits: e and
-u - m are split in two bfloat16 parts, two products each, where one part would keep 8. dz and the factors of dW are rounded to
-bfloat16 once, as in torch's own backward of a bfloat16 layer.
+u - m are split in two bfloat16 parts, two products each. With one part they keep 8 bits, and two products of eight are saved;
+kappa then is that of the probabilities that the rounded e make, so that nothing cancels that should not, and the loss keeps e.
+dz and the factors of dW are rounded to bfloat16 once, as in torch's own backward of a bfloat16 layer.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Options:
     max_bytes: int
     accumulate_in_weight_dtype: bool
     triton: bool
+    parts: int
     grad_input: bool
     grad_weight: bool
     grad_bias: bool
@@ -134,6 +136,8 @@ class _Chunks:
         self.classes, self.fan_in = weight.shape
         both_bfloat16 = x.dtype == weight.dtype == torch.bfloat16
         self.split = options.triton and both_bfloat16 and torch.version.hip is None
+        self.parts = options.parts if self.split else 0
+        self.copies = max(1, self.parts)  # rows of numbers, in so many parts
         # W takes part in products as it is
         self.direct = self.split or (weight.dtype == acc and 1 in weight.stride())
         self.grads = options.grad_input or options.grad_weight or options.grad_bias
@@ -174,13 +178,13 @@ class _Chunks:
         parts = 2 if self.grads or self.split else 1
         self.step = self._rows_per_chunk(self.acc.itemsize * (ld * parts + 6 * self.fan_in + 24))
         self.scratch = self._empty(0 if self.direct else self.block, self.fan_in)
-        # z, then e; dots, then dz. Split: z, then dots
+        # z, then e; dots, then dz. Parts: z, then dots
         self.logits = self._empty(self.step if self.split else parts * self.step, ld)
-        # [e; dz]. Split: e first has two parts
+        # [e; dz]. Two parts of e: the second lies where dz will
         self.pairs = self._empty(2 * self.step, ld, work) if self.split else self.logits
-        self.shift = self._empty((2 if self.split else 1) * self.step, self.fan_in)
+        self.shift = self._empty(self.copies * self.step, self.fan_in)
         self.right = self._empty(2 * self.step, self.fan_in, work)  # [-2 g (u - m); phi]
-        self.means = self._empty((2 if self.split else 1) * self.step if self.grads else 0, self.fan_in, work)
+        self.means = self._empty(self.copies * self.step if self.grads else 0, self.fan_in, work)
         self.in_place = (
             self.targets.kept is None and self.x.dtype == self.acc
         )  # dphi is formed where it stays
@@ -235,12 +239,14 @@ class _Chunks:
             multiply(phi, w.T, z[:, k : k + count])
         e, below = self.pairs[:rows, : self.classes], self.pairs[rows : 2 * rows, : self.classes]
         best = torch.empty(rows, dtype=torch.int64, device=z.device)
-        stats, row_sums = (torch.empty(4, rows, dtype=self.acc, device=z.device) for _ in range(2))
-        parts = ((e, below),) if self.split else ()
+        stats, row_sums = (
+            torch.empty(n, rows, dtype=self.acc, device=z.device) for n in (4 + (self.parts == 1), 4)
+        )
+        parts = ((e, below)[: self.parts],) if self.split else ()
         self.kernels.softmax_rows(
             z, self.bias, self.squares, targets.omega, index, targets.smooth, best, stats, *parts
         )
-        shift = self.shift[: 2 * rows if self.split else rows]
+        shift = self.shift[: self.copies * rows]
         for k, count, w in self._weights():
             add_product(self.pairs[: len(shift), k : k + count], w, shift, k == 0)
         grads = self.grads and self.curvature_grads
@@ -267,7 +273,8 @@ class _Chunks:
     def _loss(self, part: slice, c: Tensor, stats: Tensor) -> Tensor:
         """sum_s q_s (lse - z_s) of every row."""
         hard, soft = self.targets.hard[part], self.targets.soft[part]
-        loss = torch.where(hard == 0, 0.0, hard * stats[2]) + c * stats[0].log1p()
+        rest = stats[4 if self.parts == 1 else 0]
+        loss = torch.where(hard == 0, 0.0, hard * stats[2]) + c * rest.log1p()
         if self.targets.smooth:
             loss += torch.where(soft == 0, 0.0, soft * stats[3])
         return torch.where(c == 0, 0.0, loss)
@@ -275,11 +282,11 @@ class _Chunks:
     def _grad_logits(
         self, e: Tensor, below: Tensor, means: Tensor | None, factors: Tensor, index: Tensor, best: Tensor
     ) -> None:
-        """dz below e; where e is split, in the place of its second part."""
+        """dz below e; where e has two parts, in the place of the second."""
         omega, smooth = self.targets.omega, self.targets.smooth
-        parts = (below,) if self.split else ()
-        # z is not needed any more: with a split mean, its place holds two parts of the dots of half the classes
-        step, space = (self.logits.shape[1] // 2 if self.split else None), self.logits.view(-1)
+        parts = (below,) if self.parts == 2 else ()
+        # z is not needed any more: its place holds the dots, in two parts those of half the classes
+        step, space = (self.logits.shape[1] // 2 if self.parts == 2 else None), self.logits.view(-1)
         products = means is not None and self.hessian_grads
         for k, count, w in self._weights(step) if products else [(0, self.classes, self.weight)]:
             dots = None

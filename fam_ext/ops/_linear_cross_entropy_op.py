@@ -22,10 +22,10 @@ _OP = "linear_cross_entropy"
 _SCHEMA = (
     f"{_OP}(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor? row_scale, "
     "int ignore_index, float label_smoothing, int reduction, float strength, bool curvature_grad, int max_bytes, "
-    "bool accumulate_in_weight_dtype, bool triton, bool grad_input, bool grad_weight, bool grad_bias) "
+    "bool accumulate_in_weight_dtype, bool triton, int parts, bool grad_input, bool grad_weight, bool grad_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_ARGUMENTS = 17
+_ARGUMENTS = 18
 
 
 def linear_cross_entropy(
@@ -36,7 +36,7 @@ def linear_cross_entropy(
     class_weight: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, flatness); `options` are the operation's from ignore_index to triton."""
+    """(loss, flatness); `options` are the operation's from ignore_index to parts."""
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad and options[2] != NONE
         for t in (input, weight, bias)
@@ -62,7 +62,7 @@ def _fake(
     acc, shape = accumulation_dtype(input, weight, bias), target.shape if reduction == NONE else ()
     loss, flatness = (input.new_empty(shape, dtype=acc) for _ in range(2))
     grad_input = made_gradient(input, options[-3])
-    dtype = weight_grad_dtype(weight, acc, options[-5])
+    dtype = weight_grad_dtype(weight, acc, options[-6])
     grad_weight = weight.new_empty(weight.shape if options[-2] else 0, dtype=dtype)
     grad_bias = made_gradient(weight.new_empty(0, dtype=acc) if bias is None else bias, options[-1])
     return loss, flatness, grad_input, grad_weight, grad_bias

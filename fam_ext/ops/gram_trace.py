@@ -17,6 +17,7 @@ from fam_ext.ops.reference import gram_trace as reference
 
 _NAME = "gram_trace"
 FORMS = ("auto", "direct", "gram")
+MAX_BYTES, MAX_BYTES_GPU = 2**26, 2**29
 # multiply-adds of a matrix product in the time that one number takes to be moved or added on its own
 _MOVE = 16
 
@@ -33,7 +34,7 @@ def gram_trace(
     *,
     weighted: bool = True,
     form: str = "auto",
-    max_bytes: int = 2**26,
+    max_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Squared norm of W^T Gamma_i for the weight gradient Gamma_i = sum_q s_iq phi_iq^T of every sample i.
@@ -53,7 +54,8 @@ def gram_trace(
         stride, padding, dilation, groups, padding_mode: of a convolution, as in torch.nn.ConvNd.
         weighted: False puts the identity in place of G: |Gamma_i|_F^2, and the weight gives its shape only.
         form: "auto" (fewer counted operations, see :func:`choose_form`), "direct" or "gram".
-        max_bytes: bound on what the native backend holds at a time beyond the results, but for what one sample takes.
+        max_bytes: bound on what the native backend holds at a time beyond the results, but for what one sample takes (default:
+            64 MiB on a CPU, 512 MiB on a GPU, where products of few samples are slow).
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -77,6 +79,8 @@ def gram_trace(
     _checks.check_choice(_NAME, "form", form, FORMS)
     _checks.check_choice(_NAME, "padding_mode", padding_mode, PADDING_MODES)
     _checks.check_bool(_NAME, "weighted", weighted)
+    if max_bytes is None:
+        max_bytes = MAX_BYTES if input.device.type == "cpu" else MAX_BYTES_GPU
     _checks.check_positive(_NAME, "max_bytes", max_bytes)
     stacked = factors.dim() == input.dim() + 1
     s = factors if stacked else factors.unsqueeze(0)

@@ -32,6 +32,7 @@ def linear_cross_entropy(
     strength: float = 1.0,
     curvature_grad: bool = True,
     accumulate: str = "float32",
+    parts: int = 2,
     max_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -61,6 +62,9 @@ def linear_cross_entropy(
             for a bfloat16 weight, which halves the memory and rounds each chunk's share and its sum. A float16 weight's is summed
             in float32 always: gradients made before the loss scale is known would underflow. Everything else is formed in float32
             (float64).
+        parts: bfloat16 numbers that stand for one float32 number in the products that kappa is made of, where the Triton
+            kernels have a bfloat16 input and weight: 2 keeps 16 bits of kappa and of its gradient, 1 keeps 8 and saves two
+            products of eight. Cross-entropy itself is the same. Elsewhere products are in float32 (float64) whatever this is.
         max_bytes: bound on the buffers of a chunk of rows (default: 128 MiB on a CPU, 2 GiB on a GPU); not less than 16 rows
             at a time. The more rows, the fewer passes over the weight's gradient. Not counted: the gradients, in float32 until
             the backward pass has multiplied them by the upstream gradient; blocks of the weight in float32 (up to a quarter of
@@ -92,6 +96,10 @@ def linear_cross_entropy(
     _checks.check_cross_entropy_options(_NAME, ignore_index, label_smoothing, strength, curvature_grad)
     if target.dtype == torch.uint8:
         target = target.long()
+    if isinstance(parts, bool) or not isinstance(parts, int):
+        _checks.bad_type(_NAME, "parts", "an integer", parts)
+    if parts not in (1, 2):
+        _checks.bad_value(_NAME, "parts", "1 or 2", parts)
     if max_bytes is None:
         max_bytes = MAX_BYTES if input.device.type == "cpu" else MAX_BYTES_GPU
     _checks.check_positive(_NAME, "max_bytes", max_bytes)
@@ -104,7 +112,7 @@ def linear_cross_entropy(
         )  # fmt: skip
     return operation(
         input, weight, bias, target, class_weight, ignore_index, label_smoothing, REDUCTIONS.index(reduction), strength,
-        curvature_grad, max_bytes, accumulate == "input", chosen == "triton",
+        curvature_grad, max_bytes, accumulate == "input", chosen == "triton", parts,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fam_ext import UnsupportedError
+from fam_ext import FAMLoss, UnsupportedError
 from fam_ext.capture.calls import CapturedCall, CapturedCalls, check_tensor, layer_weight
 from fam_ext.errors import LayerNotCalled, NoClosedForm
 
@@ -231,3 +231,16 @@ def test_only_tensors_are_outputs() -> None:
     with pytest.raises(TypeError, match="test: outputs must be the tensor the layer returned"):
         check_tensor("test", {"logits": torch.ones(1)})
     assert check_tensor("test", z := torch.ones(1)) is z
+
+
+def test_a_weight_that_changes_between_forward_and_loss_is_refused() -> None:
+    layer, x, y = nn.Linear(4, 3).double(), torch.randn(5, 4).double(), torch.randint(0, 3, (5,))
+    criterion = FAMLoss(nn.CrossEntropyLoss(), layer, 0.1)
+    out = layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(
+        UnsupportedError, match="weight was modified in place between the forward pass and the loss"
+    ):
+        criterion(out, y)
+    criterion(layer(x), y)

@@ -236,30 +236,69 @@ def count(shim: Shim, action: Callable[[], Any]) -> tuple[int, Any]:
     return shim.launches(), result
 
 
-def test_few_classes_take_one_launch_each_way(shim: Shim) -> None:
+# (rows, classes, features) -> phases of softmax_trace, of its backward, of head_cross_entropy: launches where they are not fused
+SMALL_HEADS = {
+    (128, 10, 64): (1, 2, 2),  # every block prepares and adds up for itself
+    (19, 10, 700): (2, 2, 3),  # more differences than a block should take alone
+    (128, 17, 64): (2, 3, 4),  # more pairs than threads
+}
+
+
+@pytest.mark.parametrize("sizes", SMALL_HEADS, ids=str)
+def test_few_classes_take_one_launch_each_way(sizes: tuple[int, int, int], shim: Shim) -> None:
     """The same bits come out where the device has no cooperative launch, or too few processors for one."""
-    logits, phi, weight = head.make_problem((128, 10), 64)
-    target = torch.arange(128) % 10
+    rows, classes, fan_in = sizes
+    logits, phi, weight = head.make_problem((rows, classes), fan_in)
+    target = torch.arange(rows) % classes
     arguments = (logits, phi, weight, target, None, -100, 0.0, True, 0.5, True, True, True, True, True)
     forward = lambda: torch.ops.fam_ext.softmax_trace(logits, weight, True)  # noqa: E731
     saved = forward()[1]
     actions = [
         forward,
         lambda: torch.ops.fam_ext.softmax_trace_backward(
-            torch.ones(128), logits, weight, saved, True, True, True
+            torch.ones(rows), logits, weight, saved, True, True, True
         ),
         lambda: torch.ops.fam_ext.head_cross_entropy_forward(*arguments),
     ]
-    for action, phases in zip(actions, (2, 3, 4), strict=True):
+    for action, phases in zip(actions, SMALL_HEADS[sizes], strict=True):
         shim.set_cooperative(True)
+        shim.grid_barriers()
         launches, one = count(shim, action)
-        assert launches == 1
+        assert (launches, shim.grid_barriers()) == (1, phases - 1)
         for supported, processors in ((False, 64), (True, 1)):
             shim.set_cooperative(supported, processors)
             launches, several = count(shim, action)
             assert launches == phases
             assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
     shim.set_cooperative(True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "fan_in"), [(40, 10, 728), (40, 15, 273), (4096, 3, 5), (9, 2, 9000)]
+)
+def test_what_every_block_does_itself(rows: int, classes: int, fan_in: int) -> None:
+    """The largest sizes of it; the last weight does not fit in shared memory at once."""
+    shape = (rows, classes)
+    options = {"class_weight": head.omega(shape), "label_smoothing": 0.1}
+    for inputs in (head.make_problem(shape, fan_in), head.make_problem(shape, fan_in, (torch.float64,) * 3)):
+        head.check(inputs, head.indices(shape, -100), options, "native")
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_logits_and_features_of_different_dtypes(dtypes: Any) -> None:
+    for shape in ((20, 7), (20, 40)):
+        inputs = head.make_problem(shape, 16, (*dtypes, torch.float32))
+        soft = make_input(shape, torch.float16, seed=5).abs()
+        head.check(inputs, soft, {"label_smoothing": 0.1}, "native")
+        head.check(inputs, head.indices(shape, -100), {}, "native")
+
+
+def test_many_pairs_of_classes() -> None:
+    """Where a block takes a tile of pairs, and on both sides of that size."""
+    for classes in (255, 257):
+        trace.check(make_input((5, classes)), make_input((classes, 37), seed=1), "pairwise", "native")
 
 
 def test_class_index_out_of_range_stops_the_kernel() -> None:

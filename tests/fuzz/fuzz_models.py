@@ -74,6 +74,7 @@ class Network:
         self.x = x.to(D).requires_grad_()
         self.at = at
         self.layer: Any = self.model[at]
+        self.parts = 0.0  # of the latest kappa: the sum of the sizes of what it adds up
         with torch.no_grad():
             self.outputs = self.oracle(self.x)
 
@@ -115,6 +116,8 @@ class Network:
         else:
             traces = torch.einsum("aibi->ab", hessian)
             kappa = from_traces(traces, rows, measure, layer_map.groups, power)
+            sizes = torch.einsum("aibi->ab", hessian.detach().abs()).nan_to_num()
+            self.parts = float(from_traces(sizes, rows.detach().abs(), measure, layer_map.groups, power))
         return kappa / (layer_map.fan_in if settings.get("normalize") else 1)
 
 

@@ -71,7 +71,8 @@ def _loader(d: Draws, net: Network) -> tuple[Any, list[tuple[Tensor, Any]]]:
     while len(targets) > 1:
         loss, targets = criterion(d, net.outputs)
     x, y = net.x.detach(), targets[0]
-    sizes = [d.between(1, len(x))] * d.between(1, 3)
+    least = 2 if any(isinstance(m, nn.BatchNorm1d) for m in net.model) else 1  # which takes no single sample
+    sizes = [d.between(least, len(x))] * d.between(1, 3)
     pick = [torch.randint(0, len(x), (n,)) for n in sizes]
     if len(y) != len(x):  # rows are tokens, and cannot be picked by sample
         return loss, [(x, y)]
@@ -99,9 +100,7 @@ def measure(d: Draws) -> None:
     report = fam_ext.measure(**kwargs)
     assert modes == [m.training for m in net.model.modules()]
     assert all(torch.equal(v, state[k]) for k, v in net.model.state_dict().items())
-    net.oracle.eval()
-    if any(isinstance(m, nn.BatchNorm1d) for m in net.model):
-        return None  # without running statistics batches stay coupled in evaluation mode, as in training mode
+    net.oracle.eval()  # without running statistics batch_norm takes the batch's in evaluation mode, too
     weights = [_counts(loss, z, y) for z, y in ((x, y) for x, y in batches)]
     if sum(weights) == 0:
         assert all(math.isnan(v) for k, v in report.values.items() if "weight_norm" not in k)

@@ -16,7 +16,6 @@ from fuzz_draws import (
     not_choice,
     not_floating,
     not_integer,
-    of_another_shape,
     too_large,
 )
 from fuzz_operations import backend, bad_backend
@@ -127,6 +126,13 @@ def patch_sqnorm(d: Draws) -> None:
     return None
 
 
+def _with_one_more(value: Tensor, dim: int) -> Tensor:
+    """A size that no other argument fits: a sum over other channels, or a position too many."""
+    shape = list(value.shape)
+    shape[dim] += 1
+    return torch.zeros(shape, dtype=value.dtype)
+
+
 def _rest(kwargs: Kwargs) -> Kwargs:
     return {k: v for k, v in kwargs.items() if k != "input"}
 
@@ -177,14 +183,21 @@ def gram_trace(d: Draws) -> None:
         "backend": by,
     }
     if d.chance(0.35):
-        tensors = (not_floating, of_another_shape, elsewhere)
+        # not any other shape: a row, or another kernel under a stride, may fit the factors as well
+        channels_of = 1 if rank else -1
+        tensors = (not_floating, lambda d, t: _with_one_more(t, channels_of), elsewhere)
         corruptions: dict[str, Any] = {
             "input": tensors,
-            "factors": (not_floating, lambda d, t: t[..., :0], lambda d, t: t.flatten(), elsewhere),
+            "factors": (
+                not_floating,
+                lambda d, t: _with_one_more(t, -1),
+                lambda d, t: t.flatten(),
+                elsewhere,
+            ),
             "weight": tensors,
             "form": (not_choice,),
             "weighted": (not_bool,),
-            "max_bytes": (lambda d, v: d.one_of(0, -1, 1.5, "1", True, None),),
+            "max_bytes": (lambda d, v: d.one_of(0, -1, 1.5, "1", True),),
             "backend": (bad_backend,),
         }
         if rank:

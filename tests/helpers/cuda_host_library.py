@@ -104,6 +104,10 @@ class Shim:
         """Kernels launched since the last call."""
         return int(self._library.fam_host_launches())
 
+    def grid_barriers(self) -> int:
+        """Barriers of all blocks of a launch since the last call."""
+        return int(self._library.fam_host_grid_barriers())
+
 
 @cache
 def load() -> tuple[Shim, torch.library.Library]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import oracle
 import torch
-import torch.nn.functional as F
 from inputs import make_input
 from tolerance import assert_accurate
 from torch import Tensor
@@ -74,11 +73,11 @@ def exact(
     logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, strength: float = 1.0, curvature_grad: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(CE + strength kappa, kappa): torch's loss, and the covariance as it is defined, in the dtype of the inputs."""
+    """(CE + strength kappa, kappa): the loss and the covariance as they are defined, in the dtype of the inputs."""
     options = {k: v.to(logits.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
     target = target.to(logits.dtype) if target.is_floating_point() else target
     c = cross_entropy_coefficients(logits, target, **options)
-    loss = F.cross_entropy(logits, target, options.pop("class_weight", None), **options)
+    loss = oracle.cross_entropy(logits, target, options.pop("class_weight", None), **options)
     z, phi = (logits, features) if curvature_grad else (logits.detach(), features.detach())
     kappa = c * phi.square().sum(-1) * oracle.softmax_trace(z, weight)
     kappa = kappa if options.get("reduction") == "none" else kappa.sum()

@@ -84,7 +84,7 @@ def _chain(what: str, x: str, z: str, aligned: bool = True) -> Build:
     return Build("gram_trace.chain_kernel", what, **_gram_trace("chain", pointers, aligned))
 
 
-def _rows(function: str, what: str, dtypes: dict[str, str], block: dict[str, str], **flags: bool) -> Build:
+def _rows(function: str, what: str, dtypes: dict[str, str], block: dict[str, str], **flags: int) -> Build:
     """A row kernel of linear_cross_entropy: pointers are float32 but for `dtypes`; `block`: its tile's names in the module."""
 
     def constants() -> dict[str, int]:
@@ -123,16 +123,22 @@ _PAIR = {**_INDICES, "high": "*bf16", "low": "*bf16", "dz": "*bf16"}
 _PAIR_ROWS = {**_INDICES, **dict.fromkeys(("weight", "features", "means", "scaled"), "*bf16")}
 
 LINEAR_CROSS_ENTROPY = (
-    _rows("softmax_rows", "float32, all options", _INDICES, _ROW, HAS_BIAS=True, SPLIT=False, **_EVERYTHING),
-    _rows("softmax_rows", "two bfloat16", _PAIR, _ROW, HAS_BIAS=False, HAS_OMEGA=False, SMOOTH=False, SPLIT=True),
+    _rows("softmax_rows", "float32, all options", _INDICES, _ROW, HAS_BIAS=True, PARTS=0, **_EVERYTHING),
+    _rows("softmax_rows", "two bfloat16", _PAIR, _ROW, HAS_BIAS=False, HAS_OMEGA=False, SMOOTH=False, PARTS=2),
+    _rows("softmax_rows", "one bfloat16", _PAIR, _ROW, HAS_BIAS=False, HAS_OMEGA=False, SMOOTH=False, PARTS=1),
     _rows("mean_rows", "float32", _INDICES, _MEAN, SPLIT=False, GRADS=True),
     _rows("mean_rows", "two bfloat16", _PAIR_ROWS, _MEAN, SPLIT=True, GRADS=True),
+    _rows("mean_rows", "one bfloat16", _PAIR_ROWS, _MEAN, SPLIT=False, GRADS=True),
     _rows(
         "grad_logits", "float32, all options", _INDICES, _TILE, PRODUCTS=True, SPLIT=False, CLASS_SUMS=True,
         BIAS_SUMS=True, **_EVERYTHING,
     ),
     _rows(
         "grad_logits", "two bfloat16", _PAIR, _TILE, PRODUCTS=True, SPLIT=True, CLASS_SUMS=True, BIAS_SUMS=False,
+        HAS_OMEGA=False, SMOOTH=False,
+    ),
+    _rows(
+        "grad_logits", "one bfloat16", _PAIR, _TILE, PRODUCTS=True, SPLIT=False, CLASS_SUMS=True, BIAS_SUMS=False,
         HAS_OMEGA=False, SMOOTH=False,
     ),
     _rows("add_rows", "float32", _INDICES, _COLUMNS),

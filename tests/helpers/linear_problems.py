@@ -72,12 +72,12 @@ def exact(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, strength: float = 1.0, curvature_grad: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(CE + strength kappa, kappa): torch's loss, and the covariance as it is defined, in the dtype of the inputs."""
+    """(CE + strength kappa, kappa): the loss and the covariance as they are defined, in the dtype of the inputs."""
     options = {k: v.to(input.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
     phi, target, rows = input.reshape(target.numel(), weight.shape[1]), target.reshape(-1), target.shape
     z = F.linear(phi, weight, bias)
     c = cross_entropy_coefficients(z, target, **options)
-    loss = F.cross_entropy(z, target, options.pop("class_weight", None), **options)
+    loss = oracle.cross_entropy(z, target, options.pop("class_weight", None), **options)
     if not curvature_grad:
         z, phi = z.detach(), phi.detach()
     kappa = c * phi.square().sum(-1) * oracle.softmax_trace(z, weight)
@@ -98,22 +98,24 @@ def differentiate(function: Any, inputs: Any, upstream: Tensor | None = None) ->
 def cancelling_parts(
     inputs: Any, target: Tensor, options: dict[str, Any], upstream: Tensor
 ) -> list[Tensor | None]:
-    """For smoothed targets, the sizes of what the three gradients are differences of: those by z are c (p - q), and p may be q.
+    """The sizes of what the three gradients are sums of: dz W, dz^T phi and the sum of dz over rows, where numbers of either sign
+    may cancel, as those of dz do in every row. Their roundings stay, so that an error is to be seen beside them.
 
-    p + q is at most |p - q| + 2 p. With class indices p - q is formed as -(1 - p), which loses nothing.
+    For smoothed targets dz = c (p - q) is a difference itself, p may be q, and p + q is at most |p - q| + 2 p; with class indices
+    p - q is formed as -(1 - p), which loses nothing.
     """
-    if not options.get("label_smoothing"):
-        return [None] * 3
     x, weight, bias = (t.detach().double() for t in inputs)
     phi, y = x.reshape(target.numel(), weight.shape[1]), target.reshape(-1)
     z = F.linear(phi, weight, bias).requires_grad_()
     known = ("class_weight", "ignore_index", "label_smoothing", "reduction")
     options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items() if k in known}
     c = cross_entropy_coefficients(z, y, **options)
-    ce = F.cross_entropy(z, y, options.pop("class_weight", None), **options)
+    ce = oracle.cross_entropy(z, y, **options)
     of_rows = upstream.double().reshape(-1)
     (dz,) = torch.autograd.grad(ce, z, of_rows.reshape(ce.shape))
-    parts = dz.abs() + 2 * (c * of_rows).detach().abs()[:, None] * z.detach().softmax(1)
+    parts = dz.abs()
+    if options.get("label_smoothing"):
+        parts = parts + 2 * (c * of_rows).detach().abs()[:, None] * z.detach().softmax(1)
     return [(parts @ weight.abs()).reshape(x.shape), parts.T @ phi.abs(), parts.sum(0)]
 
 

@@ -74,7 +74,7 @@ def linear(
         make_input(s, d, layout if len(s) > 1 else "contiguous", seed=k).requires_grad_(r)
         for k, (s, d, r) in enumerate(zip(shapes, dtypes, needs, strict=True))
     )
-    options = 1, 0.1, reduction, 0.5, True, 1, accumulate_in_weight_dtype, False
+    options = 1, 0.1, reduction, 0.5, True, 1, accumulate_in_weight_dtype, False, 2
     made = [need and reduction != 0 for need in (*needs[:2], needs[2] and bias)]
     scale = torch.rand(target.shape) if reduction == 2 else None
     return x, w, b if bias else None, target, class_weight, scale, *options, *made

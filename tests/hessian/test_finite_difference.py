@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
+from fam_ext import FAMLoss, UnsupportedError
 from fam_ext.hessian import finite_difference
 from fam_ext.layers.linear_map import LinearMap
 
@@ -132,3 +135,23 @@ def test_a_closure_without_a_loss_is_refused(loss: Any) -> None:
         finite_difference.hutchinson(
             "test", lambda: loss, LinearMap("test", nn.Linear(2, 2)), True, 1, torch.Generator()
         )
+
+
+@pytest.mark.parametrize("kind", ["pruned", "weight_norm", "parametrized"])
+def test_finite_differences_refuse_a_weight_that_is_computed(kind: str) -> None:
+    layer: Any = nn.Linear(3, 4).double()
+    if kind == "pruned":
+        torch.nn.utils.prune.random_unstructured(layer, "weight", 0.3)
+    elif kind == "weight_norm":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layer = torch.nn.utils.weight_norm(layer)
+    else:
+        torch.nn.utils.parametrizations.orthogonal(layer)
+    net = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 3).double())
+    x, y = torch.randn(4, 3).double(), torch.tensor([0, 1, 2, 0])
+    criterion = FAMLoss(nn.CrossEntropyLoss(), layer, 0.1, method="finite_difference")
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(UnsupportedError, match="computes its weight at every call"):
+        criterion(net(x), y, closure=lambda: nn.functional.cross_entropy(net(x), y))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

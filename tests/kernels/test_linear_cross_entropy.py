@@ -106,6 +106,44 @@ def test_bfloat16_keeps_16_bits_of_kappa_and_rounds_gradients_once() -> None:
     assert max(errors[:2]) < 2.0**-16 and max(errors[2:]) < 2.0**-7
 
 
+@pytest.mark.parametrize("offset", [0.0, 20.0])
+@pytest.mark.parametrize("confidence", [1.0, 15.0])
+def test_one_part_keeps_8_bits_of_kappa_and_all_of_the_loss(confidence: float, offset: float) -> None:
+    """Also where one class has almost all of the probability, and where all rows of the weight are far from zero."""
+    x, weight, bias = make_problem((12,), 9, 60, (BF16,) * 3)
+    target = indices((12,), 60)
+    weight = weight + offset
+    bias = confidence * torch.nn.functional.one_hot(torch.tensor(7), 60).to(BF16) + bias
+    inputs = (x, weight.to(BF16), bias.to(BF16))
+    options: dict[str, Any] = {"strength": 0.1, "reduction": "none"}
+    double = [t.double() for t in inputs]
+    upstream = torch.rand(12)
+    truth = differentiate(lambda *t: exact(*t, target, **options), double, upstream)
+    plain = exact(*double, target, strength=0.0, reduction="none")[0]
+    results = differentiate(partial(call, target=target, parts=1, **options), inputs, upstream)
+    assert relative_error(results[1], truth[1], elementwise=True) < 2.0**-8
+    assert relative_error(results[0] - 0.1 * results[1], plain) < 1e-5
+    both = differentiate(partial(call, target=target, **options), inputs, upstream)
+    one, two = (
+        [relative_error(a, b) for a, b in zip(r[1:], truth[1:], strict=True)] for r in (results, both)
+    )
+    assert two[0] < one[0]
+    assert all(
+        a <= 4 * b for a, b in zip(one[1:], two[1:], strict=True)
+    )  # gradients are rounded to 8 bits anyway
+    assert max(one[1:]) < 2.0**-6 or offset
+
+
+def test_one_part_changes_nothing_elsewhere() -> None:
+    for dtypes in ((F32,) * 3, (F16, BF16, F32)):
+        inputs, target = make_problem((12,), 9, 60, dtypes), indices((12,), 60)
+        one, two = (differentiate(partial(call, target=target, parts=n), inputs) for n in (1, 2))
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for parts, error in ((3, ValueError), (True, TypeError), ("1", TypeError)):
+        with pytest.raises(error, match="linear_cross_entropy: parts must be"):
+            call(*inputs, target=target, parts=parts)
+
+
 def test_accumulation_in_the_weights_dtype_over_many_chunks() -> None:
     rows = 80
     inputs, target = make_problem((rows,), 6, 9, (BF16,) * 3), indices((rows,), 9)
@@ -198,6 +236,7 @@ def test_products_that_nobody_needs_are_skipped() -> None:
         assert products((True, True), dtype) == 5 + split
         assert products((True, False), dtype) == products((False, True), dtype) == 4 + split
         assert products((False, False), dtype) == 2
+        assert products((True, True), dtype, parts=1) == 5
         assert (
             products((True, True), dtype, strength=0.0)
             == products((True, True), dtype, curvature_grad=False)

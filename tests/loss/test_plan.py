@@ -9,7 +9,7 @@ import torch
 from hidden_problems import convolution, coupled_samples, mlp, tokens
 from torch import nn
 
-from fam_ext import FAMLoss, UnsupportedError
+from fam_ext import FAMLoss, RelativeFlatness, UnsupportedError
 from fam_ext.hessian import coupling
 from fam_ext.loss import plan
 from fam_ext.loss.plan import CouplingMemory, Plan, plan_products, signature
@@ -133,3 +133,37 @@ def test_plans_of_several_layers_are_a_tuple_that_prints_by_name() -> None:
     assert lines[3].startswith("attention.out_proj: left out, ") and len(lines) == 4
     unnamed = FAMLoss(nn.CrossEntropyLoss(), [net["first"], net["last"]], 0.1).plan
     assert str(unnamed).startswith("Linear(in_features=3, out_features=4, bias=True): no step yet")
+
+
+def test_a_coupling_that_is_switched_on_later_is_seen_within_32_steps() -> None:
+    """The graph is the same: an auxiliary loss of the batch had the coefficient 0."""
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y, coefficient = torch.randn(8, 5).double(), torch.randint(0, 3, (8,)), torch.zeros(()).double()
+
+    def loss(z: Any, target: Any) -> Any:
+        return nn.functional.cross_entropy(z, target) + coefficient * z.mean(0).square().sum()
+
+    criterion = FAMLoss(loss, net[0], 0.1)
+    for _ in range(200):
+        criterion(net(x), y)
+    assert criterion.plan.level == "rows"
+    coefficient.fill_(3.0)
+    for _ in range(plan.RECHECKED):
+        criterion(net(x), y)
+    assert criterion.plan.level == "batch"
+    weight: Any = net[0].weight
+
+    def of_weight(w: Any) -> Any:
+        return loss(torch.func.functional_call(net, {"0.weight": w}, (x,)), y)
+
+    second: Any = torch.func.hessian(of_weight)(weight.detach())
+    expected = torch.einsum("stut,su->", second, (weight @ weight.t()).detach())
+    torch.testing.assert_close(criterion.last.flatness, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("measure", ["layerwise_eigenvalue", "neuronwise_eigenvalue"])
+def test_an_eigenvalue_has_no_shares_by_sample(measure: str) -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    kappa = RelativeFlatness(nn.CrossEntropyLoss(), net[0], measure=measure)
+    with pytest.raises(UnsupportedError, match="no shares by sample; use per_sample=False"):
+        kappa(net(torch.randn(6, 5)), torch.randint(0, 3, (6,)), per_sample=True)

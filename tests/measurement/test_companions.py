@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -48,6 +49,27 @@ def test_fisher_rao_is_the_norm_in_the_fisher_matrix(reduction: str, ignored: in
     expected = sum(squares) / len(squares)
     criterion = nn.CrossEntropyLoss(reduction=reduction)
     assert measured(net, batches, "fisher_rao", criterion) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fisher_rao_does_not_depend_on_how_the_criterion_is_written() -> None:
+    net, x, y, _ = problem()
+    y[:3] = -100
+    weight = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    batches = list(zip(x.split(6), y.split(6), strict=True))
+    for module, function in (
+        (nn.CrossEntropyLoss(), F.cross_entropy),
+        (nn.CrossEntropyLoss(weight=weight), functools.partial(F.cross_entropy, weight=weight)),
+    ):
+        values = [measured(net, batches, "fisher_rao", criterion) for criterion in (module, function)]
+        assert values[0] == pytest.approx(values[1], rel=1e-12)
+
+
+def test_fisher_rao_counts_small_integers_as_they_are() -> None:
+    """Class 156 in uint8 is -100 modulo 256, which ignores nothing."""
+    net = nn.Linear(3, 200).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([156, 3, 156, 199, 0, 156])
+    values = [measured(net, [(x, labels)], "fisher_rao") for labels in (y, y.to(torch.uint8))]
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
 
 
 def test_fisher_rao_of_a_regression() -> None:

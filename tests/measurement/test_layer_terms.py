@@ -134,3 +134,18 @@ def test_finite_differences_need_no_closure() -> None:
     report = fam_ext.measure(*arguments, progress=False, method="finite_difference", probes=400)
     error = report.standard_errors["trace"]
     assert error is not None and abs(report.values["trace"] - exact) < 4 * error
+
+
+def test_an_estimate_in_one_batch_is_no_exact_value() -> None:
+    """A batch of one sample needs few products, a larger one whose samples interact is estimated."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z, y) + z.mean(0).square().sum()
+
+    x, y = torch.randn(9, 6).double(), torch.randint(0, 3, (9,))
+    batches = [(x[:8], y[:8]), (x[8:], y[8:])]
+    report = fam_ext.measure(net, batches, "0", loss, progress=False, probes=2)
+    error = report.standard_errors["neuronwise"]
+    assert error is not None and error > 0
+    assert "hutchinson" in report.plans["neuronwise"] and "exact" in report.plans["neuronwise"]

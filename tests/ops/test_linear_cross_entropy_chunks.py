@@ -18,7 +18,7 @@ pytestmark = needs_native
 NAMES = {NONE: "none", MEAN: "mean", SUM: "sum"}
 OPTIONS: dict[str, Any] = {
     "ignore_index": -100, "label_smoothing": 0.1, "reduction": MEAN, "strength": 0.3, "curvature_grad": True,
-    "max_bytes": 2**27, "accumulate_in_weight_dtype": False, "triton": False, "grad_input": True, "grad_weight": True,
+    "max_bytes": 2**27, "accumulate_in_weight_dtype": False, "triton": False, "parts": 2, "grad_input": True, "grad_weight": True,
     "grad_bias": True,
 }  # fmt: skip
 

@@ -42,7 +42,7 @@ def test_shapes(changed: dict[str, Any], error: type[Exception], message: str) -
 @pytest.mark.parametrize("reduction", [MEAN, NONE])
 def test_values_and_gradients(reduction: int) -> None:
     """Upstream gradients of rows are known in the backward pass only: they are factors of the rows there."""
-    options = (-100, 0.1, reduction, 0.3, True, 2**27, False, False)
+    options = (-100, 0.1, reduction, 0.3, True, 2**27, False, False, 2)
     tensors = [t.clone().requires_grad_() for t in (x, w, bias)]
     got = linear_cross_entropy(tensors[0], tensors[1], tensors[2], y, omega, *options)
     name = "none" if reduction == NONE else "mean"
@@ -62,10 +62,11 @@ def test_values_and_gradients(reduction: int) -> None:
 def test_gradients_are_made_where_something_requires_them() -> None:
     operator = torch.ops.fam_ext.linear_cross_entropy
     made = operator(
-        x, w, bias, y, None, None, -100, 0.0, MEAN, 0.3, True, 2**27, False, False, False, True, False
+        x, w, bias, y, None, None, -100, 0.0, MEAN, 0.3, True, 2**27, False, False, 2, False, True, False
     )
     assert [t.numel() for t in made[2:]] == [0, w.numel(), 0]
     meta = operator(
-        *(t.to("meta") for t in (x, w, bias, y)), None, None, -100, 0.0, NONE, 0.3, True, 2**27, False, False, True, True, False
+        *(t.to("meta") for t in (x, w, bias, y)), None, None, -100, 0.0, NONE, 0.3, True, 2**27, False, False, 2, True, True,
+        False,
     )  # fmt: skip
     assert [tuple(t.shape) for t in meta] == [(2, 3), (2, 3), (2, 3, 4), (5, 4), (0,)]

@@ -98,7 +98,7 @@ def test_instructions(tmp_path: Path) -> None:
     assert len(ptx) > 40
     assert not [name for name, text in ptx.items() if re.search(r"\b(atom|red)\.\S*\.b?f\d", text)]
     for name, text in ptx.items():
-        packed = re.search(r"(squares_by_\w+?|scale_packs)I.*Li([248])E", name)
+        packed = re.search(r"((?:squares|scale)_by_\w+?)I.*Li([248])E", name)
         if packed is None:
             continue
         wide = r"(v4\.[buf]32|v2\.[buf]64)"

@@ -18,7 +18,7 @@ using fam_ext::gpu::host::Warp;
 
 constexpr size_t kStack = 64 << 10, kCanary = 256, kMostShared = 48 << 10;
 
-int order = 0, cooperative_launch = 1, processors = 64, launches = 0;
+int order = 0, cooperative_launch = 1, processors = 64, launches = 0, grid_barriers = 0;
 cudaError_t last_error = cudaSuccess;
 
 struct Fiber {
@@ -110,6 +110,7 @@ void wait(Barrier& barrier) {
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     ++barrier.generation;
+    if (&barrier == running->self.grid_barrier) ++grid_barriers;
     return;
   }
   running->waiting = &barrier;
@@ -214,4 +215,5 @@ void fam_host_set_order(int value) { order = value; }
 void fam_host_set_cooperative(int value) { cooperative_launch = value; }
 void fam_host_set_processors(int value) { processors = value; }
 int fam_host_launches() { return std::exchange(launches, 0); }
+int fam_host_grid_barriers() { return std::exchange(grid_barriers, 0); }
 }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -41,6 +42,12 @@ struct Warp {
   unsigned char slots[2][32][8];  // two sets: one barrier per shuffle is enough
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+};
+
 // What a CUDA thread knows of itself.
 struct Thread {
   dim3 thread{0, 0, 0}, block{0, 0, 0}, block_size, grid_size;
@@ -48,6 +55,7 @@ struct Thread {
   Barrier *block_barrier = nullptr, *grid_barrier = nullptr;
   Warp* warp = nullptr;
   int shuffles = 0;
+  std::vector<Copy> copies;  // asynchronous ones: made when the thread waits for them, and not before
 };
 
 Thread& current();
@@ -84,6 +92,14 @@ T exchange(T value, const F& from) {
 }  // namespace host
 
 inline void grid_barrier() { host::wait(*host::current().grid_barrier); }
+template <typename T>
+void copy_async(T* shared, const T* global) {
+  host::current().copies.push_back({shared, global, sizeof(T)});
+}
+inline void wait_for_copies() {
+  for (const host::Copy& copy : host::current().copies) std::memcpy(copy.to, copy.from, copy.size);
+  host::current().copies.clear();
+}
 
 }  // namespace fam_ext::gpu
 
