@@ -172,7 +172,8 @@ class TrainingCriterion(LayerCriterion):
         if self.__dict__.get("_noise"):
             for term in self.terms:
                 hook: Any = term.hook
-                hook.active = hook.active and hook.value != 0
+                if hook.value == 0:
+                    hook.active = False
 
     def _set_noise(self) -> None:
         """Tell the hooks the strength of the step to come."""
