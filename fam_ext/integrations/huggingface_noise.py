@@ -77,9 +77,10 @@ class NoisePatch:
     def begin(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward pass: whether it is perturbed, and where it has padding."""
         compiling = torch.compiler.is_compiling()
-        if not compiling and torch._C._current_graph_task_id() != -1:
-            return  # a checkpoint around the whole body: the hooks repeat the draws
         gate, criterion = self._gate, self.criterion
+        gate.repeats_all = not compiling and torch._C._current_graph_task_id() != -1
+        if gate.repeats_all:
+            return  # a checkpoint around the whole body: the hooks repeat the draws
         gate.open = body.training and criterion.training and torch.is_grad_enabled()
         if not gate.open:
             return

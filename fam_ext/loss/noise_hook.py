@@ -30,6 +30,7 @@ class Gate:
     def __init__(self) -> None:
         self.open = True  # as in training: torch.compile would compile the first step's graph again otherwise
         self.positions: Tensor | None = None  # (S, N), 0 where a token is padding; None: all count
+        self.repeats_all = False  # a backward pass repeats the whole model
 
 
 class NoiseHook:
@@ -222,6 +223,11 @@ class NoiseHook:
                 if torch.equal(drew, own):
                     self._reentrant |= passing
                     return (taken or fresh)._replace(positions=positions)
+            if self.gate is not None and self.gate.repeats_all:
+                raise UnsupportedError(
+                    "FAMLoss: a checkpoint around the whole model repeats a pass that had no noise: a reentrant one runs it "
+                    "without gradients, as evaluation does; use use_reentrant=False, or checkpoint the blocks"
+                )
         first, later = (self.drawn, self.later) if self.drawn is not None else self.kept
         repeats_the_first = first is None or torch.equal(first.left, fresh.left)
         return fresh if repeats_the_first else later or first or fresh

@@ -192,7 +192,8 @@ class TrainingCriterion(LayerCriterion):
         if self.__dict__.get("_noise"):
             for term in self.terms:
                 hook: Any = term.hook
-                hook.active = hook.active and hook.value != 0
+                if hook.value == 0:
+                    hook.active = False
 
     def _set_noise(self, strength: float | None = None) -> None:
         """Tell the hooks the strength of the step to come, where it is known already."""
