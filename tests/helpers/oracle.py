@@ -47,8 +47,10 @@ def log_softmax(logits: Tensor) -> Tensor:
     torch's log(1 + rest) has four digits in float64 where rest is 1e-12, and so has 1 - p_y.
     """
     y = logits.detach().argmax(1, keepdim=True)
-    gap = (logits - logits.gather(1, y)).scatter(1, y, 0.0)  # no gradient 1 - 1 there
-    rest = gap.exp().scatter(1, y, 0.0).sum(1, keepdim=True)
+    top = logits.gather(1, y)
+    zero = (top - top).detach()  # or NaN
+    gap = (logits - top).scatter(1, y, zero)  # without the gradient 1 - 1
+    rest = gap.exp().scatter(1, y, zero).sum(1, keepdim=True)
     return gap - rest.log1p()
 
 
