@@ -151,8 +151,8 @@ def split(raw: Raw, seed: int, noise: float, samples: int) -> Split:
     """`samples` to train on and as many again, 500 at most, to validate on, drawn by `seed` from what is not tested.
 
     The test part is the same for every seed, so that nothing that a method was tuned on is ever tested. Features are scaled by
-    the training part's mean and deviation, by column of a table, of all pixels of images, by channel of series; so is the target
-    of a regression, which has no wrong labels (ValueError).
+    the training part's mean and deviation, by column of a table (a constant one is only centred), of all pixels of images, by
+    channel of series; so is the target of a regression, which has no wrong labels (ValueError).
     """
     if raw.regression and noise:
         raise ValueError(f"split: noise must be 0 for a regression, got {noise}")
@@ -171,7 +171,8 @@ def split(raw: Raw, seed: int, noise: float, samples: int) -> Split:
         if seen.dim() == 2
         else (seen.mean(dims, keepdim=True)[0], seen.std(dims, keepdim=True)[0])
     )
-    x = (raw.x - mean) / deviation.clamp(min=1e-6 * float(deviation.max()))
+    constant = deviation <= 1e-6 * deviation.max()  # in the training part: a test sample may differ
+    x = (raw.x - mean) / torch.where(constant, 1.0, deviation)
     if raw.regression:
         y = (raw.y - raw.y[train].mean()) / raw.y[train].std()
         return Split(x[train], y[train], x[validation], y[validation], x[test], y[test], raw.classes)

@@ -18,7 +18,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
 from studies import comparison, cost, course, figures
-from studies.data import Raw, Split, split, wrong_labels
+from studies.data import POOL_SEED, Raw, Split, split, wrong_labels
 from studies.grids import CORE_METHODS
 from studies.methods import CHOICES, METHODS, Method, Training, learning_rate
 from studies.networks import NETWORKS, layer_names
@@ -56,6 +56,15 @@ def test_a_split_keeps_its_parts_apart(shape: tuple[int, ...]) -> None:
         seen.append((data.train_y, data.test_y))
     assert not torch.equal(seen[0][0], seen[1][0])
     assert torch.equal(seen[0][1], seen[1][1])  # tested on the same samples for every seed
+
+
+def test_a_column_that_is_constant_in_training_stays_small_elsewhere() -> None:
+    source = raw(4)
+    source.x[:, 2] = 5.0
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(POOL_SEED))
+    source.x[order[:3], 2] = 7.0  # tested samples
+    data = split(source, 0, 0.0, 80)
+    assert bool((data.train_x[:, 2] == 0).all()) and data.test_x[:, 2].unique().tolist() == [0.0, 2.0]
 
 
 def test_wrong_labels_are_wrong_and_as_many_as_asked_for() -> None:
