@@ -297,3 +297,44 @@ def test_tools_that_copy_the_forward_pass() -> None:
             torch.jit.script(net)
     assert not torch.equal(net(x), plain)
     criterion.detach()
+
+
+@KINDS
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_calls_of_one_step_repeat_the_draw_that_they_shared(
+    kind: str, use_reentrant: bool
+) -> None:
+    layer, hook = hooked(kind)
+    shape = (4, 3, 5) if kind == CONV else (4, 5, 3)
+    features, more = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(7)
+        calls = [
+            checkpoint(layer, t, use_reentrant=use_reentrant) if checkpointed else layer(t)
+            for t in (features, features + more)
+        ]
+        loss = sum((z.tanh().square().sum() for z in calls), torch.zeros(()))
+        hook.finish()
+        gradients += backward(loss, features)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_an_input_that_another_hook_has_changed() -> None:
+    """The noise on a convolution's output is that of the input it had."""
+    layer, hook = hooked(CONV, generator=torch.Generator())
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
+    features = x(CONV)
+
+    def moved() -> Tensor:
+        hook.generator.manual_seed(3)
+        z: Tensor = layer(features)
+        hook.finish()
+        return z
+
+    once = moved() - plain(layer, features)
+    layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    hook.generator.manual_seed(3)
+    clean = nn.functional.conv1d(2 * features, layer.weight, layer.bias)  # type: ignore[arg-type]
+    assert not torch.allclose(once, torch.zeros(()))
+    torch.testing.assert_close(moved() - clean, 2 * once)
