@@ -78,8 +78,8 @@ def test_dtypes() -> None:
     with pytest.raises(TypeError, match=r"FlatnessNoise: input must be a floating-point tensor, got \[1.0\]"):
         noise([1.0])
     for value in (
-        torch.ones(2, 3).to_sparse(),
-        torch.nested.nested_tensor([torch.ones(2, 3)], layout=torch.jagged),
+        torch.ones(2, 3, device="cpu").to_sparse(),
+        torch.nested.nested_tensor([torch.ones(2, 3, device="cpu")], layout=torch.jagged),
         torch.ones(2, 3).to(torch.float8_e4m3fn),
     ):
         with pytest.raises(TypeError, match=r"FlatnessNoise: input must be a (dense|floating-point) tensor"):

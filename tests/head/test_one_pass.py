@@ -23,7 +23,7 @@ def test_where_it_applies() -> None:
     soft, weight = z.softmax(1), torch.ones(3)
     for loss_hessian, outputs, expected in (
         (CrossEntropy(y), z, True),
-        (CrossEntropy(y.byte()), z, False),
+        (CrossEntropy(y.byte()), z, True),
         (CrossEntropy(soft), z, True),
         (CrossEntropy(soft.double()), z, False),
         (CrossEntropy(soft, ignore_index=0), z, False),

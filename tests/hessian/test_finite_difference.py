@@ -108,8 +108,7 @@ def test_other_threads_keep_their_updates() -> None:
         return layer(x).square().sum()
 
     finite_difference.hutchinson("test", closure, LinearMap("test", layer), True, 1, torch.Generator())
-    assert int(other.num_batches_tracked) == 3 and bool((other.running_mean != 0).any())
-    assert int(replicated.num_batches_tracked) == 0 and bool((replicated.running_mean == 0).all())
+    assert (int(other.num_batches_tracked), int(replicated.num_batches_tracked)) == (3, 0)
 
 
 def test_an_error_in_the_closure_leaves_weight_and_buffers() -> None:

@@ -212,9 +212,11 @@ def test_target_ratio() -> None:
     criterion = FAMLoss(nn.CrossEntropyLoss(), net[2], schedules.TargetRatio(0.25, maximum=100.0))
     total = criterion(net(x), y)
     torch.testing.assert_close(total.detach(), 1.25 * criterion.last.loss)
-    restored = FAMLoss(nn.CrossEntropyLoss(), net[2], schedules.TargetRatio(0.25))
+    restored = FAMLoss(nn.CrossEntropyLoss(), net[2], schedules.TargetRatio(0.25, maximum=100.0))
     restored.load_state_dict(criterion.state_dict())
-    torch.testing.assert_close(restored.strength.averages, criterion.strength.averages)
+    torch.testing.assert_close(restored.strength.averages.to(x.device), criterion.strength.averages)
+    totals = [c(net(x), y).detach() for c in (restored, criterion)]
+    torch.testing.assert_close(*totals)
 
 
 def test_spectral_norm_is_read_without_another_power_iteration() -> None:

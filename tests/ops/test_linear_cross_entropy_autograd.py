@@ -86,6 +86,7 @@ def test_upstream_one_hands_out_the_gradients_as_they_are() -> None:
         2**27,
         False,
         False,
+        2,
         True,
         True,
         True,
