@@ -98,7 +98,9 @@ at::Tensor patch_sqnorm(const at::Tensor& input, IntArrayRef kernel, IntArrayRef
   if (view.groups_inside) std::rotate(sizes.begin() + 1, sizes.begin() + 2, sizes.end());
   const at::Tensor out = at::empty(sizes, input.options().dtype(patch_sqnorm_type(input)).memory_format(std::nullopt));
   const bool pointwise = std::all_of(axes.begin(), axes.end(), [](const WindowAxis& a) { return a.trivial(); });
-  if (out.numel() > 0) {
+  if (input.numel() == 0) {
+    out.zero_();  // no channels, and no launch of no blocks
+  } else if (out.numel() > 0) {
     AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "patch_sqnorm", [&] {
       const at::Tensor sums = pointwise ? out : at::empty({view.batch * groups * view.positions()}, out.options());
       if (sums.numel() > 0) {

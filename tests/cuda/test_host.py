@@ -21,7 +21,7 @@ import pytest
 import torch
 import trace_problems as trace
 from cuda_host_library import Shim, kernels_on_the_host
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from inputs import DTYPES, LAYOUTS, confident_logits, make_input, needs_native
 from tolerance import relative_error
 from torch import Tensor
@@ -166,6 +166,7 @@ def test_patch_layouts_and_dtypes(layout: str, dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example((torch.zeros(1, 0), ((), (), (), (), 1)))
 @given(patch.problems())
 def test_any_patch_problem(problem: Any) -> None:
     x, case = problem
