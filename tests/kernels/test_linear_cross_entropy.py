@@ -306,7 +306,7 @@ def arguments(
     *, reduction: int = 1, dtype: torch.dtype = F32, needs: Any = (True,) * 3, bias: bool = True
 ) -> Any:
     x, w, b = (t.requires_grad_() for t in make_problem((2, 3), 5, 7, (dtype,) * 3, "transposed"))
-    options = (-100, 0.1, reduction, 0.5, True, 1000, dtype == BF16, True)
+    options = (-100, 0.1, reduction, 0.5, True, 1000, dtype == BF16, True, 2)
     return x, w, b if bias else None, indices((2, 3), 7), None, None, *options, *needs
 
 
