@@ -171,12 +171,12 @@ def _check_options(
     }
     given = {
         "class_weight": class_weight is not None,
-        "ignore_index": ignore_index != -100,
+        "ignore_index": not isinstance(ignore_index, int) or ignore_index != -100,
         "label_smoothing": label_smoothing != 0,
         "pos_weight": pos_weight is not None,
         "element_weight": element_weight is not None,
         "variance": variance is not None,
-        "eps": eps != 1e-6,
+        "eps": not isinstance(eps, float) or eps != 1e-6,
     }
     for argument, present in given.items():
         if present and not allowed[argument]:
