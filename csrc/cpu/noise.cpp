@@ -7,10 +7,13 @@
 
 #include <cmath>
 
+#include "dispatch.h"
 #include "patch_sqnorm.h"
 
 namespace fam_ext::noise {
 namespace {
+
+constexpr const char* kExpected = "fam_ext noise: expected a floating tensor";
 
 using at::Tensor;
 using patches::load;
@@ -89,22 +92,6 @@ void update(const S* m, int64_t rows, int64_t cols, int64_t step, const T* u, co
   }
 }
 
-template <typename F>  // f(S(), T()) for the tensor's dtype S and its accumulation dtype T
-void dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return f(float(), float());
-    case at::kDouble:
-      return f(double(), double());
-    case at::kBFloat16:
-      return f(c10::BFloat16(), float());
-    case at::kHalf:
-      return f(c10::Half(), float());
-    default:
-      TORCH_CHECK_TYPE(false, "fam_ext noise: expected a floating tensor, got ", x.scalar_type());
-  }
-}
-
 template <typename F>  // f(matrix) for all of them
 void for_each(const Matrices& m, const F& f) {
   const int64_t size = std::max<int64_t>(1, m.channels * m.positions);
@@ -122,7 +109,7 @@ const T* row_of(const Tensor& t, const Matrices& m, int64_t k) {
 template <bool Channels, bool Positions>  // over which sums are taken
 void all_sums(const Tensor& x, const Matrices& m, const Tensor& by_channel, const Tensor& by_position,
               const Tensor& of_channel, const Tensor& of_position) {
-  dispatch(x, [&](auto s, auto t) {
+  dispatch(x, kExpected, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
     const S* data = x.const_data_ptr<S>();
@@ -184,7 +171,7 @@ std::pair<Tensor, Tensor> over_both(const Tensor& x, const Matrices& m, const Te
 
 void add_outer(const Tensor& x, const Matrices& m, const Tensor& by_channel, const Tensor& by_position,
                const Tensor& out) {
-  dispatch(x, [&](auto s, auto t) {
+  dispatch(x, kExpected, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
     for_each(m, [&](int64_t k) {
@@ -198,7 +185,7 @@ void add_outer(const Tensor& x, const Matrices& m, const Tensor& by_channel, con
 
 void add_rank_one(const Tensor& x, const Matrices& m, const Tensor& left, const Tensor& right, const Tensor& at,
                   const Tensor& out) {
-  dispatch(x, [&](auto s, auto t) {
+  dispatch(x, kExpected, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
     const int64_t piece = m.inside ? std::max<int64_t>(1, kPiece / std::max<int64_t>(1, m.channels)) : kBlock;
@@ -232,7 +219,7 @@ void add_rank_one(const Tensor& x, const Matrices& m, const Tensor& left, const 
 
 void add_length(const Tensor& x, const Tensor& signs, double scale, const Tensor& length, const Tensor& out) {
   const Matrices m{x.size(0), 1, x.size(1), 1, true};
-  dispatch(x, [&](auto s, auto t) {
+  dispatch(x, kExpected, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
     for_each(m, [&](int64_t k) {
@@ -254,7 +241,7 @@ void add_length(const Tensor& x, const Tensor& signs, double scale, const Tensor
 void add_length_backward(const Tensor& grad, const Tensor& x, const Tensor& signs, double scale, const Tensor& length,
                          const Tensor& out) {
   const Matrices m{x.size(0), 1, x.size(1), 1, true};
-  dispatch(x, [&](auto s, auto t) {
+  dispatch(x, kExpected, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
     for_each(m, [&](int64_t k) {
@@ -311,7 +298,7 @@ void shift(const Tensor& inner, const Tensor& place, const Window& w, const Tens
   }
   const int64_t groups = inner.size(1), places = kernel[0] * kernel[1] * kernel[2];
   const int64_t inputs = in[0] * in[1] * in[2], outputs = size[0] * size[1] * size[2];
-  dispatch(inner, [&](auto, auto t) {
+  dispatch(inner, kExpected, [&](auto, auto t) {
     using T = decltype(t);
     at::parallel_for(
         0, inner.size(0) * groups, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, outputs)),

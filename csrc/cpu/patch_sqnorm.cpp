@@ -10,8 +10,12 @@
 
 #include <memory>
 
+#include "dispatch.h"
+
 namespace fam_ext {
 namespace {
+
+constexpr const char* kExpected = "patch_sqnorm: input must be a floating tensor";
 
 using namespace patches;
 
@@ -195,22 +199,6 @@ void for_each_tile(const Geometry& g, bool forward, const F& f) {
   });
 }
 
-template <typename F>  // f(S(), T()) for the tensor's dtype S and its accumulation dtype T
-void dispatch(const at::Tensor& input, const F& f) {
-  switch (input.scalar_type()) {
-    case at::kFloat:
-      return f(float(), float());
-    case at::kDouble:
-      return f(double(), double());
-    case at::kBFloat16:
-      return f(c10::BFloat16(), float());
-    case at::kHalf:
-      return f(c10::Half(), float());
-    default:
-      TORCH_CHECK_TYPE(false, "patch_sqnorm: input must be a floating tensor, got ", input.scalar_type());
-  }
-}
-
 at::Tensor patch_sqnorm(const at::Tensor& input, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
                         IntArrayRef dilation, int64_t groups) {
   at::DimVector sizes = patch_sqnorm_sizes(input, kernel, stride, padding, dilation, groups);
@@ -219,7 +207,7 @@ at::Tensor patch_sqnorm(const at::Tensor& input, IntArrayRef kernel, IntArrayRef
   if (inside) std::rotate(sizes.begin() + 1, sizes.begin() + 2, sizes.end());
   const at::Tensor out = at::empty(sizes, input.options().dtype(patch_sqnorm_type(input)));
   if (out.numel() > 0) {
-    dispatch(input, [&](auto s, auto t) {
+    dispatch(input, kExpected, [&](auto s, auto t) {
       using S = decltype(s);
       using T = decltype(t);
       for_each_tile<T>(g, true, [&](int64_t b, int64_t group, const Tile& tile, Scratch<T>& scratch) {
@@ -239,7 +227,7 @@ at::Tensor patch_sqnorm_backward(const at::Tensor& grad, const at::Tensor& input
   if (dx.numel() == 0) return dx;
   const Geometry g = make_geometry(input, dx, sizes, kernel, stride, padding, dilation, groups);
   const at::Tensor dense = patch_groups_inside(input, groups) ? grad.movedim(1, -1).contiguous() : grad.contiguous();
-  dispatch(input, [&](auto s, auto t) {
+  dispatch(input, kExpected, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
     for_each_tile<T>(g, false, [&](int64_t b, int64_t group, const Tile& tile, Scratch<T>& scratch) {

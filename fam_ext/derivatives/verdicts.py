@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fam_ext.derivatives import corrections, log_softmax
-from fam_ext.derivatives.nodes import readable
+from fam_ext.derivatives.nodes import bare, readable
 from fam_ext.derivatives.verified import VERIFIED
 from fam_ext.errors import UnsupportedError
 
@@ -148,7 +148,7 @@ def check(caller: str, nodes: Iterable[Any]) -> tuple[list[Any], list[str]]:
     correct, doubtful = [], set()
     for node in nodes:
         full = node.name()
-        name = full.rstrip("0123456789")
+        name = bare(full)
         replaced = full in corrections.REPLACED
         if replaced and full in corrections.FASTER:
             replaced = prod(node._input_metadata[0].shape) >= log_softmax.LEAST

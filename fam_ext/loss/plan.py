@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fam_ext.derivatives.nodes import bare
 from fam_ext.errors import UnsupportedError
 from fam_ext.hessian import coupling, memory
 from fam_ext.hessian.exact import exact, exact_products
@@ -151,7 +152,7 @@ def rows_taken(between: Sequence[Any]) -> tuple[Any, ...]:
     """Which rows of the first dimension indexing took between the layer and the loss: shapes and names do not tell these."""
     taken = []
     for node in between:
-        name = node.name().rstrip("0123456789")
+        name = bare(node.name())
         if name == "IndexBackward":
             taken.append(node._saved_indices[0])
         elif name in ("IndexSelectBackward", "GatherBackward") and node._saved_dim == 0:
