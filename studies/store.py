@@ -81,16 +81,17 @@ class Store:
         return [run.hyper for run in runs if not run.numbers["train_nll"] < 0.95 * guessing]
 
     def add(self, run: Run) -> None:
-        """Append a row; the file is complete after every run."""
-        self._keep(run)
+        """Append a row; the file is complete after every run. It is kept as the file has it, so a later start agrees."""
+        cells = {name: f"{run.numbers[name]:.6g}" for name in self.columns if name in run.numbers}
+        self._keep(run._replace(numbers={name: float(cell) for name, cell in cells.items()}))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.exists()
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
             if new:
                 writer.writerow((*COLUMNS, *self.columns))
-            numbers = [f"{run.numbers[name]:.6g}" if name in run.numbers else "" for name in self.columns]
-            writer.writerow((run.method, run.phase, run.number, json.dumps(run.hyper), *numbers))
+            row = (run.method, run.phase, run.number, json.dumps(run.hyper))
+            writer.writerow((*row, *(cells.get(name, "") for name in self.columns)))
 
 
 def best(runs: list[Run]) -> Mapping[str, float]:

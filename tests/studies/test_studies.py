@@ -252,6 +252,12 @@ def test_a_store_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert again.path.name == "set-mlp-40-60.csv"
 
 
+def test_a_run_is_kept_as_a_later_start_reads_it(tmp_path: Path) -> None:
+    store = Store(tmp_path, TASK)
+    store.add(a_run(0, 2 / 3, nll=math.pi * 1e-5, phase="test"))
+    assert store.rows == Store(tmp_path, TASK).rows and store.every == Store(tmp_path, TASK).every
+
+
 def test_the_best_configuration() -> None:
     assert best([a_run(1, 0.7), a_run(2, 0.9, 2.0), a_run(3, 0.9, 1.0), a_run(4, math.nan)]) == {
         "rho": 0.1 * 3
