@@ -1,28 +1,31 @@
 """Gradients that are differentiated once more, and no further: what Gauss-Newton and Fisher forms of curvature need.
 
 torch's second derivatives of these operations are right, and wasteful: that of a convolution forms the weight's gradient as a
-convolution with a kernel of the image's size; that of ReLU fills and adds a tensor of zeros. While a positive form is taken, a
-hook on each such autograd node puts the same gradient in place of torch's, with a cheaper derivative. batch_norm in training
-mode, whose statistics are to be held, gets another gradient: that of its input with constant statistics, which keeps samples
-apart. A derivative of these derivatives raises an error.
+convolution with a kernel of the image's size; that of ReLU fills and adds a tensor of zeros; those of GELU, SiLU and layer_norm
+are a dozen passes each; flash attention has none. While a positive form is taken, a hook on each such autograd node puts the
+same gradient in place of torch's, with a derivative of its own. batch_norm in training mode, whose statistics are to be held,
+gets another gradient: that of its input with constant statistics, which keeps samples apart. A derivative of these derivatives
+raises an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fam_ext.derivatives import twice_smooth
 from fam_ext.derivatives.corrections import hooked
 from fam_ext.derivatives.nodes import signed
 
 _PAYS = 2**15  # numbers of a gradient from which a hook in Python costs less than what it saves
 _LONG = 64  # numbers of a row from which products by row pay
+Formula = Callable[[Sequence[Any], Tensor], tuple[Any, ...]]
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 
 
@@ -115,44 +118,76 @@ def holds(node: Any) -> bool:
     return trains and node._saved_input.shape[0] > 1  # instance_norm is batch_norm of one sample
 
 
-def _convolution(node: Any) -> Any:
+def _convolution(node: Any) -> Formula:
     weight, transposed = node._saved_weight, node._saved_transposed
     numbers = (node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_output_padding)
     stride, padding, dilation, output_padding = ([signed(n) for n in of_axes] for of_axes in numbers)
     arguments = (stride, padding, dilation, transposed, output_padding, node._saved_groups)
 
-    def replaced(value: Tensor, grad: Tensor) -> Any:
-        if not torch.is_grad_enabled() or value.numel() < _PAYS:
-            return None
-        return _Convolution.apply(grad, weight, value.detach(), arguments)  # type: ignore[no-untyped-call]
+    def formula(values: Sequence[Any], grad: Tensor) -> tuple[Any, ...]:
+        return (_Convolution.apply(grad, weight, values[0].detach(), arguments),)  # type: ignore[no-untyped-call]
 
-    return replaced
+    return formula
 
 
-def _relu(node: Any) -> Any:
+def _relu(node: Any) -> Formula:
     result = node._saved_result
 
-    def replaced(value: Tensor, grad: Tensor) -> Any:
-        if not torch.is_grad_enabled() or value.numel() < _PAYS:
-            return None
-        return _Relu.apply(grad, result, value.detach())  # type: ignore[no-untyped-call]
+    def formula(values: Sequence[Any], grad: Tensor) -> tuple[Any, ...]:
+        return (_Relu.apply(grad, result, values[0].detach()),)  # type: ignore[no-untyped-call]
 
-    return replaced
+    return formula
 
 
-def _batch_norm(node: Any) -> Any:
+def _batch_norm(node: Any) -> Formula:
     x, weight = node._saved_input, node._saved_weight
     mean, rstd = node._saved_result1.detach(), node._saved_result2.detach()
     acc = torch.promote_types(x.dtype, torch.float32)
 
-    def replaced(value: Tensor, grad: Tensor) -> Any:
+    def formula(values: Sequence[Any], grad: Tensor) -> tuple[Any, ...]:
         wide = [None if t is None else t.to(acc) for t in (grad, x, weight, mean, rstd)]
-        return _HeldBatchNorm.apply(*wide).to(value.dtype)  # type: ignore[no-untyped-call]
+        return (_HeldBatchNorm.apply(*wide).to(values[0].dtype),)  # type: ignore[no-untyped-call]
 
-    return replaced
+    return formula
 
 
-_CHEAPER = {"ConvolutionBackward0": _convolution, "ReluBackward0": _relu}
+class _Rule(NamedTuple):
+    """How a node's gradients are replaced.
+
+    make: of a node, the function of its inputs' gradients and of its output's that returns them anew.
+    large: only where a gradient is large; torch's derivative is as right, and quicker on a small one.
+    inputs: the number of inputs, the first ones, whose gradients are replaced.
+    other_value: the gradient itself is another one, not its derivative alone.
+    """
+
+    make: Callable[[Any], Formula]
+    large: bool
+    inputs: int = 1
+    other_value: bool = False
+
+
+_HELD = _Rule(_batch_norm, large=False, other_value=True)
+_RULES = {
+    "ConvolutionBackward0": _Rule(_convolution, large=True),
+    "ReluBackward0": _Rule(_relu, large=True),
+    "GeluBackward0": _Rule(twice_smooth.activation, large=True),
+    "SiluBackward0": _Rule(twice_smooth.activation, large=True),
+    "NativeLayerNormBackward0": _Rule(twice_smooth.layer_norm, large=False),
+    "ScaledDotProductFlashAttentionForCpuBackward0": _Rule(twice_smooth.attention, large=False, inputs=3),
+}
+
+
+def _rule(node: Any, hold_statistics: bool) -> _Rule | None:
+    if hold_statistics and holds(node):
+        return _HELD
+    rule = _RULES.get(node.name())
+    return None if rule is not None and getattr(node, "_saved_dropout_p", 0) > 0 else rule
+
+
+def needs_no_correction(node: Any, hold_statistics: bool) -> bool:
+    """Whether every gradient through this autograd node has its derivative here, so that torch's is not used."""
+    rule = _rule(node, hold_statistics)
+    return rule is not None and not rule.large
 
 
 def replaced(nodes: Iterable[Any], hold_statistics: bool) -> AbstractContextManager[None]:
@@ -160,20 +195,18 @@ def replaced(nodes: Iterable[Any], hold_statistics: bool) -> AbstractContextMana
 
     `hold_statistics`: the gradient of batch_norm in training mode is that of its input with constant statistics.
     """
-    hooks = []
-    for node in nodes:
-        make = _CHEAPER.get(node.name())
-        if hold_statistics and holds(node):
-            make = _batch_norm
-        if make is None:
-            continue
-        formula = make(node)
+    rules = [(node, _rule(node, hold_statistics)) for node in nodes]
+    return hooked([(node, _hook(rule, rule.make(node))) for node, rule in rules if rule is not None])
 
-        def replace(inputs: Any, grads: Any, of_node: Any = formula) -> Any:
-            if grads[0] is None or inputs[0] is None:
-                return None
-            ours = of_node(inputs[0], grads[0])
-            return None if ours is None else (ours, *inputs[1:])
 
-        hooks.append((node, replace))
-    return hooked(hooks)
+def _hook(rule: _Rule, formula: Formula) -> Callable[..., Any]:
+    def replace(inputs: Sequence[Any], grads: Sequence[Any]) -> Any:
+        values = inputs[: rule.inputs]
+        size = max((t.numel() for t in values if t is not None), default=0)
+        if grads[0] is None or not size or (rule.large and size < _PAYS):
+            return None
+        if not rule.other_value and not torch.is_grad_enabled():
+            return None
+        return (*formula(values, grads[0]), *inputs[rule.inputs :])
+
+    return replace

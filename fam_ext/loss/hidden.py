@@ -190,8 +190,7 @@ def positive_terms(
     ]
     hold = options.hold_statistics is not False
     held = hold and any("BatchNorm" in node.name() for node in correct)
-    if held:
-        correct = [node for node in correct if not taken_twice.holds(node)]
+    correct = [node for node in correct if not taken_twice.needs_no_correction(node, hold)]
     with (
         torch.autocast(outputs.device.type, enabled=False),
         corrections.corrected(correct),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_nodes import nodes_of, randn
 from torch import Tensor
 
 from fam_ext.derivatives import taken_twice
@@ -18,20 +18,6 @@ pytestmark = pytest.mark.on_devices
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taken_twice, "_PAYS", 0)
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).requires_grad_()
-
-
-def nodes_of(t: Tensor) -> Iterator[Any]:
-    stack, seen = [t.grad_fn], set()
-    while stack:
-        node: Any = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [n for n, _ in node.next_functions]
-            yield node
 
 
 def second(y: Tensor, x: Tensor, others: list[Tensor], hold: bool | None = None) -> tuple[Tensor, ...]:

@@ -1,0 +1,246 @@
+"""GELU, SiLU, layer_norm and attention for gradients that are differentiated once more (fam_ext.derivatives.taken_twice).
+
+torch forms these derivatives from a dozen operations each, every one of which reads and writes the whole activation; that of the
+CPU's flash attention it lacks. Here the gradient's value is at hand, and its derivative is written out once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+aten = torch.ops.aten
+Optional = Tensor | None
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """phi(x) (2 - x^2), the second derivative of x Phi(x)."""
+    density = torch.exp(x.square().mul_(-0.5))
+    return torch.addcmul(x.new_full((), 2.0), x, x, value=-1).mul_(density).mul_(1 / math.sqrt(2 * math.pi))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """The second derivative of x (1 + tanh k) / 2 with k = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    c, a = math.sqrt(2 / math.pi), 0.044715
+    square = x.square()
+    t = square.mul(a).add_(1).mul_(x).mul_(c).tanh_()
+    slope = square.mul_(3 * a * c).add_(c)  # k'
+    inner = (t * slope).mul_(slope).mul_(-2).add_(x, alpha=6 * a * c)  # k'' - 2 t k'^2
+    inner.mul_(x).mul_(0.5).add_(slope)
+    return inner.mul_(t.square_().neg_().add_(1))
+
+
+def _silu(x: Tensor) -> Tensor:
+    """s (1 - s) (2 + x (1 - 2 s)) with s = sigmoid(x)."""
+    s = torch.sigmoid(x)
+    inner = s.mul(-2).add_(1).mul_(x).add_(2).mul_(s)
+    return inner.mul_(s.neg_().add_(1))
+
+
+class _Activation(torch.autograd.Function):
+    """f'(x) grad, whose value is at hand; `slope` multiplies with f'(x), and `bend` is f''."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        x: Tensor,
+        value: Tensor,
+        slope: Callable[[Tensor, Tensor], Tensor],
+        bend: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(grad, x)
+        ctx.of = slope, bend
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:
+        grad, x = ctx.saved_tensors
+        slope, bend = ctx.of
+        of_grad = slope(upstream, x) if ctx.needs_input_grad[0] else None
+        of_x = None
+        if ctx.needs_input_grad[1]:
+            acc = torch.promote_types(x.dtype, torch.float32)
+            of_x = bend(x.to(acc)).mul_(grad).mul_(upstream).to(x.dtype)
+        return of_grad, of_x, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """r (y - <y> - h <y h>) for rows of x, whose value is at hand: y = weight grad, h = r (x - <x>), r = 1 / std(x), mean <>."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, x: Tensor, weight: Optional, mean: Tensor, rstd: Tensor, value: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(grad, x, weight, mean, rstd)
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:
+        grad, x, weight, mean, rstd = ctx.saved_tensors
+        leading = mean.numel()  # rows
+        acc = torch.promote_types(x.dtype, torch.float32)
+        u, g, h = (t.to(acc).reshape(leading, -1) for t in (upstream, grad, x))
+        r, width = rstd.to(acc).reshape(-1, 1), h.shape[1]
+        h = (h - mean.to(acc).reshape(-1, 1)).mul_(r)
+        w = None if weight is None else weight.to(acc).reshape(-1)
+        y = g if w is None else g * w
+        of_grad = of_x = of_weight = None
+        u = u - u.mean(1, keepdim=True)
+        along_u = _inner(u, h).div_(width)
+        projected = torch.addcmul(u, h, along_u, value=-1)  # u - <u> - h <u h>
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            rated = projected * r
+            if ctx.needs_input_grad[2]:
+                of_weight = (rated * g).sum(0).reshape(weight.shape).to(weight.dtype)
+            if ctx.needs_input_grad[0]:
+                of_grad = (rated if w is None else rated.mul_(w)).reshape(grad.shape).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            along_y = _inner(y, h).div_(width)
+            both = _inner(projected, y).div_(width)  # <u y> - <u> <y> - <u h> <y h>
+            y = torch.addcmul(y - y.mean(1, keepdim=True), h, along_y, value=-1)
+            of_x = projected.mul_(along_y).addcmul_(y, along_u).addcmul_(h, both).mul_(-r.square())
+            of_x = of_x.reshape(x.shape).to(x.dtype)
+        return of_grad, of_x, of_weight, None, None, None
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of every row, (N, 1)."""
+    return a.unsqueeze(1).bmm(b.unsqueeze(2)).squeeze(2)
+
+
+class _Attention(torch.autograd.Function):
+    """The gradients of queries, keys and values (B, heads, tokens, width) of attention, whose values are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Optional,
+        causal: bool,
+        scale: float,
+        *values: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(grad, q, k, v, mask)
+        ctx.how = causal, scale
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        *saved, mask = ctx.saved_tensors
+        acc = torch.promote_types(saved[0].dtype, torch.float32)
+        grad, q, k, v, uq, uk, uv = (t.to(acc) for t in (*saved, *upstream))
+        several = q.shape[1] // k.shape[1]  # grouped queries: heads of them that share those of k and v
+        if several > 1:
+            k, v, uk, uv = (t.repeat_interleave(several, 1) for t in (k, v, uk, uv))
+        with torch.autocast(grad.device.type, enabled=False):
+            found = _of_attention(grad, q, k, v, uq, uk, uv, mask, *ctx.how)
+        if several > 1:
+            found = (
+                *found[:2],
+                *(t.reshape(t.shape[0], -1, several, *t.shape[2:]).sum(2) for t in found[2:]),
+            )
+        return *(t.to(s.dtype) for t, s in zip(found, saved, strict=True)), *(None,) * 6
+
+
+def _of_attention(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    uq: Tensor,
+    uk: Tensor,
+    uv: Tensor,
+    mask: Optional,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Derivatives of <uq, dq> + <uk, dk> + <uv, dv> by grad, q, k and v, where dv = p^T grad, dp = grad v^T,
+    ds = scale p (dp - <p, dp>), dq = ds k and dk = ds^T q, with <> a sum over keys.
+    """
+    p = _weights(q, k, mask, causal, scale)
+    dp = grad @ v.mT
+    centered = dp - (p * dp).sum(-1, keepdim=True)
+    ds = (p * centered).mul_(scale)
+    of_ds = (uq @ k.mT).add_(q @ uk.mT).mul_(scale)
+    mean = (p * of_ds).sum(-1, keepdim=True)
+    of_dp = (of_ds - mean).mul_(p)
+    of_p = (grad @ uv.mT).addcmul_(of_ds, centered).addcmul_(dp, mean, value=-1)
+    of_scores = (of_p - (p * of_p).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+    return (
+        (p @ uv).add_(of_dp @ v),
+        (of_scores @ k).add_(ds @ uk),
+        (of_scores.mT @ q).add_(ds.mT @ uq),
+        of_dp.mT @ grad,
+    )
+
+
+def _weights(q: Tensor, k: Tensor, mask: Optional, causal: bool, scale: float) -> Tensor:
+    """softmax(scale q k^T + mask), (B, heads, queries, keys); 0 for a query that sees no key."""
+    scores = (q @ k.mT).mul_(scale)
+    if mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores.masked_fill_(future, -torch.inf)
+    if mask is None:
+        return torch.softmax(scores, -1)
+    empty = scores.amax(-1, keepdim=True) == -torch.inf
+    return torch.softmax(scores.masked_fill_(empty, 0), -1).masked_fill_(empty, 0)
+
+
+def activation(node: Any) -> Any:
+    """For GELU and SiLU."""
+    x = node._saved_self
+    if node.name().startswith("Gelu"):
+        way = node._saved_approximate
+        bend = _gelu_tanh if way == "tanh" else _gelu
+
+        def slope(upstream: Tensor, x: Tensor) -> Tensor:
+            return aten.gelu_backward(upstream, x, approximate=way)  # type: ignore[no-any-return]
+
+    else:
+        slope, bend = aten.silu_backward, _silu
+
+    def formula(values: Sequence[Any], grad: Tensor) -> tuple[Any, ...]:
+        return (_Activation.apply(grad, x, values[0].detach(), slope, bend),)  # type: ignore[no-untyped-call]
+
+    return formula
+
+
+def layer_norm(node: Any) -> Any:
+    x, weight = node._saved_input, node._saved_weight
+    mean, rstd = node._saved_result1.detach(), node._saved_result2.detach()
+
+    def formula(values: Sequence[Any], grad: Tensor) -> tuple[Any, ...]:
+        return (_LayerNorm.apply(grad, x, weight, mean, rstd, values[0].detach()),)  # type: ignore[no-untyped-call]
+
+    return formula
+
+
+def attention(node: Any) -> Any:
+    """For the flash kernel of the CPU without dropout."""
+    q, k, v, mask = (getattr(node, f"_saved_{name}") for name in ("query", "key", "value", "attn_mask"))
+    scale = q.shape[-1] ** -0.5 if node._saved_scale is None else node._saved_scale
+    causal = node._saved_is_causal
+
+    def formula(values: Sequence[Any], grad: Tensor) -> tuple[Any, ...]:
+        given = [
+            torch.zeros_like(t) if value is None else value.detach()
+            for value, t in zip(values, (q, k, v), strict=True)
+        ]
+        ours = _Attention.apply(grad, q, k, v, mask, causal, scale, *given)  # type: ignore[no-untyped-call]
+        return tuple(None if value is None else own for value, own in zip(values, ours, strict=True))
+
+    return formula
