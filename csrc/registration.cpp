@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "head_cross_entropy_python.h"
+#include "label_draw.h"
 #include "noise_python.h"
 
 TORCH_LIBRARY(fam_ext, m) {
@@ -63,5 +64,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "What this library was compiled with: torch, python, compiler, simd, cuda (or None), arch_list.");
   fam_ext::bind_head_cross_entropy(m);
+  fam_ext::bind_label_draw(m);
   fam_ext::bind_noise(m);
 }

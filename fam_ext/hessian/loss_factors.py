@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fam_ext._dtypes import accumulation_dtype
+from fam_ext.hessian import label_draw
 from fam_ext.hessian.hutchinson import rademacher
 from fam_ext.loss_hessians import BinaryCrossEntropy, CrossEntropy, LossHessian
 from fam_ext.ops.row_coefficients import clear_rows
@@ -64,28 +65,12 @@ def sampled_factors(
         return
     dim, log_p, root = _softmax(loss_hessian, outputs)
     p = log_p.detach().exp()
-    labels, stretch = _label_chances(p.movedim(dim, -1))
+    last = p.movedim(dim, -1)
     for _ in range(probes):
-        drawn = torch.multinomial(labels.reshape(-1, labels.shape[-1]), 1, generator=generator)
-        drawn = drawn.reshape(*labels.shape[:-1], 1)
-        length = stretch.gather(-1, drawn) * rademacher(drawn.shape, stretch, generator)
-        scale = root * length.movedim(-1, dim)
-        yield _Score.apply(log_p, p, drawn.movedim(-1, dim), scale, dim)  # type: ignore[no-untyped-call]
-
-
-def _label_chances(p: Tensor) -> tuple[Tensor, Tensor]:
-    """q_y ~ p_y |e_y - p|^2 and sqrt(p_y / q_y), for p (..., O); q is p where all of it vanishes, and anything where p is NaN."""
-    top = p.argmax(-1, keepdim=True)
-    others = p.scatter(-1, top, 0.0)
-    rest, squares = others.sum(-1, keepdim=True), others.square().sum(-1, keepdim=True)
-    likely = p.gather(-1, top)
-    distance = 1 - 2 * p + (squares + likely * likely)
-    distance = distance.scatter(-1, top, rest * rest + squares)  # 1 - p cancels there
-    chance = p * distance
-    total = chance.sum(-1, keepdim=True)
-    vanishes = total <= 1e-30
-    chance = torch.where(vanishes, p, chance / total).nan_to_num(nan=1.0)
-    return chance, torch.where(vanishes, 1.0, (total / distance).sqrt())
+        share = torch.rand((*last.shape[:-1], 1), generator=generator, device=p.device, dtype=p.dtype)
+        label, stretch = label_draw.draw(last, share)
+        scale = root * (stretch * rademacher(label.shape, stretch, generator)).movedim(-1, dim)
+        yield _Score.apply(log_p, p, label.movedim(-1, dim), scale, dim)  # type: ignore[no-untyped-call]
 
 
 class _Score(torch.autograd.Function):
@@ -135,7 +120,9 @@ def _softmax(loss_hessian: CrossEntropy, outputs: Tensor) -> tuple[int, Tensor, 
     """The dimension of the classes, log p, and sqrt(c) beside it. An ignored row counts nothing, whatever it holds."""
     dim = 0 if outputs.dim() == 1 else 1
     c = loss_hessian.coefficients(outputs)
-    z = clear_rows(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), c, dim)
+    z = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    if not (z.is_cpu and bool((c != 0).all())):  # a pass over the outputs costs more than a look at c
+        z = clear_rows(z, c, dim)
     return dim, torch.log_softmax(z, dim), _root(c).unsqueeze(dim)
 
 

@@ -96,16 +96,20 @@ def all_signs(shape: tuple[int, ...]) -> list[Tensor]:
 
 
 def all_labels(z: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Every label of every row, (rows, 1), and the probability of each choice; rows in row-major order, classes moved last.
+    """Shares that draw every label of every row, of the rows' shape and 1, and the probability of each choice.
 
-    A row's label is drawn from q_y ~ p_y |e_y - p|^2.
+    A row's label is drawn from q_y ~ p_y |e_y - p|^2; classes are moved last.
     """
     classes = min(1, z.dim() - 1)
     p = z.softmax(classes).movedim(classes, -1).reshape(-1, z.shape[classes])
     distance = (torch.eye(p.shape[1], dtype=p.dtype) - p[:, None]).square().sum(2)
     q = p * distance / (p * distance).sum(1, keepdim=True)
     choices = [torch.tensor(c)[:, None] for c in itertools.product(range(p.shape[1]), repeat=len(p))]
-    return choices, torch.stack([q.gather(1, c).prod() for c in choices])
+    middle = q.cumsum(1) - q / 2
+    of_rows = (*z.movedim(classes, -1).shape[:-1], 1)
+    return [middle.gather(1, c).reshape(of_rows) for c in choices], torch.stack(
+        [q.gather(1, c).prod() for c in choices]
+    )
 
 
 @pytest.mark.parametrize("make", LIKELIHOODS)
@@ -118,13 +122,13 @@ def test_sampled_factors_in_the_mean(make: Any, monkeypatch: pytest.MonkeyPatch)
         chances = torch.full((len(draws),), 1 / len(draws), dtype=torch.float64)
         one_by_one(draws, monkeypatch, "rademacher", loss_factors)
     else:
-        labels, of_labels = all_labels(z.detach())
+        shares, of_labels = all_labels(z.detach())
         rows = z.numel() // z.shape[min(1, z.dim() - 1)]
         classes_last = z.movedim(min(1, z.dim() - 1), -1)
         signs = [sign.reshape(*classes_last.shape[:-1], 1) for sign in all_signs((rows,))]
-        draws = list(itertools.product(labels, signs))
+        draws = list(itertools.product(shares, signs))
         chances = of_labels.repeat_interleave(len(signs)) / len(signs)
-        one_by_one([label for label, _ in draws], monkeypatch, "multinomial", torch)
+        one_by_one([share for share, _ in draws], monkeypatch, "rand", torch)
         one_by_one([sign for _, sign in draws], monkeypatch, "rademacher", loss_factors)
     factors = loss_factors.sampled_factors(known(criterion, target), z, len(draws), torch.Generator())
     total = sum(chance * outer(u) for chance, u in zip(chances, factors, strict=True))

@@ -1,0 +1,82 @@
+"""Drawn labels: their chances, enumerated on a grid of shares, and both forms against each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fam_ext.hessian import label_draw
+
+FORMS = pytest.mark.parametrize("draw", [label_draw.draw, label_draw.in_torch], ids=["draw", "in_torch"])
+
+
+def chances(p: Tensor) -> Tensor:
+    """q_y ~ p_y |e_y - p|^2, (N, O)."""
+    distance = (torch.eye(p.shape[1], dtype=p.dtype) - p[:, None]).square().sum(2)
+    return p * distance / (p * distance).sum(1, keepdim=True)
+
+
+@FORMS
+@pytest.mark.parametrize("classes", [2, 3, 17])
+@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
+def test_every_label_has_its_share(draw: object, classes: int, spread: float) -> None:
+    """Of M equally spaced shares, q_y M draw label y, but for one at each end; the root is sqrt(p_y / q_y)."""
+    assert callable(draw)
+    count = 4000
+    p = (spread * torch.randn(3, classes, dtype=torch.float64)).softmax(1)
+    share = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).repeat(3)[:, None]
+    labels, stretch = draw(p.repeat_interleave(count, 0), share)
+    q = chances(p)
+    drawn = torch.stack([own.bincount(minlength=classes) for own in labels.reshape(3, count)]) / count
+    assert (drawn - q).abs().max() <= 1.01 / count
+    want = (p / q).repeat_interleave(count, 0).gather(1, labels).sqrt()
+    torch.testing.assert_close(stretch, want, rtol=1e-9, atol=0)
+    in_order = labels.reshape(3, count).diff(dim=1)
+    assert (in_order >= 0).all()  # the first label whose sum of weights exceeds the share
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 10, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("spread", [0.0, 3.0, 200.0])
+def test_both_forms_agree(dtype: torch.dtype, classes: int, spread: float) -> None:
+    """But where a share lies within rounding of the border between two labels."""
+    p = (spread * torch.randn(2, 50, classes, dtype=dtype)).softmax(2)
+    share = torch.rand(2, 50, 1, dtype=dtype)
+    labels, stretch = label_draw.draw(p, share)
+    others, roots = label_draw.in_torch(p, share)
+    same = labels == others
+    assert same.double().mean() >= 0.97 and labels.shape == share.shape
+    torch.testing.assert_close(stretch[same], roots[same], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        label_draw.draw(p.mT.contiguous().mT, share), (labels, stretch), rtol=0, atol=0
+    )
+
+
+@FORMS
+def test_a_label_without_probability_is_never_drawn(draw: object) -> None:
+    assert callable(draw)
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2.0**-24])
+    labels, _ = draw(p.expand(5, 5), shares[:, None])
+    assert labels[:, 0].tolist() == [1, 1, 3, 3, 3]
+
+
+@FORMS
+def test_rows_without_curvature_and_rows_with_nan(draw: object) -> None:
+    assert callable(draw)
+    p = torch.tensor([[0.0, 1.0, 0.0], [torch.nan, torch.nan, torch.nan], [0.25, 0.5, 0.25]])
+    labels, stretch = draw(p, torch.full((3, 1), 0.9))
+    assert labels[0] == 1 and stretch[0] == 1 and stretch[1].isnan() and 0 <= labels[1] <= 2
+    assert labels[2] == 2 and stretch[2].isfinite()
+
+
+@FORMS
+def test_confident_rows_keep_their_digits(draw: object) -> None:
+    """1 - p of the likely label cancels: a factor's squared length, p_y |e_y - p|^2 / q_y, is the trace 1 - |p|^2 = 2 rest."""
+    assert callable(draw)
+    p = torch.tensor([[1e-12, 1.0, 2e-12]]).repeat(9, 1)
+    labels, stretch = draw(p, torch.linspace(0, 0.999, 9)[:, None])
+    assert set(labels[:, 0].tolist()) == {0, 2}
+    rest = p[:, ::2].double().sum(1, keepdim=True)
+    torch.testing.assert_close(2 * stretch.double().square(), 2 * rest, rtol=1e-5, atol=0)
