@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from case import Build, Case, Variant
+from case import Build, Case, Variant, settle
 from torch import Tensor, nn
 
 import fam_ext
@@ -106,6 +106,8 @@ def case(
         return head_patch.last.loss, head_patch.last.flatness
 
     loss, kappa = _exact(plain, tokens)
+    with_fisher()
+    settle(fisher)
     return Case(
         f"{kind}, {blocks} blocks of {width}, V={vocabulary}, {BATCH}x{LENGTH} tokens",
         [

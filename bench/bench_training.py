@@ -5,6 +5,9 @@ loss stays where it is: before any time is taken it is compared with float64, cr
 paper's procedure the closed form of kappa; estimates inside the network are drawn at random and must be finite. A way that this
 version of the package cannot take is named below the table, with the reason.
 
+Forms of curvature inside the network check now and then whether samples interact: often in the first 32 steps, then in every 32nd.
+Steps without the check are timed.
+
 Plain steps and those of about their cost run in every round. "by parts" is the plain step plus what FAM adds to the head and the
 criterion alone, without the body: a difference of two long times cannot show so little. "% of ceiling" counts the plain step's
 FLOPs, whatever the way.
@@ -27,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from baselines import MomentumSAM, hessian_traces
-from case import Build, Case, Settings, Variant, results
+from case import Build, Case, Settings, Variant, results, settle
 from machine import making_tensors, thread_count
 from models import MLP, BertClassifier, LanguageModel, ResNet18, ViT, WideResNet
 from pytorch_optimizer import SAM, LookSAM
@@ -123,6 +126,9 @@ class Way:
         self.optimizer.step()
         return (loss.detach(),)
 
+    def settle(self) -> None:
+        """Leave the first steps of a training run behind, after one step."""
+
 
 class Fam(Way):
     """FAM on `layer`: "head", "middle", or a glob of names."""
@@ -136,6 +142,9 @@ class Fam(Way):
 
     def loss(self) -> Tensor:
         return self.criterion(self.model(self.x), self.y)
+
+    def settle(self) -> None:
+        settle(self.criterion)
 
 
 class FamFromFeatures(Fam):
@@ -287,6 +296,7 @@ def prepare(problem: Problem) -> Prepared:
                 thin=name not in ALWAYS,
             )
             errors[name] = variant.check()
+            way.settle()
         except (ValueError, fam_ext.UnsupportedError) as error:
             missing[name] = str(error)
             continue

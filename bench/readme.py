@@ -41,11 +41,22 @@ TRAINING_COLUMNS = (
     ("SAM", "SAM"),
     ("paper's procedure", "paper's procedure (head)"),
 )
+LANGUAGE_COLUMNS = (
+    ("noise, all layers of the blocks", "FAM noise (all layers of the blocks)"),
+    ("Fisher, one block", "FAM Fisher (one block)"),
+    ("FAM, head, logits never formed", "FAM head, exact, no logits"),
+    ("SAM", "SAM"),
+)
 Row = dict[str, str]
 
 
-def table(rows: Sequence[Row], columns: Sequence[tuple[str, str]], baseline: str, first: str) -> list[str]:
-    """Markdown: a line for each case, the baseline's time, and each column's ratio to it; columns of no row are left out."""
+def table(
+    rows: Sequence[Row], columns: Sequence[tuple[str, str]], baseline: str, first: str, peaks: bool = False
+) -> list[str]:
+    """Markdown: a line for each case, the baseline's time, and each column's ratio to it; columns of no row are left out.
+
+    `peaks`: the peak memory stands beside each.
+    """
     columns = [c for c in columns if any(_is(r, c[1]) for r in rows)]
     lines = [
         "| " + " | ".join([first, baseline, *(title for title, _ in columns)]) + " |",
@@ -54,12 +65,17 @@ def table(rows: Sequence[Row], columns: Sequence[tuple[str, str]], baseline: str
     for case in dict.fromkeys(r["case"] for r in rows):
         own = [r for r in rows if r["case"] == case]
         cells = [re.sub(r", forward \+ backward$", "", case)]
-        cells.append(time_text(float(next(r for r in own if r["variant"] == baseline)["median_us"])))
+        plain = next(r for r in own if r["variant"] == baseline)
+        cells.append(time_text(float(plain["median_us"])) + _peak(plain, peaks))
         for _, variant in columns:
-            ratio = next((r["ratio"] for r in own if _is(r, variant)), "")
-            cells.append(ratio and ratio_text(float(ratio)))
+            row = next((r for r in own if _is(r, variant)), None)
+            cells.append("" if row is None else ratio_text(float(row["ratio"])) + _peak(row, peaks))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _peak(row: Row, shown: bool) -> str:
+    return f" ({float(row['peak_mb']):.0f} MB)" if shown else ""
 
 
 def _is(row: Row, variant: str) -> bool:
@@ -69,7 +85,8 @@ def _is(row: Row, variant: str) -> bool:
 
 def text(folder: Path) -> str:
     """What stands between the marks."""
-    heads, training = (read_csv(folder / f"{op}.csv") for op in ("head_cross_entropy", "training"))
+    operations = ("head_cross_entropy", "training", "language_model")
+    heads, training, language = (read_csv(folder / f"{op}.csv") for op in operations)
     one = [r for r in heads if r["threads"] == min(heads, key=lambda r: int(r["threads"]))["threads"]]
     threads = training[0]["threads"]
     lines = [
@@ -85,6 +102,12 @@ def text(folder: Path) -> str:
         f"Optimizer included, {threads} thread{'s' * (threads != '1')}:",
         "",
         *table(training, TRAINING_COLUMNS, "plain", "network"),
+        "",
+        "### Language models",
+        "",
+        f"Forward and backward, without an optimizer, {language[0]['threads']} threads; in brackets peak memory over what was there before:",
+        "",
+        *table(language, LANGUAGE_COLUMNS, "plain", "model", peaks=True),
         "",
         f"![Cost against size, with fitted exponents]({PLOTS.name}/scaling.png)",
     ]

@@ -312,11 +312,14 @@ def test_readme_table_is_made_from_the_csv(tmp_path: Path) -> None:
     ways = [("plain", 1.0), ("FAM (head)", 1.002), ("FAM (head), by parts", 1.001), ("SAM", 2.0)]
     training = [of("training", "net", *w) for w in ways] + [of("training", "other", "plain", 1.0)]
     report.write_results(tmp_path / "training.csv", training)
+    language = [of("language_model", "GPT", *w) for w in (("plain", 1.0), ("SAM", 2.04))]
+    report.write_results(tmp_path / "language_model.csv", language)
     lines = readme.text(tmp_path).splitlines()
     assert "| N, I, O | linear + CE (functions) | `FAMLoss` | Hutchinson to 1 % |" in lines
     assert "| N=1 I=2 O=3 | 100 µs | 1.23 | 88.8 |" in lines
     assert "| net | 100 µs | 1.002 | 1.001 | 2.00 |" in lines
     assert "| other | 100 µs |  |  |  |" in lines
+    assert "| GPT | 100 µs (1 MB) | 2.04 (1 MB) |" in lines
 
 
 def test_a_part_of_a_run_replaces_its_own_lines(tmp_path: Path) -> None:
