@@ -160,6 +160,7 @@ class FeatureLoss:
         target: Tensor,
         bias: Tensor | None,
         num_items: int | Tensor | None,
+        parts: int,
     ) -> None:
         layer, loss_hessian = _checked(options, layers, criterion, loss_hessian)
         _checks.check_floating(NAME, "weight", weight)
@@ -177,6 +178,7 @@ class FeatureLoss:
             "label_smoothing": loss_hessian.label_smoothing,
             "reduction": loss_hessian.reduction if num_items is None else "sum",
             "curvature_grad": options.curvature_grad,
+            "parts": parts,
             "backend": options.backend,
         }
 

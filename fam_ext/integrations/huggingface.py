@@ -67,10 +67,11 @@ class DeferredLogits(Tensor):
 class CausalLMPatch:
     """A patched model; undone by restore(), or at the end of a with block. `criterion.last` has the latest loss and kappa."""
 
-    def __init__(self, model: nn.Module, head: nn.Linear, criterion: FAMLoss) -> None:
+    def __init__(self, model: nn.Module, head: nn.Linear, criterion: FAMLoss, parts: int = 2) -> None:
         self.model = model
         self.criterion = criterion
         self._head = head
+        self._parts = parts
         self._active = False
         self._taken = False  # by the call at hand
         self._handed_on = False
@@ -200,6 +201,7 @@ class CausalLMPatch:
             shift_labels.reshape(features.shape[:-1]).to(features.device),
             self._head.bias,
             num_items=num_items_in_batch,
+            parts=self._parts,
         )
 
 
@@ -246,8 +248,8 @@ def patch_causal_lm(
         strength: as in FAMLoss: a number or a schedule; for noise also a dict from patterns of layers to numbers.
         layers: for noise, a name, a glob pattern or several, as in FAMLoss.for_model. The output embedding only where it is named
             exactly.
-        options: normalize, curvature_grad, every, backend of FAMLoss, and label_smoothing; for noise normalize, every and
-            per_sample_probes.
+        options: normalize, curvature_grad, every, backend of FAMLoss, parts of its linear_cross_entropy, and label_smoothing;
+            for noise normalize, every and per_sample_probes.
 
     A trainer that forms the loss itself, without the model's loss_function, would train without the term: the backward pass of
     such a loss raises an error, unless the model's own loss was taken with the same weights too. FAMTrainerMixin takes it in any
@@ -308,7 +310,7 @@ def patch_causal_lm(
         raise UnsupportedError(
             f"{NAME}: the model's loss_function must be transformers' ForCausalLMLoss, got {model.loss_function}"
         )
-    smoothing = options.pop("label_smoothing", 0.0)
+    smoothing, parts = options.pop("label_smoothing", 0.0), options.pop("parts", 2)
     criterion = FAMLoss(nn.CrossEntropyLoss(label_smoothing=smoothing), head, strength, **options)
     criterion.detach()  # the features come from the patch, not from a hook
-    return CausalLMPatch(model, head, criterion)
+    return CausalLMPatch(model, head, criterion, parts)

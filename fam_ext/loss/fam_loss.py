@@ -223,6 +223,7 @@ class FAMLoss(TrainingCriterion):
         bias: Tensor | None = None,
         *,
         num_items: int | Tensor | None = None,
+        parts: int = 2,
     ) -> Tensor:
         """The total loss from the layer's input, for models that hand out features instead of logits.
 
@@ -234,6 +235,7 @@ class FAMLoss(TrainingCriterion):
             features: (*rows, I). weight: (V, I), of the layer's shape. bias: (V,) or None. target: class indices, (*rows).
             num_items: divides the sum over rows in place of their own number, for batches that share one mean (gradient
                 accumulation).
+            parts: 1 takes some of kappa's products in bfloat16 (see fam_ext.functional.linear_cross_entropy).
 
         Raises:
             UnsupportedError: not CrossEntropyLoss on one nn.Linear with the measure "neuronwise" in closed form.
@@ -248,7 +250,7 @@ class FAMLoss(TrainingCriterion):
             >>> torch.allclose(loss, criterion(head(features), tokens))
             True
         """
-        arguments = (features, weight, target, bias, num_items)
+        arguments = (features, weight, target, bias, num_items, parts)
         if torch.compiler.is_compiling():
             compiled: Tensor = outside_graph(self._from_features, *arguments)
             return compiled
@@ -260,7 +262,8 @@ class FAMLoss(TrainingCriterion):
         weight: Tensor,
         target: Tensor,
         bias: Tensor | None,
-        num_items: int | Tensor | None,
+        num_items: Any,
+        parts: int,
     ) -> Tensor:
         weight, bias = sharding.exchange(self.terms[0].module, weight, bias)
         loss = one_pass.FeatureLoss(
@@ -274,6 +277,7 @@ class FAMLoss(TrainingCriterion):
             target,
             bias,
             num_items,
+            parts,
         )
         if not self.training or not self.terms[0].module.training:
             return loss(0.0)[0]

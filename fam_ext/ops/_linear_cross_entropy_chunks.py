@@ -17,6 +17,9 @@ bfloat16 head on Triton's kernels, both tensors of it, is multiplied on the matr
 u - m are split in two bfloat16 parts, two products each. With one part they keep 8 bits, and two products of eight are saved;
 kappa then is that of the probabilities that the rounded e make, so that nothing cancels that should not, and the loss keeps e.
 dz and the factors of dW are rounded to bfloat16 once, as in torch's own backward of a bfloat16 layer.
+
+With one part, a CPU that multiplies bfloat16 numbers takes the two products that only the gradient of kappa needs from factors
+rounded to 8 bits: <w_s, u - m>, and p~^T [u - m]. Cross-entropy, its gradient and kappa keep float32's digits.
 """
 
 from __future__ import annotations
@@ -32,14 +35,18 @@ from torch import Tensor
 
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.ops import backends
+from fam_ext.ops._linear_cross_entropy_products import (
+    ALIGN,
+    add_narrow,
+    add_product,
+    multiply,
+    multiply_narrow,
+    narrow_weight,
+    rows_per_chunk,
+)
 from fam_ext.ops._linear_cross_entropy_targets import NONE, Targets
 from fam_ext.ops._registration import gradient_dtype, register_fake, triton_launches
 
-_ALIGN = 16  # rows of buffers begin at multiples of so many numbers: the matrix units want 16 bytes
-_TILE_ROWS = (
-    256  # tiles of a product on a GPU have so many rows: what is left over is a tile that is mostly empty
-)
-_MOST_ROWS = 8192  # rounding errors grow with the length of a chunk's sums
 _LEAST_CLASSES = 64  # of a block of converted weights
 _NATIVE = "linear_cross_entropy_"
 ROW_KERNELS = ("softmax_rows", "mean_rows", "grad_logits", "add_rows")
@@ -138,6 +145,8 @@ class _Chunks:
         self.split = options.triton and both_bfloat16 and torch.version.hip is None
         self.parts = options.parts if self.split else 0
         self.copies = max(1, self.parts)  # rows of numbers, in so many parts
+        # W for the products that only the gradient of kappa needs, where they are narrow
+        self.narrow = narrow_weight(weight, acc) if options.parts == 1 and not options.triton else None
         # W takes part in products as it is
         self.direct = self.split or (weight.dtype == acc and 1 in weight.stride())
         self.grads = options.grad_input or options.grad_weight or options.grad_bias
@@ -174,7 +183,7 @@ class _Chunks:
 
     def _allocate_buffers(self) -> None:
         work = torch.bfloat16 if self.split else self.acc
-        ld = -(-self.classes // _ALIGN) * _ALIGN
+        ld = -(-self.classes // ALIGN) * ALIGN
         parts = 2 if self.grads or self.split else 1
         self.step = self._rows_per_chunk(self.acc.itemsize * (ld * parts + 6 * self.fan_in + 24))
         self.scratch = self._empty(0 if self.direct else self.block, self.fan_in)
@@ -202,6 +211,13 @@ class _Chunks:
         for first, count in self._blocks(step):
             rows = self.weight[first : first + count]
             yield first, count, rows if self.direct else self.scratch[:count].copy_(rows)
+
+    def _dot_weights(self, most: int | None) -> Iterator[tuple[int, int, Tensor]]:
+        """The same for <w_s, u - m>."""
+        if self.narrow is None:
+            yield from self._weights(most)
+        else:
+            yield from ((k, count, self.narrow[k : k + count]) for k, count in self._blocks(self.block))
 
     def _centered(self, first: int, count: int) -> Tensor:
         """w_s - m of a block of classes, in memory of its own."""
@@ -288,11 +304,12 @@ class _Chunks:
         # z is not needed any more: its place holds the dots, in two parts those of half the classes
         step, space = (self.logits.shape[1] // 2 if self.parts == 2 else None), self.logits.view(-1)
         products = means is not None and self.hessian_grads
-        for k, count, w in self._weights(step) if products else [(0, self.classes, self.weight)]:
+        product = multiply if self.narrow is None else multiply_narrow
+        for k, count, w in self._dot_weights(step) if products else [(0, self.classes, self.weight)]:
             dots = None
             if means is not None and products:
                 dots = space[: len(means) * count].view(-1, count) if self.split else below[:, k : k + count]
-                multiply(means, w.T, dots)
+                product(means, w.T, dots)
             self.kernels.grad_logits(
                 e, dots, below, k, count, self.squares, omega, smooth, index, best, factors, self.class_sums,
                 self.bias_sums if self.options.grad_bias else None, *parts,
@@ -312,11 +329,18 @@ class _Chunks:
 
     def _grad_weight(self, rows: int, best: Tensor, start: bool) -> None:
         """dW += dz^T phi - 2 (g p~)^T (u - m), and -2 g (U - r (u - m)) at y, which e_y = 0 left out."""
-        begin = 0 if self.curvature_grads else rows
+        apart = self.narrow is not None and not self.in_weight_dtype  # the two terms
+        begin = 0 if self.curvature_grads and not apart else rows
         left, right = self.pairs[begin : 2 * rows, : self.classes].T, self.right[begin : 2 * rows]
         if not self.in_weight_dtype:
             add_product(left, right, self.grad_weight, start)
             if self.curvature_grads:
+                if apart:
+                    narrow_right = self.right[:rows].to(torch.bfloat16)
+                    for k, count in self._blocks(self.block):
+                        add_narrow(
+                            self.pairs[:rows, k : k + count].T, narrow_right, self.grad_weight[k : k + count]
+                        )
                 self.kernels.add_rows(self.shift[:rows], best, self.grad_weight, 0)
             return
         # what cancels is subtracted before it is rounded: every share of a chunk is whole
@@ -343,47 +367,6 @@ class _Chunks:
                 rows = self._centered(k, count)
                 self.grad_weight[k : k + count] += rows.mul_(2 * self.class_sums[k : k + count].unsqueeze(1))
         return self.grad_input, self.grad_weight, self.bias_sums
-
-
-def rows_per_chunk(count: int, most: int) -> int:
-    """Of `count` rows, for chunks of alike sizes that are not larger than `most`; multiples of 256 where there are so many.
-
-    >>> rows_per_chunk(8192, 1900), rows_per_chunk(8192, 100), rows_per_chunk(40, 1900)
-    (1792, 96, 40)
-    """
-    step = _TILE_ROWS if most >= _TILE_ROWS else _ALIGN
-    most = min(max(step, most // step * step), _MOST_ROWS)
-    if count <= most:
-        return max(1, count)
-    alike = -(-count // -(-count // most))
-    return -(-alike // step) * step
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a b, float32 from float32 or bfloat16."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)  # torch's CPU has no out_dtype
-
-
-# before 2.10 torch.addmm's out_dtype asked for a summand of the factors' dtype
-_ADDS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
-
-
-def add_product(a: Tensor, b: Tensor, out: Tensor, start: bool) -> None:
-    """out += a b, or out = a b at the start."""
-    if start:
-        multiply(a, b, out)
-    elif a.dtype == out.dtype:
-        out.addmm_(a, b)
-    elif a.is_cuda and _ADDS:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    elif a.is_cuda:
-        out += torch.mm(a, b, out_dtype=out.dtype)
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def _register() -> None:

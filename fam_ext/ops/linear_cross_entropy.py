@@ -62,9 +62,11 @@ def linear_cross_entropy(
             for a bfloat16 weight, which halves the memory and rounds each chunk's share and its sum. A float16 weight's is summed
             in float32 always: gradients made before the loss scale is known would underflow. Everything else is formed in float32
             (float64).
-        parts: bfloat16 numbers that stand for one float32 number in the products that kappa is made of, where the Triton
-            kernels have a bfloat16 input and weight: 2 keeps 16 bits of kappa and of its gradient, 1 keeps 8 and saves two
-            products of eight. Cross-entropy itself is the same. Elsewhere products are in float32 (float64) whatever this is.
+        parts: bfloat16 numbers that stand for one float32 number in products that only kappa needs. Where the Triton kernels have
+            a bfloat16 input and weight, 2 keeps 16 bits of kappa and of its gradient, 1 keeps 8 and saves two products of eight.
+            On a CPU that multiplies bfloat16 numbers (AVX512-BF16, AMX), the native kernels take with 1 the two products that
+            only kappa's gradient needs from 8 bits, and keep a bfloat16 copy of the weight; kappa itself, and what is float64,
+            stay as they are. Cross-entropy is the same with both; elsewhere products are in float32 (float64) whatever this is.
         max_bytes: bound on the buffers of a chunk of rows (default: 128 MiB on a CPU, 2 GiB on a GPU); not less than 16 rows
             at a time. The more rows, the fewer passes over the weight's gradient. Not counted: the gradients, in float32 until
             the backward pass has multiplied them by the upstream gradient; blocks of the weight in float32 (up to a quarter of

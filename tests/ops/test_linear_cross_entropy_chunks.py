@@ -81,17 +81,6 @@ def test_several_chunks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(rows) == 34 and max(rows) <= 16 and len(rows) == 3  # ignored rows are not among them
 
 
-def test_rows_of_a_chunk() -> None:
-    """No more than the bound, whole tiles of a product where there are so many, and no chunk more than the bound needs."""
-    for count in (0, 1, 40, 255, 256, 1000, 8192, 8193, 100_000):
-        for most in (0, 1, 17, 255, 256, 456, 1908, 10_000_000):
-            rows = module.rows_per_chunk(count, most)
-            bound = max(16, min(most, 8192) // (256 if most >= 256 else 16) * (256 if most >= 256 else 16))
-            assert 1 <= rows <= bound
-            assert rows == max(count, 1) or rows % (256 if most >= 256 else 16) == 0
-            assert -(-count // rows) <= -(-count // bound)
-
-
 def test_rows_of_their_own() -> None:
     got = run(*problem(), reduction=NONE, grad_input=False, grad_weight=False, grad_bias=False)
     for g, e in zip(got[:2], expected(*problem_again(), reduction=NONE), strict=True):
