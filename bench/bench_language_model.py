@@ -81,9 +81,9 @@ def case(
     plain = model(kind, vocabulary, blocks, width)
     tokens = torch.randint(0, vocabulary, (BATCH, LENGTH))
     block = "transformer.h.1.*" if kind == "GPT-2" else "model.layers.1.*"
-    copies = {name: copy.deepcopy(plain) for name in ("noise", "fisher", "head", "sam")}
+    copies = {name: copy.deepcopy(plain) for name in ("noise", "fisher", "head", "narrow", "sam")}
     patch_causal_lm(copies["noise"], TINY, method="noise")
-    head_patch = patch_causal_lm(copies["head"], 1e-3)
+    patches = {name: patch_causal_lm(copies[name], 1e-3, parts=n) for name, n in (("head", 2), ("narrow", 1))}
     fisher = fam_ext.FAMLoss.for_model(
         nn.CrossEntropyLoss(), copies["fisher"], block, strength=TINY, curvature="fisher",
         generator=torch.Generator().manual_seed(0),
@@ -101,9 +101,9 @@ def case(
         loss.backward()
         return (fisher.last.loss.detach(),)
 
-    def with_head() -> tuple[Tensor, Tensor]:
-        own(copies["head"])
-        return head_patch.last.loss, head_patch.last.flatness
+    def with_head(name: str) -> tuple[Tensor, Tensor]:
+        own(copies[name])
+        return patches[name].last.loss, patches[name].last.flatness
 
     loss, kappa = _exact(plain, tokens)
     with_fisher()
@@ -116,7 +116,8 @@ def case(
                 "FAM noise (all layers of the blocks)", partial(own, copies["noise"]), PLAIN, 1e-4, (loss,)
             ),
             Variant("FAM Fisher (one block)", with_fisher, PLAIN, 1e-5, (loss,)),
-            Variant("FAM head, exact, no logits", with_head, PLAIN, 1e-4, (loss, kappa)),
+            Variant("FAM head, exact, no logits", partial(with_head, "head"), PLAIN, 1e-4, (loss, kappa)),
+            Variant("FAM head, parts=1", partial(with_head, "narrow"), PLAIN, 1e-4, (loss, kappa)),
             Variant("SAM", partial(sam, copies["sam"], tokens), PLAIN, 1e-5, (loss,)),
         ],
     )

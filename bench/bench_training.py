@@ -5,8 +5,8 @@ loss stays where it is: before any time is taken it is compared with float64, cr
 paper's procedure the closed form of kappa; estimates inside the network are drawn at random and must be finite. A way that this
 version of the package cannot take is named below the table, with the reason.
 
-Forms of curvature inside the network check now and then whether samples interact: often in the first 32 steps, then in every 32nd.
-Steps without the check are timed.
+Forms of curvature inside the network check now and then whether samples interact: often in the first 32 steps, then in one of 32.
+Steps without that check are timed.
 
 Plain steps and those of about their cost run in every round. "by parts" is the plain step plus what FAM adds to the head and the
 criterion alone, without the body: a difference of two long times cannot show so little. "% of ceiling" counts the plain step's

@@ -45,6 +45,7 @@ LANGUAGE_COLUMNS = (
     ("noise, all layers of the blocks", "FAM noise (all layers of the blocks)"),
     ("Fisher, one block", "FAM Fisher (one block)"),
     ("FAM, head, logits never formed", "FAM head, exact, no logits"),
+    ("the same, parts=1", "FAM head, parts=1"),
     ("SAM", "SAM"),
 )
 Row = dict[str, str]
@@ -105,7 +106,8 @@ def text(folder: Path) -> str:
         "",
         "### Language models",
         "",
-        f"Forward and backward, without an optimizer, {language[0]['threads']} threads; in brackets peak memory over what was there before:",
+        f"Forward and backward, without an optimizer, {language[0]['threads']} threads; in brackets peak memory over what was",
+        "there before:",
         "",
         *table(language, LANGUAGE_COLUMNS, "plain", "model", peaks=True),
         "",
