@@ -11,7 +11,7 @@ import oracle
 import torch
 import torch.nn.functional as F
 from inputs import make_input
-from tolerance import assert_accurate
+from tolerance import assert_accurate, total_parts
 from torch import Tensor
 
 from fam_ext.functional import linear_cross_entropy
@@ -169,7 +169,8 @@ def check(inputs: Any, target: Tensor, options: dict[str, Any], **native: Any) -
     assert [t.dtype for t in results] == [acc, acc, x.dtype, weight.dtype, bias.dtype]
     assert [t.shape for t in results] == [t.shape for t in truth]
     terms = (classes * fan_in * rows,) * 2 + (classes * fan_in,) + (classes * rows,) * 2
-    parts = (None, None, *cancelling_parts(inputs, target, options, upstream))
+    total = total_parts(*truth[:2], options.get("strength", 1.0))
+    parts = (total, None, *cancelling_parts(inputs, target, options, upstream))
 
     spread = functools.cache(lambda: roundings_of(inputs, target, options, upstream))
     for k, (actual, plain, value, count) in enumerate(zip(results, base, truth, terms, strict=True)):

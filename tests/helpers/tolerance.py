@@ -37,6 +37,11 @@ def relative_error(
     return float((error.abs() / (size.abs() + floor)).max())
 
 
+def total_parts(total: Tensor, flatness: Tensor, strength: float) -> Tensor:
+    """|loss| + |strength kappa| where the total is loss + strength kappa: a negative strength lets the two cancel."""
+    return (total - strength * flatness).abs() + (strength * flatness).abs()
+
+
 def assert_accurate(
     actual: Tensor,
     baseline: Tensor,
