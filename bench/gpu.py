@@ -28,7 +28,7 @@ def ours() -> str:
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((actual.double() - exact).norm() / exact.norm())
+    return float((actual.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
 def head(rows: int, fan_in: int, classes: int) -> dict[str, Step]:

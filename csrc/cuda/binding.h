@@ -11,6 +11,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <mutex>
+
 #include "cuda/view.h"
 
 #ifndef FAM_EXT_CUDA_KEY  // the tests register the kernels for CPU tensors, over their host shim
@@ -20,6 +22,40 @@
 
 namespace fam_ext::gpu {
 
+// While one is alive, torch's products of float32 are products of float32. NoTF32Guard tells cuBLAS so; cuBLASLt does not ask it
+// (ATen/cuda/CUDABlas.cpp), so where that is preferred cuBLAS takes the products until the last one is gone, other threads' too.
+class FullPrecision {
+ public:
+  FullPrecision() {
+#ifndef USE_ROCM
+    const std::lock_guard<std::mutex> lock(mutex());
+    at::Context& context = at::globalContext();
+    held_ = count() > 0 || context.blasPreferredBackend() == at::BlasBackend::Cublaslt;
+    if (held_ && count()++ == 0) context.setBlasPreferredBackend(at::BlasBackend::Cublas);
+#endif
+  }
+  ~FullPrecision() {
+    if (!held_) return;
+    const std::lock_guard<std::mutex> lock(mutex());
+    if (--count() == 0) at::globalContext().setBlasPreferredBackend(at::BlasBackend::Cublaslt);
+  }
+  FullPrecision(const FullPrecision&) = delete;
+  FullPrecision& operator=(const FullPrecision&) = delete;
+
+ private:
+  static std::mutex& mutex() {
+    static std::mutex one;
+    return one;
+  }
+  static int& count() {
+    static int alive = 0;
+    return alive;
+  }
+
+  at::NoTF32Guard no_tf32_;
+  bool held_ = false;
+};
+
 // Everything an operation runs under: no autocast inside, the tensors' device, products in full precision.
 struct Scope {
   explicit Scope(const at::Tensor& tensor) : device(tensor.device()) {}
@@ -27,7 +63,7 @@ struct Scope {
 
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   c10::cuda::CUDAGuard device;
-  at::NoTF32Guard no_tf32;
+  FullPrecision full_precision;
 };
 
 inline void check_launch(cudaError_t error) {

@@ -41,13 +41,12 @@ class LayerHook:
         """`rest` is (kwargs, output); (output,) where a tool has copied the hook without its mark, as quantization does."""
         if not self.active or not (module.training or self.any_mode):
             return
+        if exporting():
+            return
         if torch.compiler.is_compiling():
-            if not torch.compiler.is_exporting():  # an exported program has no loss
-                _outside_graph(self, module, args, rest)
-            return
-        if torch._C._get_tracing_state() is not None:  # nor has a trace of torch.jit
-            return
-        self.record(module, args, rest)
+            _outside_graph(self, module, args, rest)
+        else:
+            self.record(module, args, rest)
 
     def record(self, module: nn.Module, args: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
         captures = None if self.captures is None else self.captures()
@@ -81,3 +80,14 @@ class LayerHook:
 )
 def _outside_graph(hook: LayerHook, module: nn.Module, args: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
     hook.record(module, args, rest)
+
+
+# torch 2.11 takes torch.compiler.is_exporting() for true in all that torch.compile compiles
+_TELLS_EXPORT_APART = torch.__version__ >= "2.12"
+
+
+def exporting() -> bool:
+    """Whether torch.export or a trace of torch.jit is at work: what they make has no loss."""
+    if not torch.compiler.is_compiling():
+        return torch._C._get_tracing_state() is not None
+    return torch.compiler.is_exporting() if _TELLS_EXPORT_APART else torch.compiler._is_exporting_flag

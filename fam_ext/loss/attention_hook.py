@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fam_ext.capture.hook import exporting
 from fam_ext.errors import UnsupportedError
 from fam_ext.hessian import attention_noise
 from fam_ext.layers import sharding
 from fam_ext.layers.attention import Projection, sizes
 from fam_ext.layers.linear_map import LinearMap
-from fam_ext.loss.noise_hook import NoiseHook, exporting
+from fam_ext.loss.noise_hook import NoiseHook
 
 _CALLER = "FAMLoss"
 Result = tuple[Tensor, Tensor | None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext.capture.calls import layer_weight
-from fam_ext.capture.hook import refuse_scripting
+from fam_ext.capture.hook import exporting, refuse_scripting
 from fam_ext.errors import UnsupportedError
 from fam_ext.hessian import noise, split_noise
 from fam_ext.layers import sharding
@@ -276,9 +276,3 @@ def _signs(drawn: noise.Draw) -> Tensor:
     if drawn.channels is None or len(left) == 64:
         return left.clone()
     return torch.cat([left, drawn.channels.flatten()[:64]])
-
-
-def exporting() -> bool:
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is not None  # a trace of torch.jit

@@ -13,7 +13,7 @@ from inputs import batch, expect, network
 from torch import nn
 
 from fam_ext import FAMLoss, RelativeFlatness
-from fam_ext.capture.hook import LayerHook
+from fam_ext.capture.hook import LayerHook, exporting
 
 
 def hook_of(module: nn.Module) -> LayerHook:
@@ -127,3 +127,20 @@ def test_the_break_of_the_graph_is_explained() -> None:
         torch.compile(net, backend="eager", fullgraph=True)(x)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"use *fam_ext\.functional"):
         torch.compile(lambda z: criterion(z, torch.zeros(8).long()), backend="eager", fullgraph=True)(net(x))
+
+
+class Exporting(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if exporting() else x + 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exporting() -> None:
+    x = torch.zeros(2)
+    torch._dynamo.reset()
+    made = [torch.export.export(Exporting(), (x,), strict=strict).module() for strict in (False, True)]
+    assert [bool(m(x).all()) for m in (*made, torch.jit.trace(Exporting(), x))] == [True] * 3
+    for fullgraph in (False, True):
+        compiled = torch.compile(Exporting(), backend="eager", fullgraph=fullgraph)
+        assert not compiled(x).any()
+    assert not Exporting()(x).any()

@@ -120,15 +120,19 @@ def test_no_more_launches_than_cross_entropy(monkeypatch: pytest.MonkeyPatch) ->
     assert 0 < ours <= plain
 
 
-def test_float32_products_stay_exact_where_the_user_allows_tf32() -> None:
+@pytest.mark.parametrize("library", ["cublas", "cublaslt"])
+def test_float32_products_stay_exact_where_the_user_allows_tf32(library: str) -> None:
     forward, _ = trace(100, "shifted")
     expected = forward()
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cuda.preferred_blas_library()
     torch.backends.cuda.matmul.allow_tf32 = True
+    preferred = torch.backends.cuda.preferred_blas_library(library)
     try:
         assert torch.equal(forward(), expected)
+        assert torch.backends.cuda.preferred_blas_library() == preferred
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = before[0]
+        torch.backends.cuda.preferred_blas_library(before[1])
 
 
 @pytest.mark.parametrize("classes", [4, 40])

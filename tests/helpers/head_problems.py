@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import torch
 from inputs import make_input
-from tolerance import assert_accurate
+from tolerance import assert_accurate, total_parts
 from torch import Tensor
 
 from fam_ext.ops.head_cross_entropy import head_cross_entropy
@@ -114,7 +114,8 @@ def check(inputs: Any, target: Tensor, options: dict[str, Any], backend: str) ->
     terms = (classes * fan_in * rows,) * 2 + (classes * fan_in,) * 2 + (classes * rows,)
     # dz = c p - q + ... is 0 where the prediction is the target
     c = cross_entropy_coefficients(logits.double(), target, **coefficient_options(options))
-    parts: list[Any] = [None, None, (upstream * c).unsqueeze(1) * logits.double().softmax(1), None, None]
+    total = total_parts(*truth[:2], options.get("strength", 1.0))
+    parts: list[Any] = [total, None, (upstream * c).unsqueeze(1) * logits.double().softmax(1), None, None]
     for actual, plain, value, count, part in zip(results, base, truth, terms, parts, strict=True):
         assert_accurate(actual, plain, value, count, parts=part, roundings=8)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import oracle
 import torch
 import torch.nn.functional as F
 from inputs import make_input
-from tolerance import assert_accurate
+from tolerance import assert_accurate, total_parts
 from torch import Tensor
 
 from fam_ext.functional import linear_cross_entropy
@@ -70,20 +71,55 @@ def make_problem(
 
 def exact(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, strength: float = 1.0, curvature_grad: bool = True,
-    **options: Any,
+    rounded: torch.Generator | None = None, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(CE + strength kappa, kappa): the loss and the covariance as they are defined, in the dtype of the inputs."""
+    """(CE + strength kappa, kappa): the loss and the covariance as they are defined, in the dtype of the inputs.
+
+    With `rounded`, logits and the terms of the shifted form are off by random roundings of float32.
+    """
     options = {k: v.to(input.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
     phi, target, rows = input.reshape(target.numel(), weight.shape[1]), target.reshape(-1), target.shape
     z = F.linear(phi, weight, bias)
+    if rounded is not None:
+        z = z + logit_roundings(phi, weight, bias, rounded)
     c = cross_entropy_coefficients(z, target, **options)
     loss = oracle.cross_entropy(z, target, options.pop("class_weight", None), **options)
     if not curvature_grad:
         z, phi = z.detach(), phi.detach()
-    kappa = c * phi.square().sum(-1) * oracle.softmax_trace(z, weight)
+    v = oracle.softmax_trace(z, weight)
+    if rounded is not None:
+        v = v + shifted_roundings(z, weight, rounded)
+    kappa = c * phi.square().sum(-1) * v
     if options.get("reduction") == "none":
         return (loss + strength * kappa).reshape(rows), kappa.detach().reshape(rows)
     return loss + strength * kappa.sum(), kappa.detach().sum()
+
+
+# root mean square of what float32 adds to a number of size 1 by rounding: spread evenly over one unit, at most eps
+_ROUNDING = torch.finfo(torch.float32).eps / math.sqrt(12)
+
+
+def logit_roundings(phi: Tensor, weight: Tensor, bias: Tensor | None, generator: torch.Generator) -> Tensor:
+    """What float32 may add to phi W^T + b: every one of the I sums on the way is rounded, and of sums of numbers of random sign
+    the k-th is as large as the root of the sum of the first k squares, half of all squares on average; or as large as the result.
+    """
+    squares = phi.square() @ weight.square().T + (0.0 if bias is None else bias.square())
+    size = torch.maximum((squares / 2).sqrt(), F.linear(phi, weight, bias).abs()).detach()
+    noise = torch.randn(size.shape, generator=generator, dtype=size.dtype)
+    return _ROUNDING * math.sqrt(weight.shape[1] + 1) * size * noise
+
+
+def shifted_roundings(z: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """What float32 may add to v = sum_s p~_s |w_s|^2 - 2 w_y U - |U|^2, U = sum_s p~_s w_s (see docs/design.md), where a product
+    and a sum are rounded for each of its terms: they are much larger than v where likely rows of W nearly agree.
+    """
+    w, y = weight - weight.detach().mean(0), z.detach().argmax(1, keepdim=True)
+    others = z.softmax(1).scatter(1, y, 0.0)
+    p = others.scatter(1, y, -others.sum(1, keepdim=True))
+    shares = p.unsqueeze(2) * w  # (N, V, I)
+    terms = (shares * w, 2 * shares * w[y], shares.sum(1, keepdim=True).square())
+    noise = (torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in terms)
+    return math.sqrt(2) * _ROUNDING * sum((t * n).sum((1, 2)) for t, n in zip(terms, noise, strict=True))
 
 
 def differentiate(function: Any, inputs: Any, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -133,9 +169,23 @@ def check(inputs: Any, target: Tensor, options: dict[str, Any], **native: Any) -
     assert [t.dtype for t in results] == [acc, acc, x.dtype, weight.dtype, bias.dtype]
     assert [t.shape for t in results] == [t.shape for t in truth]
     terms = (classes * fan_in * rows,) * 2 + (classes * fan_in,) + (classes * rows,) * 2
-    parts = (None, None, *cancelling_parts(inputs, target, options, upstream))
-    for actual, plain, value, count, of_parts in zip(results, base, truth, terms, parts, strict=True):
-        assert_accurate(actual, plain, value, count, parts=of_parts, roundings=8)
+    total = total_parts(*truth[:2], options.get("strength", 1.0))
+    parts = (total, None, *cancelling_parts(inputs, target, options, upstream))
+
+    spread = functools.cache(lambda: roundings_of(inputs, target, options, upstream))
+    for k, (actual, plain, value, count) in enumerate(zip(results, base, truth, terms, strict=True)):
+        of_k = (lambda k=k: spread()[k]) if acc == torch.float32 else None
+        assert_accurate(actual, plain, value, count, parts=parts[k], roundings=8, spread=of_k)
+
+
+def roundings_of(
+    inputs: Any, target: Tensor, options: dict[str, Any], upstream: Tensor | None = None
+) -> list[tuple[Tensor, ...]]:
+    """16 draws of (loss, flatness, gradients) in float64, each with random roundings of float32 in it."""
+    generator = torch.Generator().manual_seed(0)
+    moved = lambda *t: exact(*t, target, rounded=generator, **options)  # noqa: E731
+    inputs = [t.double() for t in inputs]
+    return list(zip(*(differentiate(moved, inputs, upstream) for _ in range(16)), strict=True))
 
 
 def on_grid(*sizes: int) -> Tensor:

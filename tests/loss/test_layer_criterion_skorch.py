@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fam_ext import FAMLoss
 
-skorch = pytest.importorskip("skorch", reason="skorch is not installed")
+pytest.importorskip("scipy", reason="skorch needs SciPy, which is not installed")
 model_selection = pytest.importorskip("sklearn.model_selection", reason="skorch needs scikit-learn")
+skorch = pytest.importorskip("skorch", reason="skorch is not installed")
 STRENGTH, RATE = 0.2, 0.1
 
 

@@ -23,6 +23,7 @@ from linear_problems import (
     indices,
     make_problem,
     nearly_equal_rows,
+    roundings_of,
 )
 from tolerance import relative_error
 from torch import Tensor
@@ -202,6 +203,35 @@ def test_confident_predictions(classes: int, strength: float, offset: float) -> 
         # dphi = dz W as in any linear layer: an offset of W, where the sum of dz is 0, takes its digits in torch's too
         allowed = 2e-6 + (relative_error(plain[2], truth[2]) if offset else 0.0)
         assert errors.pop(2) <= allowed and max(errors) <= 2e-6
+
+
+@pytest.mark.parametrize("kind", ["large logits", "near rows"])
+def test_errors_are_those_of_rounding(kind: str, backend: str) -> None:
+    """Where results are sensitive, they are as far from float64 as the rounding of logits and of what v is summed from makes it.
+
+    Logits are as large as 30, and e^z has their absolute error as its relative one; or rows of W lie 30 times as near as they are
+    long.
+    """
+    generator, ratios = torch.Generator().manual_seed(3), []
+    for _ in range(40):
+        if kind == "large logits":
+            x, w = 2 * torch.randn(4, 64, generator=generator), torch.randn(5, 64, generator=generator)
+        else:
+            w = torch.linspace(-3, 3, 17)[:, None] + 0.05 * torch.randn(17, 1, generator=generator)
+            x = 5 * torch.randn(4, 1, generator=generator)
+            x, w = x.bfloat16().float(), w.bfloat16().float()  # logits lose nothing
+        inputs, target = (x, w, torch.zeros(len(w))), indices((4,), len(w))
+        ours = differentiate(
+            lambda x, w, b: linear_cross_entropy(x, w, target, bias=b, backend=backend),  # noqa: B023
+            inputs,
+        )
+        truth = differentiate(lambda *t: exact(*t, target), [t.double() for t in inputs])  # noqa: B023
+        drawn = roundings_of(inputs, target, {})
+        ratios.append([
+            relative_error(a, e) / math.sqrt(sum(relative_error(d, e) ** 2 for d in of) / len(of))
+            for a, e, of in list(zip(ours, truth, drawn, strict=True))[1::2]
+        ])  # fmt: skip
+    assert torch.tensor(ratios).square().mean(0).sqrt().max() < 1.2
 
 
 @pytest.mark.parametrize("spread", [1e-6, 1e-4, 1e-2])

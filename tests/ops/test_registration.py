@@ -59,22 +59,23 @@ def test_differentiating_what_was_made_is_an_error() -> None:
 def test_a_backward_operation_without_a_derivative() -> None:
     library = torch.library.Library("fam_ext", "FRAGMENT")
     try:
-        library.define("only_once(Tensor x) -> Tensor")
-        library.impl("only_once", lambda x: 2 * x, "CPU")
+        library.define("of_a_test_only_once(Tensor x) -> Tensor")
+        library.impl("of_a_test_only_once", lambda x: 2 * x, "CPU")
 
-        @registration.register_fake("only_once")
+        @registration.register_fake("of_a_test_only_once")
         def _(x: Tensor) -> Tensor:
             return torch.empty_like(x)
 
-        registration.refuse_double_backward("only_once")
+        registration.refuse_double_backward("of_a_test_only_once")
         x = torch.ones(2, requires_grad=True)
-        z = torch.ops.fam_ext.only_once(x)
+        z = torch.ops.fam_ext.of_a_test_only_once(x)
         assert torch.equal(z.detach(), torch.full((2,), 2.0))
         with pytest.raises(
-            RuntimeError, match=r"fam_ext::only_once can be differentiated once only.*backend=.reference"
+            RuntimeError,
+            match=r"fam_ext::of_a_test_only_once can be differentiated once only.*backend=.reference",
         ):
             z.sum().backward()
-        assert torch.ops.fam_ext.only_once(torch.empty(3, device="meta")).shape == (3,)
+        assert torch.ops.fam_ext.of_a_test_only_once(torch.empty(3, device="meta")).shape == (3,)
     finally:
         library._destroy()
 
