@@ -141,11 +141,17 @@ class AttentionForward:
         m = self.attention
         weights = (*m._parameters.values(), m.out_proj.weight)
         split = next((t for t in (*inputs, *weights) if sharding.is_dtensor(t)), None)
-        if split is not None:
+        if split is None:
+            return
+        if m.out_proj in sharding.owners(m.out_proj):
             raise UnsupportedError(
-                f"{_CALLER}: nn.MultiheadAttention is split by tensor parallelism, {sharding.describe(split)}; method='noise' "
-                "takes linear layers there: write the attention with layers for its projections, or leave it out"
+                f"{_CALLER}: out_proj of nn.MultiheadAttention is a group of FSDP2 that nothing gathers, since it is not called; "
+                "call fully_shard on the nn.MultiheadAttention, not on its out_proj"
             )
+        raise UnsupportedError(
+            f"{_CALLER}: nn.MultiheadAttention is split by tensor parallelism, {sharding.describe(split)}; method='noise' "
+            "takes linear layers there: write the attention with layers for its projections, or leave it out"
+        )
 
     def remove(self, hook: ProjectionHook) -> None:
         """Take a hook out, and with the last one this object."""
