@@ -222,6 +222,8 @@ class NoiseHook:
             for drew, taken, positions, passing in reversed(self._calls):
                 if torch.equal(drew, own):
                     self._reentrant |= passing
+                    if passing and taken is not None:
+                        _check_whole(taken, fresh)
                     return (taken or fresh)._replace(positions=positions)
             if self.gate is not None and self.gate.repeats_all:
                 raise UnsupportedError(
@@ -229,8 +231,11 @@ class NoiseHook:
                     "without gradients, as evaluation does; use use_reentrant=False, or checkpoint the blocks"
                 )
         first, later = (self.drawn, self.later) if self.drawn is not None else self.kept
-        repeats_the_first = first is None or torch.equal(first.left, fresh.left)
-        return fresh if repeats_the_first else later or first or fresh
+        if first is None or torch.equal(first.left, fresh.left):
+            return fresh
+        if later is not None and any(passing for *_, passing in self._calls):
+            _check_whole(later, fresh)
+        return later or first
 
     def _of_later_calls(self, fresh: noise.Draw) -> noise.Draw:
         """The first call's draw; one that was made for its features alone (b = phi / |phi|) takes the second's signs too."""
@@ -268,6 +273,15 @@ def _alone(drawn: noise.Draw) -> noise.Draw:
     """The draw without its graph; it requires grad as before, so that a repeated call saves the same tensors."""
     b = drawn.channels
     return drawn if b is None else drawn._replace(channels=b.detach().requires_grad_(b.requires_grad))
+
+
+def _check_whole(taken: noise.Draw, fresh: noise.Draw) -> None:
+    """Refuse to repeat a call that had no grad with the draw of :func:`noise.along`: its gradient in phi would be lost."""
+    if fresh.channels is None and taken.channels is not None:
+        raise UnsupportedError(
+            "FAMLoss: with method='noise' a reentrant checkpoint is not for a layer of one row per sample that is called several "
+            "times before a loss; use use_reentrant=False, or share one draw in the batch (per_sample_probes=False)"
+        )
 
 
 def _signs(drawn: noise.Draw) -> Tensor:
