@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian import attention_noise
+from fam_ext.hessian import attention_noise, noise
 from fam_ext.layers import sharding
 from fam_ext.layers.attention import Projection, sizes
 from fam_ext.layers.linear_map import LinearMap
@@ -28,6 +28,7 @@ class ProjectionHook(NoiseHook):
         self.layers = [LinearMap(_CALLER, sizes(size, 1)) for size in inputs]
         super().__init__(LinearMap(_CALLER, sizes(sum(inputs), 1)), generator, shared)
         self.part = projection.part
+        self._drawn_for_output: noise.Draw | None = None  # between `directions` and `output` of one call
         # the strength is that of E features
         self._shares = [inputs[0] / size if by_fan_in else 1.0 for size in inputs]
 
@@ -42,12 +43,13 @@ class ProjectionHook(NoiseHook):
 
     def directions(self, query: Tensor) -> Tensor:
         """What out_proj is to multiply its input with besides; `query` (S, N, E)."""
-        self._aside = self._draw(query.new_empty((len(query), 1, self._layer().inputs)))
-        return attention_noise.directions(self._aside)
+        drawn = self._drawn_for_output = self._draw(query.new_empty((len(query), 1, self._layer().inputs)))
+        return attention_noise.directions(drawn)
 
     def output(self, weight: Tensor, z: Tensor, products: Tensor) -> Tensor:
         """out_proj's output, (N, S, E), with its noise; `products` are those with `directions`."""
-        drawn, self._aside = self._aside, None
+        drawn, self._drawn_for_output = self._drawn_for_output, None
+        assert drawn is not None
         perturbed = attention_noise.perturb_product(drawn, weight, z, products, self._strength())
         self._remember(perturbed)
         return perturbed
@@ -126,7 +128,10 @@ class AttentionForward:
 
     @staticmethod
     def _turned(inputs: list[Tensor], batched: bool) -> list[Tensor]:
-        """(S, N, I) from (N, S, I) and back; (1, N, I) from (N, I) and back. Torch asks whether the three are one."""
+        """(S, N, I) from (N, S, I) and back; (1, N, I) from (N, I) and back.
+
+        Inputs that are one tensor stay one: torch's function asks for that.
+        """
 
         def turned(k: int) -> Tensor:
             x = inputs[k]

@@ -113,7 +113,7 @@ class FAMLoss(TrainingCriterion):
             and len(self.terms) == 1
         )
         self._ordinary = self._one_pass and curvature in ("hessian", "ggn") and backend in ("auto", "native")
-        self._guess: str | None = None
+        self._guess: str | None = None  # how for_model chose a layer that was not named
 
     @classmethod
     def for_model(

@@ -39,11 +39,10 @@ class LayerTerm:
         self.captures = CapturedCalls(str(module), self.layer.class_dim, self.layer.unusual)
         self.set_share(1.0)
         self.hook: LayerHook | NoiseHook = LayerHook()
-        self.gate: Gate | None = (
-            None  # of the noise: which passes are perturbed, whatever hook is on the layer
-        )
+        # of the noise, kept here because a new hook is made whenever the term is attached
+        self.gate: Gate | None = None
         self.handle: Any = None
-        self.with_owner: Any = None  # takes the hook off when the criterion goes
+        self._finalizer: Any = None  # takes the hook off when the criterion is collected
         self.name = ""  # in the model, where it was chosen by name
         self.plan: Plan | None = None
         self.memory = CouplingMemory()
@@ -83,12 +82,12 @@ class LayerTerm:
         if isinstance(self.hook, NoiseHook):
             self.hook.gate = self.gate
         self.hook.active = owner.training
-        self.with_owner = weakref.finalize(owner, self.handle.remove)
-        self.with_owner.atexit = False
+        self._finalizer = weakref.finalize(owner, self.handle.remove)
+        self._finalizer.atexit = False
 
     def detach(self) -> None:
         if self.handle is not None:
-            self.with_owner.detach()
+            self._finalizer.detach()
             self.handle.remove()
             self.handle = None
             self.hook.active = False
