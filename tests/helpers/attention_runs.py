@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from sharded_runs import flat, full, inner, shard
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -130,16 +132,22 @@ def steps(
         return losses, [full(p) for p in network.parameters()]
 
 
-def out_proj_apart(rank: int) -> str:
-    """The message where out_proj is a group of FSDP2, which nothing gathers: it is not called."""
-    network = Network()
-    model = shard(["attention.out_proj"])(network)
-    criterion = noisy(network)
-    try:
-        criterion(model(batch(rank)[0]), batch(rank)[1])
-    except UnsupportedError as error:
-        return str(error)
-    return "no error"
+def refusals(rank: int) -> list[str]:
+    """The messages where out_proj is a group of FSDP2, which nothing gathers, and under tensor parallelism."""
+    apart, split = Network(), Network()
+    messages = []
+    for network, model in (
+        (apart, shard(["attention.out_proj"])(apart)),
+        (split, distribute_module(split, init_device_mesh("cpu", (2,)))),
+    ):
+        criterion = noisy(network)
+        x, _ = batch(rank)
+        try:
+            model(x) if network is apart else network.attention(x, x, x)
+        except UnsupportedError as error:
+            messages.append(str(error))
+        criterion.detach()
+    return messages
 
 
 def two_processes(rank: int) -> dict[Any, Any]:
@@ -148,5 +156,5 @@ def two_processes(rank: int) -> dict[Any, Any]:
     }
     for layout, wrap in LAYOUTS.items():
         results[f"made first, {layout}"] = steps(Network(), wrap, rank, made_first=True)
-    results["out_proj apart"] = out_proj_apart(rank)
+    results["refused"] = refusals(rank)
     return results

@@ -44,7 +44,8 @@ def test_the_losses_are_perturbed_and_the_ranks_differ() -> None:
     assert losses[0] != losses[1]
 
 
-def test_out_proj_in_a_group_of_its_own_is_refused(ways: Any) -> None:
+def test_refusals(ways: Any) -> None:
     for of_rank in ways:
-        text = of_rank["out_proj apart"]
-        assert "out_proj" in text and "fully_shard on the nn.MultiheadAttention" in text
+        apart, split = of_rank["refused"]
+        assert "out_proj" in apart and "fully_shard on the nn.MultiheadAttention" in apart
+        assert "tensor parallelism" in split and "placements (R)" in split and "leave it out" in split
