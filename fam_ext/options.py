@@ -17,6 +17,7 @@ EIGENVALUE_MEASURES = ("layerwise_eigenvalue", "neuronwise_eigenvalue")
 _CURVATURES = ("hessian", "ggn", "fisher", "empirical_fisher")
 
 _METHODS = ("auto", "closed_form", "exact", "hutchinson", "finite_difference", "noise")
+WITHOUT_DRAWS = ("closed_form", "exact")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Options:
         if self.hold_statistics and self.curvature == "hessian":
             _checks.bad_value(caller, "hold_statistics", "None with curvature='hessian'", True)
         _checks.check_choice(caller, "backend", self.backend, BACKENDS)
+        self._check_used()
 
     def _check_combinations(self) -> None:
         """Refuse a method that has no meaning for the measure or the curvature."""
@@ -101,6 +103,24 @@ class Options:
                 f"'hessian' with measure={self.measure!r} and method={self.method!r}",
                 self.curvature,
             )
+
+    def _check_used(self) -> None:
+        """Refuse what a method that was asked for cannot use. "auto" may leave an argument unused."""
+        if self.probes != 1 and self.method in WITHOUT_DRAWS:
+            expected = f"left out with method={self.method!r}, which draws nothing (method='hutchinson' does)"
+            _checks.bad_value(self.caller, "probes", expected, self.probes)
+        if self.per_sample_probes is not None and self.method == "closed_form":
+            expected = "None with method='closed_form', which draws nothing"
+            _checks.bad_value(self.caller, "per_sample_probes", expected, self.per_sample_probes)
+        if self.per_sample_probes and self.method == "finite_difference":
+            expected = "None or False with method='finite_difference', which moves one weight for all samples"
+            _checks.bad_value(self.caller, "per_sample_probes", expected, True)
+        if self.per_sample_probes is False and self.curvature != "hessian":
+            expected = f"None or True with curvature={self.curvature!r}, which is taken by sample"
+            _checks.bad_value(self.caller, "per_sample_probes", expected, False)
+        if self.backend != "auto" and self.method in ("noise", "finite_difference"):
+            expected = f"'auto' with method={self.method!r}, which calls no operation that has backends"
+            _checks.bad_value(self.caller, "backend", expected, self.backend)
 
     @property
     def sampled(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from inputs import batch, expect
 from torch import nn
 
-from fam_ext import FAMLoss, UnsupportedError
+from fam_ext import FAMLoss, RelativeFlatness, UnsupportedError
 
 
 def test_for_model() -> None:
@@ -70,6 +70,62 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], message:
     }
     with pytest.raises(error, match=message):
         FAMLoss(**{**arguments, **options})
+
+
+EIGENVALUE = {"measure": "layerwise_eigenvalue"}
+DIFFERENCES = {"method": "finite_difference"}
+
+
+@pytest.mark.parametrize("cls", [FAMLoss, RelativeFlatness])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "exact", "probes": 8}, r"probes must be left out .*method='hutchinson' does\), got 8"),
+        ({"method": "exact", **EIGENVALUE, "probes": 8}, "probes must be left out with method='exact'"),
+        ({"method": "closed_form", "probes": 8}, "probes must be left out with method='closed_form'"),
+        ({"curvature": "fisher", "method": "closed_form", "probes": 8}, "probes must be left out"),
+        ({"method": "closed_form", "per_sample_probes": True}, "per_sample_probes must be None"),
+        (
+            {"curvature": "ggn", "per_sample_probes": False},
+            "per_sample_probes must be None or True with curv",
+        ),
+        (
+            {"curvature": "fisher", "per_sample_probes": False},
+            "per_sample_probes must be None or True with curv",
+        ),
+        ({**DIFFERENCES, "per_sample_probes": True}, "per_sample_probes must be None or False"),
+        ({**DIFFERENCES, "backend": "reference"}, "backend must be 'auto' with method='finite_difference'"),
+    ],
+    ids=str,
+)
+def test_what_would_have_no_effect(cls: Any, options: dict[str, Any], message: str) -> None:
+    strength = {"strength": 0.1} if cls is FAMLoss else {}
+    with pytest.raises(ValueError, match=f"{cls.__name__}: {message}"):
+        cls(nn.CrossEntropyLoss(), nn.Linear(3, 4), **strength, **options)
+
+
+def test_noise_has_no_backend() -> None:
+    with pytest.raises(ValueError, match="FAMLoss: backend must be 'auto' with method='noise'"):
+        FAMLoss(nn.CrossEntropyLoss(), nn.Linear(3, 4), 0.1, method="noise", backend="native")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"probes": 8, "per_sample_probes": False, "backend": "reference"},  # "auto" may not need them
+        {**EIGENVALUE, "probes": 8, "per_sample_probes": False},
+        {"curvature": "ggn", "probes": 8},
+        {"curvature": "fisher", "probes": 8, "per_sample_probes": True},
+        {"curvature": "empirical_fisher", "probes": 8},
+        {"curvature": "ggn", "method": "hutchinson", "probes": 8},
+        {"method": "hutchinson", "probes": 8, "per_sample_probes": True},
+        {**DIFFERENCES, "probes": 8, "per_sample_probes": False},
+        {"method": "exact", "per_sample_probes": False, "generator": torch.Generator()},
+    ],
+    ids=str,
+)
+def test_what_may_have_an_effect(options: dict[str, Any]) -> None:
+    RelativeFlatness(nn.CrossEntropyLoss(), nn.Linear(3, 4), **options)
 
 
 def test_fisher_is_accepted_where_it_is_the_hessian() -> None:

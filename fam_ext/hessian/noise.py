@@ -44,14 +44,18 @@ _BYTE_SIGNS = torch.tensor(
 
 
 class Draw(NamedTuple):
-    """eps / sqrt(2 strength) = a b^T of S samples, S = 1 where all share it. What :func:`draw` returns requires no grad."""
+    """eps / sqrt(2 strength) = a b^T of S samples, S = 1 where all share it. What :func:`draw` returns requires no grad.
 
-    left: Tensor  # a, (S, groups, I); (at most DIFFERENT, groups, I) where the output is perturbed: sample i has row i % len
-    channels: (
-        Tensor | None
-    )  # b, or its factor r of the input channels, (S, groups, C/groups); None: b = phi / |phi|
-    place: Tensor | None  # sqrt(K) u, (S, groups, 1, *kernel), where the output is perturbed
-    positions: Tensor | None = None  # (S, N), 0 for rows of linear layers that get no noise
+    left: a, (S, groups, I); where the output is perturbed (at most DIFFERENT, groups, I), and sample i has row i % len.
+    channels: b, or its factor r of the input channels, (S, groups, C/groups); None: b = phi / |phi|.
+    place: b's factor of the kernel, sqrt(K) u, (S, groups, 1, *kernel), where the output is perturbed.
+    positions: (S, N), 0 for rows of linear layers that get no noise; None: all rows get it.
+    """
+
+    left: Tensor
+    channels: Tensor | None
+    place: Tensor | None
+    positions: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -146,9 +150,8 @@ def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None)
         made = noise_passes.signs(numbers, size, like)
         if made is not None:
             return made
-        bytes_ = numbers.view(torch.uint8).reshape(-1, 8)[
-            :, :7
-        ]  # the last holds the number's sign, which is none
+        # seven of eight bytes: the last holds the number's sign, which is never set
+        bytes_ = numbers.view(torch.uint8).reshape(-1, 8)[:, :7]
         return F.embedding(bytes_.int(), _BYTE_SIGNS).flatten()[:count].reshape(size).to(like.dtype)
     bits = torch.randint(0, 2, tuple(shape), device=like.device, dtype=like.dtype, **_given(generator))
     return bits.mul_(2).sub_(1)
@@ -167,9 +170,9 @@ def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: flo
     scale = amplitude(strength)
     if features.numel() == 0:
         return features
-    done = _passed(layer, drawn, features, scale)
-    if done is not None:
-        return done
+    native = _native_perturb_input(layer, drawn, features, scale)
+    if native is not None:
+        return native
     with without_autocast(features):
         if drawn.channels is None:
             length = torch.linalg.vector_norm(
@@ -185,8 +188,10 @@ def perturb_input(layer: LinearMap, drawn: Draw, features: Tensor, strength: flo
         return _whole(layer, perturbed, features.shape)
 
 
-def _passed(layer: LinearMap, drawn: Draw, features: Tensor, scale: float | Tensor) -> Tensor | None:
-    """What :func:`perturb_input` gives, from compiled passes where these apply."""
+def _native_perturb_input(
+    layer: LinearMap, drawn: Draw, features: Tensor, scale: float | Tensor
+) -> Tensor | None:
+    """:func:`perturb_input` in C++, None where that does not apply."""
     if drawn.channels is None:
         return noise_passes.with_length(features, drawn.left, scale)
     at = _positions(drawn, features)
@@ -199,9 +204,9 @@ def products(layer: LinearMap, drawn: Draw, features: Tensor) -> tuple[Tensor, T
     A layer that is called with these instead hands both gradients back at once, and they are added in one pass.
     """
     assert drawn.channels is not None
-    passed = noise_passes.project(features, drawn.channels)
-    if passed is not None:
-        return passed
+    native = noise_passes.project(features, drawn.channels)
+    if native is not None:
+        return native
     with without_autocast(features):
         vector = drawn.channels.to(features.dtype).expand(layer.samples(features.shape), -1, -1)
         if features.requires_grad and torch.is_grad_enabled():
@@ -220,8 +225,9 @@ def perturb_output(
 ) -> Tensor:
     """z + W eps phi for the layer's output z, a new tensor of its dtype and layout; for the other layers.
 
-    `weight` is the one that the layer used, in the module's layout. `strength` as in :func:`perturb_input`. `inner` is the second
-    of :func:`products`, where that was called before the layer was.
+    features: phi, (S, C, *spatial). output: z, (S, O, *spatial). weight: the one that the layer used, in the module's layout.
+    strength: as in :func:`perturb_input`. inner: <r, x>, (S, groups, N), the second of :func:`products`, where that was called
+    before the layer was.
     """
     scale = amplitude(strength)
     if output.numel() == 0:
@@ -229,9 +235,9 @@ def perturb_output(
     assert drawn.channels is not None and drawn.place is not None
     if inner is None:
         inner = products(layer, drawn, features)[1]
-    passed = noise_passes.outer(layer, output, weight, inner, drawn.left, drawn.place, scale)
-    if passed is not None:
-        return passed
+    native = noise_passes.outer(layer, output, weight, inner, drawn.left, drawn.place, scale)
+    if native is not None:
+        return native
     with without_autocast(output):
         dtype, samples = output.dtype, layer.samples(output.shape)
         place = drawn.place.to(dtype)  # the shift
@@ -246,6 +252,7 @@ def perturb_output(
 
 
 def amplitude(strength: float | Tensor) -> float | Tensor:
+    """sqrt(2 strength), the factor of a b^T in eps."""
     if isinstance(strength, Tensor):
         return (2 * strength.detach()).sqrt()
     if not (math.isfinite(strength) and strength >= 0):

@@ -39,9 +39,8 @@ def perturb(caller: str, drawn: Draw, features: Any, strength: float | Tensor) -
     mesh, scale, split = features.device_mesh, amplitude(strength), is_split(caller, features)
     phi = features.to_local()
     width = phi.shape[-1]
-    begin = (
-        mesh.get_local_rank() * -(-features.shape[-1] // mesh.size()) if split else 0
-    )  # as torch.chunk cuts
+    # this process's first column, as torch.chunk cuts
+    begin = mesh.get_local_rank() * -(-features.shape[-1] // mesh.size()) if split else 0
     group = mesh.get_group()
 
     def whole(sums: Tensor) -> Tensor:

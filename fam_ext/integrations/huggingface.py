@@ -24,6 +24,7 @@ from fam_ext.loss.fam_loss import FAMLoss
 
 NAME = "patch_causal_lm"
 _IGNORED = -100  # transformers' own
+_OF_ESTIMATES = ("probes", "generator", "per_sample_probes", "hold_statistics", "max_bytes")
 
 
 class DeferredLogits(Tensor):
@@ -286,6 +287,10 @@ def patch_causal_lm(
         _checks.bad_value(
             NAME, "layers", "None, the head, with method='auto'; for others method='noise'", layers
         )
+    for name in _OF_ESTIMATES:
+        if name in options:
+            expected = f"none named {name} with method='auto', which takes the head's exact kappa"
+            _checks.bad_value(NAME, "options", expected, options[name])
     try:
         from transformers import PreTrainedModel
         from transformers.loss.loss_utils import ForCausalLMLoss

@@ -26,6 +26,8 @@ _NO_NOISE = (
     "generator",
     "backend",
     "label_smoothing",
+    "hold_statistics",
+    "max_bytes",
 )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fam_ext.capture.hook import exporting
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian import attention_noise
+from fam_ext.hessian import attention_noise, noise
 from fam_ext.layers import sharding
 from fam_ext.layers.attention import Projection, sizes
 from fam_ext.layers.linear_map import LinearMap
@@ -29,6 +29,7 @@ class ProjectionHook(NoiseHook):
         self.layers = [LinearMap(_CALLER, sizes(size, 1)) for size in inputs]
         super().__init__(LinearMap(_CALLER, sizes(sum(inputs), 1)), generator, shared)
         self.part = projection.part
+        self._drawn_for_output: noise.Draw | None = None  # between `directions` and `output` of one call
         # the strength is that of E features
         self._shares = [inputs[0] / size if by_fan_in else 1.0 for size in inputs]
 
@@ -43,12 +44,13 @@ class ProjectionHook(NoiseHook):
 
     def directions(self, query: Tensor) -> Tensor:
         """What out_proj is to multiply its input with besides; `query` (S, N, E)."""
-        self._aside = self._draw(query.new_empty((len(query), 1, self._layer().inputs)))
-        return attention_noise.directions(self._aside)
+        drawn = self._drawn_for_output = self._draw(query.new_empty((len(query), 1, self._layer().inputs)))
+        return attention_noise.directions(drawn)
 
     def output(self, weight: Tensor, z: Tensor, products: Tensor) -> Tensor:
         """out_proj's output, (N, S, E), with its noise; `products` are those with `directions`."""
-        drawn, self._aside = self._aside, None
+        drawn, self._drawn_for_output = self._drawn_for_output, None
+        assert drawn is not None
         perturbed = attention_noise.perturb_product(drawn, weight, z, products, self._strength())
         self._remember(perturbed)
         return perturbed
@@ -127,7 +129,10 @@ class AttentionForward:
 
     @staticmethod
     def _turned(inputs: list[Tensor], batched: bool) -> list[Tensor]:
-        """(S, N, I) from (N, S, I) and back; (1, N, I) from (N, I) and back. Torch asks whether the three are one."""
+        """(S, N, I) from (N, S, I) and back; (1, N, I) from (N, I) and back.
+
+        Inputs that are one tensor stay one: torch's function asks for that.
+        """
 
         def turned(k: int) -> Tensor:
             x = inputs[k]
@@ -142,11 +147,17 @@ class AttentionForward:
         m = self.attention
         weights = (*m._parameters.values(), m.out_proj.weight)
         split = next((t for t in (*inputs, *weights) if sharding.is_dtensor(t)), None)
-        if split is not None:
+        if split is None:
+            return
+        if m.out_proj in sharding.owners(m.out_proj):
             raise UnsupportedError(
-                f"{_CALLER}: nn.MultiheadAttention is split by tensor parallelism, {sharding.describe(split)}; method='noise' "
-                "takes linear layers there: write the attention with layers for its projections, or leave it out"
+                f"{_CALLER}: out_proj of nn.MultiheadAttention is a group of FSDP2 that nothing gathers, since it is not called; "
+                "call fully_shard on the nn.MultiheadAttention, not on its out_proj"
             )
+        raise UnsupportedError(
+            f"{_CALLER}: nn.MultiheadAttention is split by tensor parallelism, {sharding.describe(split)}; method='noise' "
+            "takes linear layers there: write the attention with layers for its projections, or leave it out"
+        )
 
     def remove(self, hook: ProjectionHook) -> None:
         """Take a hook out, and with the last one this object."""

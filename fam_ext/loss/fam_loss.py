@@ -49,9 +49,10 @@ class FAMLoss(TrainingCriterion):
             cannot be differentiated twice, or "noise": the model is perturbed in training so that the expected loss holds the
             term, without a value of kappa. "auto" takes the closed form on a head, else "exact" for up to 32 Hessian products,
             else "hutchinson"; `plan` tells which and why.
-        probes, generator: draws per step and where they come from (default: a generator of its own).
+        probes: draws per step of an estimate, where `method` or `curvature` asks for one or "auto" takes one.
+        generator: where draws come from; default: one of its own, for noise torch's global one. Without draws it is not used.
         per_sample_probes: None finds out with a product whether samples interact after the layer; True draws for every sample,
-            which is biased where they do; False shares one draw.
+            which is biased where they do; False shares one draw. The exact value is the same with all three.
         max_bytes: bound on the estimated memory of the exact value.
         hold_statistics: with "ggn" and "fisher" behind batch_norm in training mode, where samples interact, the Jacobian is
             taken as if the batch's statistics were constants; False refuses that.
@@ -112,7 +113,7 @@ class FAMLoss(TrainingCriterion):
             and len(self.terms) == 1
         )
         self._ordinary = self._one_pass and curvature in ("hessian", "ggn") and backend in ("auto", "native")
-        self._guess: str | None = None
+        self._guess: str | None = None  # how for_model chose a layer that was not named
 
     @classmethod
     def for_model(
@@ -176,7 +177,8 @@ class FAMLoss(TrainingCriterion):
         """The total loss; arguments as the criterion takes them.
 
         Args:
-            closure: for method="finite_difference": a function that computes the criterion's loss anew, model included.
+            closure: for method="finite_difference": a function that computes the criterion's loss anew, model included; the
+                other methods do not call it.
             num_items: loss and kappa are those of the criterion's sum over its terms, divided by this number in place of their
                 own number: for batches that share one mean (gradient accumulation, several ranks).
 

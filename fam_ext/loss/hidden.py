@@ -248,6 +248,7 @@ def _positive(
     held: bool,
     per_sample: bool,
 ) -> Estimate:
+    """The summed terms of layers whose calls have as many samples: factors are formed once, and pulled back once."""
     options = group[0].term.options
     generator = group[0].term.generator(outputs.device)
     if options.sampled:

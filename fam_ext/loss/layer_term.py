@@ -39,11 +39,10 @@ class LayerTerm:
         self.captures = CapturedCalls(str(module), self.layer.class_dim, self.layer.unusual)
         self.set_share(1.0)
         self.hook: LayerHook | NoiseHook = LayerHook()
-        self.gate: Gate | None = (
-            None  # of the noise: which passes are perturbed, whatever hook is on the layer
-        )
+        # of the noise, kept here because a new hook is made whenever the term is attached
+        self.gate: Gate | None = None
         self.handle: Any = None
-        self.with_owner: Any = None  # takes the hook off when the criterion goes
+        self._finalizer: Any = None  # takes the hook off when the criterion is collected
         self.name = ""  # in the model, where it was chosen by name
         self.plan: Plan | None = None
         self.memory = CouplingMemory()
@@ -52,6 +51,8 @@ class LayerTerm:
         self.scale: Tensor | None = None
         self.generators: dict[torch.device, torch.Generator] = {}
         self.loaded: dict[str, Tensor] = {}  # states of generators that are not made yet, by device
+        if options.method == "noise" and options.generator is not None:  # its hook does not ask for it here
+            self.generators[options.generator.device] = options.generator
 
     def set_share(self, share: float) -> None:
         """What the layer's kappa counts in the sum; `factor` is that over the fan-in, if kappa is to be divided by it."""
@@ -81,12 +82,12 @@ class LayerTerm:
         if isinstance(self.hook, NoiseHook):
             self.hook.gate = self.gate
         self.hook.active = owner.training
-        self.with_owner = weakref.finalize(owner, self.handle.remove)
-        self.with_owner.atexit = False
+        self._finalizer = weakref.finalize(owner, self.handle.remove)
+        self._finalizer.atexit = False
 
     def detach(self) -> None:
         if self.handle is not None:
-            self.with_owner.detach()
+            self._finalizer.detach()
             self.handle.remove()
             self.handle = None
             self.hook.active = False
@@ -120,36 +121,36 @@ class LayerTerm:
                 raise ValueError(
                     f"{self.options.caller}: generator must be on the layer's device ({device}), got one on {given.device}"
                 )
-            self.generators[device] = given
+            if given not in self.generators.values():
+                self.generators[device] = given
             return given
         if device not in self.generators:
             made = torch.Generator(device).manual_seed(_SEED)
-            if str(device) in self.loaded:
-                made.set_state(self.loaded.pop(str(device)))
+            name = _saved_for(device, self.loaded)
+            if name is not None:
+                made.set_state(self.loaded.pop(name))
             self.generators[device] = made
         return self.generators[device]
 
     def generator_states(self) -> dict[str, Tensor]:
-        """By device; the user's generator is among them once it has been used."""
+        """By device; the user's generator is among them once it has been used, for noise from the start."""
         own = {str(device): generator.get_state() for device, generator in self.generators.items()}
         return {**self.loaded, **own}
 
     def load_generator_states(self, states: dict[str, Tensor]) -> None:
-        """The inverse; the state of a device that the layer is not on, or that is not here, waits until it is."""
+        """The inverse. A layer that is on another device of the same type now takes its state there, where that is the only one.
+
+        The state of a device that the layer is not on, or that is not here, waits until it is.
+        """
         given = self.options.generator
-        for name, state in states.items():
-            device = torch.device(name)
-            if (
-                given is not None
-                and given.device.type == device.type
-                and given.device.index in (None, device.index)
-            ):
-                given.set_state(state)  # at once: layers may share it
-                self.generators[device] = given
-            elif device in self.generators:
-                self.generators[device].set_state(state)
-            else:
-                self.loaded[name] = state
+        if given is not None and given not in self.generators.values():
+            self.generators[given.device] = given  # at once: layers may share it
+        waiting = dict(states)
+        for device in sorted(self.generators, key=lambda device: str(device) not in states):  # its own first
+            name = _saved_for(device, waiting)
+            if name is not None:
+                self.generators[device].set_state(waiting.pop(name))
+        self.loaded.update(waiting)
 
     def scale_to_measure(self, value: Tensor, weight: Tensor) -> Tensor:
         """The measure from the curvature: times the norm of the weight (any layout), over the fan-in."""
@@ -172,6 +173,18 @@ class LayerTerm:
         self.__init__(state["options"], state["module"])  # type: ignore[misc]
         self.set_share(state["share"])
         self.name = state["name"]
+
+
+def _saved_for(device: torch.device, states: dict[str, Tensor]) -> str | None:
+    """The device in `states` whose state is for one on `device`: the same, or the only one of its type.
+
+    >>> _saved_for(torch.device("cuda:0"), {"cpu": torch.ones(1), "cuda:1": torch.ones(1)})
+    'cuda:1'
+    """
+    if str(device) in states:
+        return str(device)
+    alike = [name for name in states if torch.device(name).type == device.type]
+    return alike[0] if len(alike) == 1 or (alike and device.index is None) else None
 
 
 class _Handles(list[Any]):

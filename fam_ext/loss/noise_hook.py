@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,15 @@ _CALLS = 64  # that a backward pass may repeat
 
 class _Token:
     """Lives as long as the graph of the call that it was made for."""
+
+
+class _Call(NamedTuple):
+    """What is remembered of a call, for recognizing its repetition in a backward pass."""
+
+    drew: Tensor  # some of the numbers that it drew
+    taken: noise.Draw | None  # what it took in place of them
+    positions: Tensor | None  # of the gate
+    without_grad: bool
 
 
 class Gate:
@@ -55,26 +64,26 @@ class NoiseHook:
         self._active = False
         self.called = False  # in this step
         self.seen = False  # in any step
+        # the strength; as a tensor too, since a number that changes would make torch.compile compile again
         self.value = 0.0
-        self.tensor: Tensor | None = (
-            None  # of the same value: a number that changes would make torch.compile compile again
-        )
+        self.tensor: Tensor | None = None
+
+        # this step's draw: of the first call, and of later ones where that differs
         self.drawn: noise.Draw | None = None
-        self._passing = False  # it was drawn without grad
-        self._reentrant = False  # a call without grad has been repeated in a backward pass
-        self.later: noise.Draw | None = None  # what calls after the first one take, where that differs
-        # its numbers without their graph, for calls that are repeated: what is remembered may not keep a skipped step's graph
+        self.later: noise.Draw | None = None
+        # `later` without its graph, for calls that are repeated: what is remembered may not keep a skipped step's graph
         self._later_alone: noise.Draw | None = None
-        # of the step before, whose backward pass may call the layer again
+        self._first: Tensor | None = None  # features of the first call, which `later` depends on
+        self._token: Any = None  # weak reference: dead when the graph of the first call is
+        self._without_grad = False  # `drawn` was made in a call without grad
+
+        # for backward passes, which may call the layer again: (drawn, later) of the step before, and the latest calls
         self.kept: tuple[noise.Draw | None, noise.Draw | None] = (None, None)
-        # of the latest calls: what was drawn, for recognizing a repeated one; what was taken in its place; the positions;
-        # whether that was without grad
-        self._calls: deque[tuple[Tensor, noise.Draw | None, Tensor | None, bool]] = deque(maxlen=_CALLS)
-        self._aside: Any = (
-            None  # between the two hooks of one call: the features, the draw and their products
-        )
-        self._first: Tensor | None = None  # the features of a first call whose draw is made for them alone
-        self._token: Any = None
+        self._calls: deque[_Call] = deque(maxlen=_CALLS)
+        self._reentrant = False  # a call without grad has been repeated: reentrant checkpointing
+
+        # between the two hooks of one call: (features, draw, products of the two)
+        self._aside: tuple[Tensor, noise.Draw, Tensor | None] | None = None
 
     @property
     def active(self) -> bool:
@@ -86,7 +95,7 @@ class NoiseHook:
         self._active = value
 
     def set(self, strength: float, device: torch.device) -> None:
-        """The strength of the next step."""
+        """Take the strength of the step to come."""
         if self.tensor is None or self.tensor.device != device or strength != self.value:
             # a new one: compiled code may keep the old one for the backward pass that is still to come
             self.tensor = torch.full((), strength, device=device)
@@ -173,7 +182,7 @@ class NoiseHook:
             return self._repeated(fresh)
         if self._begins(fresh):
             self.drawn, self.later, self._token, self._first = fresh, None, None, features
-            self._passing = not torch.is_grad_enabled()
+            self._without_grad = not torch.is_grad_enabled()
             return self._noted(fresh, None)
         assert self.drawn is not None
         if not torch.is_grad_enabled() and self.drawn.samples != fresh.samples:
@@ -194,13 +203,12 @@ class NoiseHook:
         return self._noted(fresh, self._of_later_calls(fresh))
 
     def _begins(self, fresh: noise.Draw) -> bool:
-        """Whether a call is the first one of a step."""
+        """Whether a call is the first one of a step; a step without a loss ends with its graph."""
         if self.drawn is None:
             return True
-        if self._passing:
+        if self._without_grad:
             anew = torch.is_grad_enabled() and not self._reentrant
             return anew or self.drawn.samples != fresh.samples
-        # else where the graph of the earlier call is gone
         return not torch.compiler.is_compiling() and self._token is not None and self._token() is None
 
     def _at_positions(self, drawn: noise.Draw) -> noise.Draw:
@@ -212,25 +220,30 @@ class NoiseHook:
         if not torch.compiler.is_compiling():
             positions = None if self.gate is None else self.gate.positions
             numbers = self._later_alone if taken is not None and taken is self.later else taken
-            self._calls.append((_signs(fresh), numbers, positions, not torch.is_grad_enabled()))
+            self._calls.append(_Call(_signs(fresh), numbers, positions, not torch.is_grad_enabled()))
         return self._at_positions(taken or fresh)
 
     def _repeated(self, fresh: noise.Draw) -> noise.Draw:
         """Checkpointing: what the call took that drew the same, its first pass."""
         if self.generator is None:
             own = _signs(fresh)
-            for drew, taken, positions, passing in reversed(self._calls):
-                if torch.equal(drew, own):
-                    self._reentrant |= passing
-                    return (taken or fresh)._replace(positions=positions)
+            for call in reversed(self._calls):
+                if torch.equal(call.drew, own):
+                    self._reentrant |= call.without_grad
+                    if call.without_grad and call.taken is not None:
+                        _check_whole(call.taken, fresh)
+                    return (call.taken or fresh)._replace(positions=call.positions)
             if self.gate is not None and self.gate.repeats_all:
                 raise UnsupportedError(
                     "FAMLoss: a checkpoint around the whole model repeats a pass that had no noise: a reentrant one runs it "
                     "without gradients, as evaluation does; use use_reentrant=False, or checkpoint the blocks"
                 )
         first, later = (self.drawn, self.later) if self.drawn is not None else self.kept
-        repeats_the_first = first is None or torch.equal(first.left, fresh.left)
-        return fresh if repeats_the_first else later or first or fresh
+        if first is None or torch.equal(first.left, fresh.left):
+            return fresh
+        if later is not None and any(call.without_grad for call in self._calls):
+            _check_whole(later, fresh)
+        return later or first
 
     def _of_later_calls(self, fresh: noise.Draw) -> noise.Draw:
         """The first call's draw; one that was made for its features alone (b = phi / |phi|) takes the second's signs too."""
@@ -268,6 +281,15 @@ def _alone(drawn: noise.Draw) -> noise.Draw:
     """The draw without its graph; it requires grad as before, so that a repeated call saves the same tensors."""
     b = drawn.channels
     return drawn if b is None else drawn._replace(channels=b.detach().requires_grad_(b.requires_grad))
+
+
+def _check_whole(taken: noise.Draw, fresh: noise.Draw) -> None:
+    """Refuse to repeat a call that had no grad with the draw of :func:`noise.along`: its gradient in phi would be lost."""
+    if fresh.channels is None and taken.channels is not None:
+        raise UnsupportedError(
+            "FAMLoss: with method='noise' a reentrant checkpoint is not for a layer of one row per sample that is called several "
+            "times before a loss; use use_reentrant=False, or share one draw in the batch (per_sample_probes=False)"
+        )
 
 
 def _signs(drawn: noise.Draw) -> Tensor:

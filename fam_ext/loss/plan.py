@@ -84,12 +84,11 @@ class CouplingMemory:
     """What one layer's products have shown about the network after it, by the signature of the graph."""
 
     def __init__(self) -> None:
+        # each by the signature of a graph
         self.levels: dict[Any, str] = {}  # the widest level shown
-        self.uses: dict[Any, int] = {}  # of such a result
+        self.uses: dict[Any, int] = {}  # how often a remembered result was used
         self.bytes: dict[Any, ProductBytes] = {}  # of one product with its graph
-        self.apart: dict[
-            Any, tuple[Any, ...]
-        ] = {}  # rows_taken, by graph of a positive form whose samples are apart
+        self.apart: dict[Any, tuple[Any, ...]] = {}  # rows_taken of a positive form whose samples are apart
         self.at_once: dict[Any, int] = {}  # products within max_bytes that leave no graph
 
     def should_recheck(self, key: Any) -> bool:
@@ -106,11 +105,8 @@ class CouplingMemory:
         if hessian.on_weight or options.per_sample_probes is False:
             return "batch"
         call = hessian.calls[0]
-        key = (
-            call.shape[0] > 1,
-            call.shape[1:],
-            *map(signature, between),
-        )  # of any number of samples but one
+        # the same for any number of samples, but for a single one, which cannot interact
+        key = (call.shape[0] > 1, call.shape[1:], *map(signature, between))
         known = self.levels.get(key)
         if known != "batch" and (known is None or self.should_recheck(key)):
             shown = coupling.coupling_level(hessian, self.uses.get(key, 0))

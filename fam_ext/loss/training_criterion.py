@@ -45,7 +45,7 @@ class TrainingCriterion(LayerCriterion):
         self.last = StepRecord()
         self._advice = Advice()
         self._noise = options.method == "noise"
-        self.changes = False  # the strength of the noise, from step to step
+        self.changes = False  # whether the strength of the noise may change from step to step
         if self._noise:
             try:
                 self._set_noise()
@@ -196,7 +196,7 @@ class TrainingCriterion(LayerCriterion):
                     hook.active = False
 
     def _set_noise(self, strength: float | None = None) -> None:
-        """Tell the hooks the strength of the step to come, where it is known already."""
+        """Tell the hooks the strength of the step to come, and turn those off that have none; `strength` where it is known."""
         if strength is None:
             strength = self._strength_now()
         self.changes = callable(self._strength) or self._every > 1

@@ -15,7 +15,7 @@ from fam_ext.measurement import companions
 from fam_ext.measurement.batches import NAME, DataSet, Mean, mode
 from fam_ext.measurement.layer_terms import EIGENVALUES, LARGEST, LayerTerms
 from fam_ext.measurement.report import Report
-from fam_ext.options import MEASURES, Options
+from fam_ext.options import MEASURES, WITHOUT_DRAWS, Options
 
 
 def measure(
@@ -90,11 +90,13 @@ def measure(
     """
     names = _checked(measures)
     own = [name for name in names if name not in companions.NETWORK]
+    _checks.check_positive(NAME, "probes", probes)
     for name in own or ["layerwise"]:  # all of them before anything is computed
         measured = "layerwise_eigenvalue" if name == LARGEST else name
         power = norm_power if measured.startswith("layerwise") else 2
+        draws = 1 if method in WITHOUT_DRAWS else probes
         Options(
-            NAME, measured, curvature, method, probes, normalize, power, True, generator, backend, None, max_bytes
+            NAME, measured, curvature, method, draws, normalize, power, True, generator, backend, None, max_bytes
         )  # fmt: skip
     if isinstance(norm_power, bool) or norm_power not in (1, 2):
         _checks.bad_value(NAME, "norm_power", "1 or 2", norm_power)

@@ -13,7 +13,7 @@ from fam_ext.loss.relative_flatness import RelativeFlatness
 from fam_ext.measurement.batches import DataSet, Mean
 from fam_ext.measurement.features import feature_scale
 from fam_ext.measurement.report import LayerRow
-from fam_ext.options import EIGENVALUE_MEASURES, MEASURES
+from fam_ext.options import EIGENVALUE_MEASURES, MEASURES, WITHOUT_DRAWS
 
 LARGEST = "largest_eigenvalue"
 EIGENVALUES = (*EIGENVALUE_MEASURES, LARGEST)
@@ -87,7 +87,10 @@ class LayerTerms:
     ) -> None:
         def flatness(name: str) -> RelativeFlatness:
             power = norm_power if name.startswith("layerwise") else 2
-            return RelativeFlatness(criterion, module, measure=name, norm_power=power, **options)
+            own = {"measure": name, "norm_power": power, **options}
+            if options["method"] in WITHOUT_DRAWS:
+                del own["probes"]
+            return RelativeFlatness(criterion, module, **own)
 
         self.module, self.measures = module, measures
         self.terms = {name: Term(flatness(name)) for name in measures if name in MEASURES}

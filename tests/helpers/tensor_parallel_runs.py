@@ -21,6 +21,8 @@ from two_processes import in_processes
 
 from fam_ext import FAMLoss, RelativeFlatness
 from fam_ext.errors import UnsupportedError
+from fam_ext.hessian import split_noise
+from fam_ext.hessian.noise import Draw
 from fam_ext.layers import collectives
 
 CLASSES, ROWS = 5, 6
@@ -142,6 +144,8 @@ def heads(rank: int) -> dict[Any, Any]:
             results["precise", layout] = precise(split(layout, Network().float()))
     results["refused"] = refusals()
     results["sums"] = sums(rank)
+    results["twice"] = called_twice(rank)
+    results["odd"], results["large"] = split_odd(rank), large_half(rank)
     return results
 
 
@@ -284,6 +288,70 @@ def noise(
     loss.backward()
     criterion.detach()
     return [whole(loss), *(whole(p.grad) for p in model.parameters())]
+
+
+def twice(model: Any, seed: int, per_sample: bool | None) -> list[Tensor]:
+    """Loss and gradients under noise in a layer that is called twice."""
+    generator = torch.Generator().manual_seed(seed)
+    criterion = FAMLoss(
+        nn.CrossEntropyLoss(),
+        model.second,
+        0.4,
+        method="noise",
+        generator=generator,
+        per_sample_probes=per_sample,
+    )
+    x, y = batch("mean")
+    try:
+        hidden = torch.tanh(model.second(torch.tanh(model.first(x))))
+        loss = criterion(model.head(torch.tanh(model.second(hidden))), y)
+    finally:
+        criterion.detach()
+    loss.backward()
+    return [whole(loss), *(whole(p.grad) for p in model.parameters())]
+
+
+def called_twice(rank: int) -> list[Any]:
+    """What is refused with draws by sample, and the numbers of a shared draw."""
+
+    def model() -> Any:
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        rowwise = RowwiseParallel(input_layouts=Replicate())
+        return parallelize_module(Network(), mesh, {"second": rowwise})
+
+    return [error_of(lambda: twice(model(), rank, None)), *twice(model(), rank, False)]
+
+
+def odd(layer: nn.Module, tokens: int, rank: int) -> list[Tensor]:
+    """Loss and gradients under noise in a layer of five features, of which the first process has three."""
+    generator = torch.Generator().manual_seed(rank)
+    criterion = FAMLoss(nn.MSELoss(), layer, 0.4, method="noise", generator=generator)
+    torch.manual_seed(1)
+    x = torch.randn(*((ROWS, tokens, 5) if tokens else (ROWS, 5)), dtype=torch.float64, requires_grad=True)
+    loss = criterion(layer(x), torch.zeros(*x.shape[:-1], 3, dtype=torch.float64))
+    loss.backward()
+    criterion.detach()
+    return [whole(loss), whole(x.grad), *(whole(p.grad) for p in layer.parameters())]
+
+
+def odd_layer() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(5, 3).double()
+
+
+def split_odd(rank: int) -> list[list[Tensor]]:
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    style = RowwiseParallel(input_layouts=Replicate())
+    return [odd(parallelize_module(odd_layer(), mesh, style), tokens, rank) for tokens in (0, 3)]
+
+
+def large_half(rank: int) -> Tensor:
+    """phi + |phi| a in float16, where |phi|^2 is no number any more."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    phi = torch.full((2, 4), 300.0, dtype=torch.float16)
+    drawn = Draw(torch.ones(2, 1, 4, dtype=torch.float16), None, None)
+    features = DTensor.from_local(phi, mesh, [Replicate()], run_check=False)
+    return whole(split_noise.perturb("caller", drawn, features, 0.5))
 
 
 def sums(rank: int) -> list[Tensor]:

@@ -337,6 +337,8 @@ def test_copies_are_inert() -> None:
         (0.1, None, {"method": "exact"}, ValueError, "method must be 'auto'"),
         (0.1, "*", {}, ValueError, "layers must be None"),
         (0.1, None, {"method": "noise", "probes": 2}, ValueError, "none named probes"),
+        (0.1, None, {"method": "noise", "max_bytes": 2**20}, ValueError, "none named max_bytes"),
+        (0.1, None, {"probes": 2}, ValueError, "none named probes with method='auto'.*exact"),
         (0.1, "*.nothing", {"method": "noise"}, ValueError, "near: "),
         (0.1, "lm_h*", {"method": "noise"}, ValueError, "a pattern of layers inside"),
         (-0.1, None, {"method": "noise"}, ValueError, "at least 0"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sharded_runs
+import sharding_checks
 import torch
 from two_processes import in_processes, in_two_processes
 
@@ -19,7 +21,7 @@ EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 @pytest.fixture(scope="module")
 def ways() -> Any:
     """What each of two processes has computed, once for all tests."""
-    return in_two_processes(sharded_runs.two_processes)
+    return in_two_processes(sharding_checks.two_processes)
 
 
 @pytest.mark.parametrize("method", sharded_runs.METHODS)
@@ -135,6 +137,45 @@ def test_shards_and_their_replicas() -> None:
             parts = ("head", 2) if "both dimensions" in method else (method, 4)
             expected = sharded_runs.alone(sharded_runs.Network(), *parts)
             torch.testing.assert_close(weights, expected, **EXACT)
+
+
+def test_settings_are_off_while_held_and_come_back(ways: Any) -> None:
+    for of_rank in ways:
+        before, within, after = of_rank["held"]
+        assert not any(within) and after == before and any(before) and not all(before)
+
+
+def test_weights_are_freed_by_a_step_of_their_own_optimizer(ways: Any) -> None:
+    """Not by another one's, nor within a backward pass, where FSDP2 does it."""
+    for of_rank in ways:
+        assert of_rank["freed"] == {"other": False, "within": False, "own": True}
+
+
+def test_dtensors_that_are_refused_and_what_is_left_alone(ways: Any) -> None:
+    for of_rank in ways:
+        loss, features = of_rank["texts"]["texts"]
+        assert "must be the same on every process" in loss and "tensor parallelism" in features
+        assert of_rank["texts"]["left"] and of_rank["texts"]["shape"] == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RedistributeBackward",
+        "NestedRedistributeBackward",
+        "_ToTorchTensorBackward",
+        "_FromTorchTensorBackward",
+    ],
+)
+def test_communication_between_the_layer_and_the_loss(name: str) -> None:
+    nodes = [SimpleNamespace(name=lambda own=own: own) for own in ("TanhBackward0", name)]
+    sharding.check_between("caller", nodes[:1])
+    with pytest.raises(UnsupportedError, match=name.strip("_").removesuffix("Backward")):
+        sharding.check_between("caller", nodes)
+
+
+def test_an_empty_weight_is_whole() -> None:
+    sharding.check_whole("caller", torch.nn.Parameter(torch.ones(2, 0)))
 
 
 def test_without_fsdp_there_is_nothing_to_gather() -> None:

@@ -142,6 +142,43 @@ def test_states_of_devices_that_are_not_here_wait() -> None:
     assert torch.equal(torch.rand(5, generator=given), drawn[0])
 
 
+def test_a_state_of_another_device_of_the_same_type() -> None:
+    """It goes to the layer's generator where there is no other of that type, on either side."""
+    here, there, third = (torch.device("cpu", index) for index in (0, 1, 2))
+    states = {
+        str(device): torch.Generator().manual_seed(3 + device.index).get_state() for device in (here, there)
+    }
+    expected = {name: torch.rand(5, generator=generator(state)) for name, state in states.items()}
+
+    def drawn(one: LayerTerm, device: torch.device) -> torch.Tensor:
+        return torch.rand(5, generator=one.generator(device))
+
+    for used_before in (False, True):
+        for given in (None, torch.Generator()):
+            one = term(generator=given)
+            if used_before:
+                drawn(one, torch.device("cpu") if given else here)
+            one.load_generator_states({"cpu:1": states["cpu:1"], "cuda:0": states["cpu:0"]})
+            assert torch.equal(drawn(one, torch.device("cpu") if given else here), expected["cpu:1"])
+            assert "cuda:0" in one.generator_states() and "cpu:1" not in one.generator_states()
+        both = term()
+        if used_before:
+            drawn(both, third), drawn(both, here)
+        both.load_generator_states(states)
+        assert torch.equal(drawn(both, here), expected["cpu:0"])
+        assert torch.equal(drawn(both, third), expected["cpu:1"])
+    undecided = term()
+    undecided.load_generator_states(states)
+    assert torch.equal(drawn(undecided, third), drawn(term(), third))
+    assert undecided.generator_states().keys() >= states.keys()
+
+
+def generator(state: torch.Tensor) -> torch.Generator:
+    made = torch.Generator()
+    made.set_state(state)
+    return made
+
+
 def test_the_measure_from_the_curvature() -> None:
     weight, value = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor(2.0)
     layer = nn.Linear(2, 2)

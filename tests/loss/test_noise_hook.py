@@ -6,42 +6,17 @@ import copy
 import gc
 import pickle
 import warnings
-from typing import Any
 
 import pytest
 import torch
+from noise_hooks import CONV, hooked, plain, x
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
 from fam_ext import FAMLoss, UnsupportedError
-from fam_ext.layers.linear_map import LinearMap
-from fam_ext.loss.noise_hook import NoiseHook
-
-CONV = "conv"
-
-
-def hooked(kind: str = "linear", **options: Any) -> tuple[nn.Module, NoiseHook]:
-    layer: nn.Module = nn.Conv1d(3, 2, 2) if kind == CONV else nn.Linear(3, 2)
-    hook = NoiseHook(LinearMap("FAMLoss", layer), **options)
-    if kind == CONV:
-        layer.register_forward_hook(hook, with_kwargs=True)
-    else:
-        layer.register_forward_pre_hook(hook, with_kwargs=True)
-    hook.active = True
-    hook.set(0.1, torch.device("cpu"))
-    return layer, hook
-
-
-def x(kind: str = "linear") -> Tensor:
-    return torch.randn(4, 3, 5) if kind == CONV else torch.randn(4, 3)
-
-
-def plain(layer: nn.Module, features: Tensor) -> Tensor:
-    """What the layer returns without the hook."""
-    clean = copy.deepcopy(layer)
-    return clean(features)
-
+from fam_ext.hessian.noise import Draw
+from fam_ext.loss.noise_hook import Gate, _signs
 
 KINDS = pytest.mark.parametrize("kind", ["linear", CONV])
 
@@ -175,13 +150,16 @@ def backward(loss: Tensor, features: Tensor) -> tuple[Tensor]:
     return (features.grad.clone(),)
 
 
-def test_a_later_call_that_is_checkpointed() -> None:
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_a_later_call_that_is_checkpointed(generator: torch.Generator | None) -> None:
     """It takes a draw that depends on the first one's features: gradients are those without checkpointing."""
-    layer, hook = hooked()
+    layer, hook = hooked(generator=generator)
     layer.double()
     gradients = []
     for checkpointed in (False, True):
         torch.manual_seed(7)
+        if generator is not None:
+            generator.manual_seed(7)
         features = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
         hidden = features.tanh()
         call = (lambda t: checkpoint(layer, t, use_reentrant=False)) if checkpointed else layer
@@ -318,6 +296,46 @@ def test_checkpointed_calls_of_one_step_repeat_the_draw_that_they_shared(
         hook.finish()
         gradients += backward(loss, features)
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_the_layer_s_other_arguments() -> None:
+    layer = nn.ConvTranspose1d(3, 2, 2, stride=2)
+    criterion = FAMLoss(nn.MSELoss(), layer, 0.1, method="noise")
+    features = x(CONV)
+    outputs = (
+        layer(features, [11]),
+        layer(features, output_size=[11]),
+        layer(input=features, output_size=[11]),
+    )
+    for z in outputs:
+        assert z.shape == (4, 2, 11)
+        torch.testing.assert_close(z, outputs[0])
+    criterion.detach()
+
+
+def test_what_is_remembered_of_a_draw_is_small_and_tells_it_apart() -> None:
+    large, hook = hooked(layer=nn.Linear(1000, 2))
+    large(torch.randn(8, 1000))
+    (remembered, *_) = hook._calls[-1]
+    assert remembered.untyped_storage().nbytes() <= 64 * 4
+    one, other = (Draw(torch.ones(1, 1, 1), c * torch.ones(1, 1, 1), None) for c in (1, -1))
+    assert not torch.equal(_signs(one), _signs(other))
+
+
+def test_compiled_calls_of_a_step_have_noise_at_the_same_positions() -> None:
+    layer, hook = hooked()
+    hook.gate = gate = Gate()
+    gate.positions = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    features = torch.randn(2, 2, 3)
+
+    def twice(t: Tensor) -> tuple[Tensor, Tensor]:
+        return layer(t), layer(t)
+
+    clean = plain(layer, features)
+    torch._dynamo.reset()
+    for z in torch.compile(twice, backend="aot_eager", fullgraph=True)(features):
+        moved = (z - clean).abs().amax(2) > 1e-6
+        assert torch.equal(moved, gate.positions.bool())
 
 
 def test_an_input_that_another_hook_has_changed() -> None:

@@ -215,6 +215,24 @@ def test_there_is_no_value() -> None:
         RelativeFlatness(CE, nn.Linear(3, 2), method="noise")
 
 
+@pytest.mark.parametrize("layers", ["*", "0"])
+def test_a_run_with_a_generator_of_the_user_s_resumes_bit_for_bit(layers: str) -> None:
+    net, (x, y) = network(), batch()
+    generator = torch.Generator().manual_seed(5)
+    criterion = noisy(net, layers, 0.1, generator=generator)
+    saved: Any = criterion.state_dict()  # before the first step, too
+    first = [criterion(net(x), y).item() for _ in range(3)]
+    later = criterion.state_dict()
+    second = [criterion(net(x), y).item() for _ in range(3)]
+    assert len({*first, *second}) == 6
+    criterion.load_state_dict(saved)
+    assert [criterion(net(x), y).item() for _ in range(3)] == first
+    copied = copy.deepcopy(net)
+    resumed = noisy(copied, layers, 0.1, generator=torch.Generator())
+    resumed.load_state_dict(later)
+    assert [resumed(copied(x), y).item() for _ in range(3)] == second
+
+
 def test_the_state_goes_on() -> None:
     net = network()
     criterion = noisy(net, strength=schedules.Warmup(0.1, 10))

@@ -175,6 +175,11 @@ def test_bad_arguments() -> None:
             fam_ext.measure(net, [(x, y)], None, ce, progress=False, **wrong)
     with pytest.raises(ValueError, match="probes must be 2 or more with rtol"):
         fam_ext.measure(net, [(x, y)], None, ce, progress=False, rtol=0.1, probes=1)
+    for exactly in ({"method": "exact"}, {"curvature": "ggn"}, {"measures": ["layerwise_eigenvalue"]}):
+        with pytest.raises(ValueError, match=r"measure: probes must be at least 1"):
+            fam_ext.measure(net, [(x, y)], None, ce, progress=False, probes=0, **exactly)
+        report = fam_ext.measure(net, [(x, y)], "0", ce, progress=False, probes=3, **exactly)
+        assert all(error is None for error in report.standard_errors.values())
     for options in ({"measures": ["layerwise_eigenvalue"]}, {"normalize_features": True}):
         with pytest.raises(ValueError, match="batches must be a collection"):
             fam_ext.measure(net, iter([(x, y)]), None, ce, progress=False, **options)

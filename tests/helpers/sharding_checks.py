@@ -1,0 +1,89 @@
+"""What the processes of tests/layers/test_sharding.py do besides steps of training (spawned processes import it by name)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sharded_runs
+import torch
+from sharded_runs import EACH, RATE, Network, batch, shard
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fam_ext.errors import UnsupportedError
+from fam_ext.layers import sharding
+
+
+def two_processes(rank: int) -> dict[Any, Any]:
+    results = sharded_runs.two_processes(rank)
+    results["held"], results["freed"] = settings_while_held(rank), freed_by(rank)
+    results["texts"] = texts_and_exchange(rank)
+    return results
+
+
+def settings_while_held(rank: int) -> list[list[bool]]:
+    """FSDP2's settings of two models before `held`, within it and after it; the first one's are not the defaults."""
+    models: list[Any] = [shard(EACH)(Network()) for _ in range(2)]
+    x, _ = batch()
+    for model in models:
+        model(x)  # FSDP2 sets itself up
+    models[0].set_requires_gradient_sync(False)
+    models[0].set_reshard_after_backward(False)
+    models[0].set_is_last_backward(False)
+
+    def settings() -> list[bool]:
+        states = [model._get_fsdp_state() for model in models]
+        groups = [group for state in states for group in sharding._groups(state)]
+        return [
+            *(getattr(g, name) for g in groups for name in ("reduce_grads", "reshard_after_backward")),
+            *(state._state_ctx.is_last_backward for state in states),
+        ]
+
+    before = settings()
+    with sharding.held():
+        within = settings()
+    return [before, within, settings()]
+
+
+def freed_by(rank: int) -> dict[str, bool]:
+    """Whether a gathered weight is a shard again after steps of optimizers."""
+    network = Network()
+    model: Any = shard(EACH)(network)
+    own = torch.optim.SGD(model.parameters(), lr=RATE)
+    number = nn.Parameter(torch.ones(()))
+    other = torch.optim.SGD([number], lr=RATE)
+    result = {}
+
+    def within_a_backward_pass() -> None:
+        doubled = 2 * number
+        doubled.register_hook(lambda gradient: own.step())
+        doubled.backward()
+
+    for name, step in (("other", other.step), ("within", within_a_backward_pass), ("own", own.step)):
+        sharding.gather(sharding.owners(network.second))
+        step()
+        result[name] = sharding.is_dtensor(network.second.weight)
+    return result
+
+
+def texts_and_exchange(rank: int) -> dict[str, Any]:
+    """Refusals of DTensors, and which of the arguments of `exchange` it leaves."""
+    network = Network()
+    shard(EACH)(network)
+    given = torch.ones(2), network.second.weight, None
+    plain, weight, nothing = sharding.exchange(network.second, *given)
+    mesh = init_device_mesh("cpu", (2,))
+    whole = DTensor.from_local(torch.ones(2), mesh, [Replicate()], run_check=False)
+    part = DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False)
+    texts = []
+    for refused in (
+        lambda: sharding.add("caller", part.sum(), torch.ones(())),
+        lambda: sharding.check_local("caller", torch.ones(2), whole),
+    ):
+        try:
+            refused()
+        except UnsupportedError as error:
+            texts.append(str(error))
+    left = plain is given[0] and nothing is None and not sharding.is_dtensor(weight)
+    return {"texts": texts, "left": left, "shape": tuple(weight.shape)}
