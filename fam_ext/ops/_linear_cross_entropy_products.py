@@ -53,11 +53,12 @@ def add_product(a: Tensor, b: Tensor, out: Tensor, start: bool) -> None:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether this is a CPU with instructions for products of bfloat16 numbers (AVX512-BF16, AMX, SVE): several times as fast as
-    float32's there, and slow in software elsewhere.
+    """Whether this is a CPU with instructions for products of bfloat16 numbers, AVX512-BF16 or AMX: several times as fast as
+    float32's there, and slow elsewhere.
     """
-    known = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return known and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def narrow_weight(weight: Tensor, acc: torch.dtype) -> Tensor | None:

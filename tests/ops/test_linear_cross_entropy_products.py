@@ -100,9 +100,11 @@ def test_float64_keeps_its_digits() -> None:
     assert module.narrow_weight(tensors[1].float(), torch.float64) is None
 
 
-def test_where_bfloat16_is_multiplied() -> None:
-    known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert module.multiplies_bfloat16(torch.device("cpu")) == known
+@pytest.mark.parametrize("flags", [(True, False), (False, True), (False, False)])
+def test_where_bfloat16_is_multiplied(flags: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: flags[0])
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: flags[1])
+    assert module.multiplies_bfloat16(torch.device("cpu")) == (torch._C._has_mkldnn and any(flags))
     assert not module.multiplies_bfloat16(torch.device("cuda"))
 
 
