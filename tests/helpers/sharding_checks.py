@@ -34,7 +34,8 @@ def settings_while_held(rank: int) -> list[list[bool]]:
 
     def settings() -> list[bool]:
         states = [model._get_fsdp_state() for model in models]
-        groups = [group for state in states for group in sharding._groups(state)]
+        layers = [model.get_submodule(name) for model in models for name in EACH]
+        groups = [group for layer in layers for group in sharding._groups(layer._get_fsdp_state())]
         return [
             *(getattr(g, name) for g in groups for name in ("reduce_grads", "reshard_after_backward")),
             *(state._state_ctx.is_last_backward for state in states),
