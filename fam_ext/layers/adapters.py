@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from fam_ext.errors import UnsupportedError
 
-_PARTS = {"base_layer", "lora_A", "lora_B"}
-
 
 def is_adapter(module: object) -> bool:
     """Whether `module` wraps a base layer with low-rank matrices, by PEFT's attribute names.
@@ -22,8 +20,12 @@ def is_adapter(module: object) -> bool:
     >>> is_adapter(nn.Linear(2, 2))
     False
     """
-    # by the modules' own table: hasattr would form an error message at each forward call of a plain layer
-    return isinstance(module, nn.Module) and module._modules.keys() >= _PARTS
+    # by the modules' own table: hasattr would form an error message at each forward call of a plain layer; one by one: torch
+    # 2.11's compiler does not compare sets
+    if not isinstance(module, nn.Module):
+        return False
+    parts = module._modules
+    return "base_layer" in parts and "lora_A" in parts and "lora_B" in parts
 
 
 def base_layer(module: Any) -> Any:
