@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -68,7 +68,8 @@ class LossHessian:
 
     def tensors(self) -> list[Tensor]:
         """Its floating arguments, which decide beside the layer's own what dtype kappa is formed in."""
-        return [v for v in vars(self).values() if isinstance(v, Tensor) and v.is_floating_point()]
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
     def fisher(self) -> bool:
         """Whether the loss is a negative log-likelihood in its natural parameter, so that Fisher matrix and Hessian agree."""

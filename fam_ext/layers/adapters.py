@@ -20,8 +20,8 @@ def is_adapter(module: object) -> bool:
     >>> is_adapter(nn.Linear(2, 2))
     False
     """
-    # by the modules' own table: hasattr would form an error message at each forward call of a plain layer
-    # one by one: the compiler of torch 2.11 does not compare sets
+    # by the modules' own table: hasattr would form an error message at each forward call of a plain layer; one by one: torch
+    # 2.11's compiler does not compare sets
     if not isinstance(module, nn.Module):
         return False
     parts = module._modules
