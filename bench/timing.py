@@ -23,7 +23,7 @@ from machine import on_gpu
 
 # one sample: some thousand times the clock's resolution, shorter than a scheduler's time slice
 SAMPLE_SECONDS = 2e-3
-SLOW_SECONDS = 0.05  # a step that has nothing to gain from a warm cache, and minutes to lose by repetition
+SLOW_SECONDS = 0.05  # a step that is long enough to be measured by itself
 VERY_SLOW_SECONDS = 3.0
 GPU_CALLS = 8  # a sample on a GPU
 Step = Callable[[], Any]
@@ -114,8 +114,8 @@ def interleaved(
                 if name in thinned and done >= (2 if cost < VERY_SLOW_SECONDS else 1) and done % every[name]:
                     times[name].append(math.nan)
                     continue
-                if cost < SLOW_SECONDS:
-                    steps[name]()
+                if cost < VERY_SLOW_SECONDS:
+                    steps[name]()  # in training a step follows one of its own kind, in the memory that this has left
                 times[name].append(seconds_per_call(steps[name], calls))
     finally:
         gc.enable()
