@@ -115,7 +115,9 @@ def interleaved(
                     times[name].append(math.nan)
                     continue
                 if cost < VERY_SLOW_SECONDS:
-                    steps[name]()  # in training a step follows one of its own kind, in the memory that this has left
+                    steps[
+                        name
+                    ]()  # in training a step follows one of its own kind, in the memory that this has left
                 times[name].append(seconds_per_call(steps[name], calls))
     finally:
         gc.enable()
