@@ -85,6 +85,20 @@ def hardsigmoid(saved: Any, grad: Tensor) -> Gradients:
     return (grad * ((x > -3) & (x < 3)) / 6,)
 
 
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """softmax(scale q k^T + mask), (B, heads, queries, keys); 0 for a query that sees no key. Differentiable to any order."""
+    scores = (q @ k.transpose(-2, -1)) * scale
+    if mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    if mask is None:
+        return torch.softmax(scores, -1)
+    empty = scores.detach().amax(-1, keepdim=True) == -torch.inf
+    return torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
+
+
 def scaled_dot_product_attention(saved: Any, grad: Tensor) -> Gradients:
     """The flash kernel of the CPU without dropout, (B, heads, tokens, width)."""
     acc = torch.promote_types(grad.dtype, torch.float32)
@@ -96,14 +110,7 @@ def scaled_dot_product_attention(saved: Any, grad: Tensor) -> Gradients:
         k, v = (
             t.unsqueeze(2).expand(-1, -1, groups, -1, -1).reshape(q.shape[:2] + t.shape[2:]) for t in (k, v)
         )
-    scores = (q @ k.transpose(-2, -1)) * scale
-    if saved.attn_mask is not None:
-        scores = scores + saved.attn_mask.to(acc)
-    if saved.is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    empty = scores.detach().amax(-1, keepdim=True) == -torch.inf  # a query without keys: its output is 0
-    p = torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
+    p = attention_weights(q, k, saved.attn_mask, saved.is_causal, scale)
     dv = p.transpose(-2, -1) @ grad
     dp = grad @ v.transpose(-2, -1)
     ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale

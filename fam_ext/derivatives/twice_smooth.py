@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fam_ext.derivatives.corrections import attention_weights
+
 aten = torch.ops.aten
 Optional = Tensor | None
 
@@ -169,7 +171,7 @@ def _of_attention(
     """Derivatives of <uq, dq> + <uk, dk> + <uv, dv> by grad, q, k and v, where dv = p^T grad, dp = grad v^T,
     ds = scale p (dp - <p, dp>), dq = ds k and dk = ds^T q, with <> a sum over keys.
     """
-    p = _weights(q, k, mask, causal, scale)
+    p = attention_weights(q, k, mask, causal, scale)
     dp = grad @ v.mT
     centered = dp - (p * dp).sum(-1, keepdim=True)
     ds = (p * centered).mul_(scale)
@@ -184,20 +186,6 @@ def _of_attention(
         (of_scores.mT @ q).add_(ds.mT @ uq),
         of_dp.mT @ grad,
     )
-
-
-def _weights(q: Tensor, k: Tensor, mask: Optional, causal: bool, scale: float) -> Tensor:
-    """softmax(scale q k^T + mask), (B, heads, queries, keys); 0 for a query that sees no key."""
-    scores = (q @ k.mT).mul_(scale)
-    if mask is not None:
-        scores = scores + mask.to(scores.dtype)
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores.masked_fill_(future, -torch.inf)
-    if mask is None:
-        return torch.softmax(scores, -1)
-    empty = scores.amax(-1, keepdim=True) == -torch.inf
-    return torch.softmax(scores.masked_fill_(empty, 0), -1).masked_fill_(empty, 0)
 
 
 def activation(node: Any) -> Any:

@@ -177,8 +177,7 @@ class FAMLoss(TrainingCriterion):
         """The total loss; arguments as the criterion takes them.
 
         Args:
-            closure: for method="finite_difference": a function that computes the criterion's loss anew, model included; the
-                other methods do not call it.
+            closure: for method="finite_difference": a function that computes the loss anew, model included; others leave it.
             num_items: loss and kappa are those of the criterion's sum over its terms, divided by this number in place of their
                 own number: for batches that share one mean (gradient accumulation, several ranks).
 
@@ -235,8 +234,7 @@ class FAMLoss(TrainingCriterion):
 
         Args:
             features: (*rows, I). weight: (V, I), of the layer's shape. bias: (V,) or None. target: class indices, (*rows).
-            num_items: divides the sum over rows in place of their own number, for batches that share one mean (gradient
-                accumulation).
+            num_items: divides the sum over rows in place of their own number, as in forward.
             parts: 1 takes some of kappa's products in bfloat16 (see fam_ext.functional.linear_cross_entropy).
 
         Raises:
@@ -264,8 +262,7 @@ class FAMLoss(TrainingCriterion):
         weight: Tensor,
         target: Tensor,
         bias: Tensor | None,
-        num_items: Any,
-        parts: int,
+        *how: Any,  # num_items, parts
     ) -> Tensor:
         weight, bias = sharding.exchange(self.terms[0].module, weight, bias)
         loss = one_pass.FeatureLoss(
@@ -278,8 +275,7 @@ class FAMLoss(TrainingCriterion):
             weight,
             target,
             bias,
-            num_items,
-            parts,
+            *how,
         )
         if not self.training or not self.terms[0].module.training:
             return loss(0.0)[0]

@@ -145,13 +145,14 @@ class _Chunks:
         self.split = options.triton and both_bfloat16 and torch.version.hip is None
         self.parts = options.parts if self.split else 0
         self.copies = max(1, self.parts)  # rows of numbers, in so many parts
-        # W for the products that only the gradient of kappa needs, where they are narrow
-        self.narrow = narrow_weight(weight, acc) if options.parts == 1 and not options.triton else None
         # W takes part in products as it is
         self.direct = self.split or (weight.dtype == acc and 1 in weight.stride())
         self.grads = options.grad_input or options.grad_weight or options.grad_bias
         self.curvature_grads = options.strength != 0  # gradients of kappa; through the Hessian, too:
         self.hessian_grads = self.grads and self.curvature_grads and options.curvature_grad
+        # W for the products that only the gradient of kappa needs, where they are narrow
+        narrow = options.parts == 1 and not options.triton and self.grads and self.curvature_grads
+        self.narrow = narrow_weight(weight, acc) if narrow else None
         self.weight_grad_dtype = weight_grad_dtype(weight, acc, options.accumulate_in_weight_dtype)
         self.in_weight_dtype = self.weight_grad_dtype != acc
         self.block = self._classes_per_block()
