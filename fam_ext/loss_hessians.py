@@ -1,32 +1,21 @@
 """The second derivative of each loss with a closed form, with respect to the loss's input.
 
-`read(criterion)` gives a function of the criterion's arguments after its input; `criterion` is a module, a function, or a
-functools.partial of one. That function returns a LossHessian: the row coefficient c_i of cross-entropy, or the diagonal h of an
-elementwise loss's Hessian, with the reduction included. It checks its arguments against the outputs: shapes and dtypes always,
-values (class indices, variances) where nothing else looks at them.
+A LossHessian holds the arguments of one call of a criterion (`fam_ext.criteria.read` makes it of them), and gives the row
+coefficient c_i of cross-entropy, or the diagonal h of an elementwise loss's Hessian, with the reduction included. It checks its
+arguments against the outputs: shapes and dtypes always, values (class indices, variances) where nothing else looks at them.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fam_ext import _checks
 from fam_ext._dtypes import accumulation_dtype
-from fam_ext.criteria import uncompiled
-from fam_ext.errors import UnsupportedError
 from fam_ext.ops.row_coefficients import cross_entropy_coefficients
 
-SUPPORTED = (
-    "CrossEntropyLoss, MSELoss, BCEWithLogitsLoss, PoissonNLLLoss(log_input=True), GaussianNLLLoss, or their functional forms "
-    "(keyword arguments by functools.partial)"
-)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -35,8 +24,8 @@ class LossHessian:
     """Arguments of one call of a criterion, after its input; `target` may be None where the Hessian does not depend on it.
 
     >>> import torch
-    >>> from fam_ext import loss_hessians
-    >>> bce = loss_hessians.read("example", torch.nn.BCEWithLogitsLoss(reduction="sum"))
+    >>> from fam_ext import criteria
+    >>> bce = criteria.read("example", torch.nn.BCEWithLogitsLoss(reduction="sum"))
     >>> bce(torch.ones(3)).diagonal(torch.zeros(3))
     tensor([0.2500, 0.2500, 0.2500])
     """
@@ -300,102 +289,3 @@ def _rows(outputs: Tensor) -> tuple[int, ...]:
 
 def _soft(target: Tensor | None) -> bool:
     return target is not None and target.is_floating_point()
-
-
-def _legacy(size_average: object, reduce: object) -> None:
-    if size_average is not None or reduce is not None:
-        raise UnsupportedError("FAMLoss: size_average and reduce are not supported; use reduction")
-
-
-def _cross_entropy(
-    target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
-    reduction: str = "mean", label_smoothing: float = 0.0,
-) -> LossHessian:  # fmt: skip
-    _legacy(size_average, reduce)
-    return CrossEntropy(target, reduction, weight, ignore_index, label_smoothing)
-
-
-def _mse(
-    target: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean", weight: Any = None
-) -> LossHessian:
-    _legacy(size_average, reduce)
-    return MeanSquaredError(target, reduction, weight)
-
-
-def _bce(
-    target: Any, weight: Any = None, size_average: Any = None, reduce: Any = None, reduction: str = "mean",
-    pos_weight: Any = None,
-) -> LossHessian:  # fmt: skip
-    _legacy(size_average, reduce)
-    return BinaryCrossEntropy(target, reduction, weight, pos_weight)
-
-
-def _poisson(
-    target: Any, log_input: bool = True, full: bool = False, size_average: Any = None, eps: float = 1e-8,
-    reduce: Any = None, reduction: str = "mean",
-) -> LossHessian:  # fmt: skip
-    _legacy(size_average, reduce)
-    if not log_input:
-        raise UnsupportedError("FAMLoss: poisson_nll_loss has a closed form with log_input=True only")
-    return PoissonNLL(target, reduction)
-
-
-def _gaussian(
-    target: Any, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
-) -> LossHessian:
-    return GaussianNLL(target, reduction, var, eps)
-
-
-_FUNCTIONS: dict[Any, Callable[..., LossHessian]] = {
-    F.cross_entropy: _cross_entropy,
-    F.mse_loss: _mse,
-    F.binary_cross_entropy_with_logits: _bce,
-    F.poisson_nll_loss: _poisson,
-    F.gaussian_nll_loss: _gaussian,
-}
-for _torchs, _ours in _FUNCTIONS.items():
-    _ours.__qualname__ = _torchs.__name__  # what an error of wrong arguments names
-_MODULES: dict[type[nn.Module], Callable[[Any], Callable[..., LossHessian]]] = {
-    nn.CrossEntropyLoss: lambda m: (
-        lambda target: CrossEntropy(target, m.reduction, m.weight, m.ignore_index, m.label_smoothing)
-    ),
-    nn.MSELoss: lambda m: lambda target: MeanSquaredError(target, m.reduction),
-    nn.BCEWithLogitsLoss: lambda m: (
-        lambda target: BinaryCrossEntropy(target, m.reduction, m.weight, m.pos_weight)
-    ),
-    nn.PoissonNLLLoss: lambda m: lambda target: PoissonNLL(target, m.reduction),
-    nn.GaussianNLLLoss: lambda m: lambda target, var: GaussianNLL(target, m.reduction, var, m.eps),
-}
-
-
-def read(caller: str, criterion: object) -> Callable[..., LossHessian]:
-    """How to bind the arguments of `criterion` after its input. Raises UnsupportedError for one without a closed form."""
-    inner: Any = uncompiled(criterion)
-    if isinstance(inner, nn.Module):
-        for kind, bind in _MODULES.items():
-            own_forward = type(inner).forward is not kind.forward or "forward" in vars(inner)
-            if isinstance(inner, kind) and not own_forward:
-                if isinstance(inner, nn.PoissonNLLLoss) and not inner.log_input:
-                    raise UnsupportedError(
-                        f"{caller}: PoissonNLLLoss has a closed form with log_input=True only"
-                    )
-                call = bind(inner)
-                call.__qualname__ = f"{kind.__name__}.forward"  # what an error of wrong arguments names
-                return call
-        name = type(inner).__name__
-    elif callable(inner):
-        given: dict[str, Any] = {}
-        function: Any = inner
-        while isinstance(function, functools.partial):
-            if function.args:
-                raise UnsupportedError(
-                    f"{caller}: a functools.partial criterion may hold keyword arguments only"
-                )
-            given = {**function.keywords, **given}
-            function = function.func
-        if function in _FUNCTIONS:
-            return functools.partial(_FUNCTIONS[function], **given) if given else _FUNCTIONS[function]
-        name = getattr(inner, "__name__", type(inner).__name__)
-    else:
-        _checks.bad_type(caller, "criterion", "a loss module or function", criterion)
-    raise UnsupportedError(f"{caller}: no closed form is known for the criterion {name}; use {SUPPORTED}")

@@ -13,7 +13,7 @@ from inputs import ON_OTHER, network
 from torch import Tensor, nn
 
 import fam_ext
-from fam_ext import FAMLoss, RelativeFlatness, loss_hessians
+from fam_ext import FAMLoss, RelativeFlatness, criteria
 from fam_ext.loss_hessians import CrossEntropy
 
 pytestmark = pytest.mark.on_devices
@@ -57,14 +57,12 @@ def test_diagonal(case: str, reduction: str) -> None:
     function, arguments, options = ELEMENTWISE[case]
     options = {**options, "reduction": reduction}
     z = outputs()
-    bound = loss_hessians.read("test", functools.partial(function, **options))(*arguments)
+    bound = criteria.read("test", functools.partial(function, **options))(*arguments)
     bound.check("test", z)
     bound.check_values("test", z)
     expected = torch_hessian(lambda x: function(x, *arguments, **options), z)
     torch.testing.assert_close(torch.diag(bound.diagonal(z).flatten()), expected, rtol=1e-12, atol=1e-14)
-    none = loss_hessians.read("test", functools.partial(function, **{**options, "reduction": "none"}))(
-        *arguments
-    )
+    none = criteria.read("test", functools.partial(function, **{**options, "reduction": "none"}))(*arguments)
     total = bound.denominator(z) if reduction == "mean" else 1.0
     torch.testing.assert_close(none.diagonal(z).sum() / total, expected.sum())
 
@@ -87,7 +85,7 @@ def test_coefficients(case: str, reduction: str) -> None:
     target, options = CROSS_ENTROPY[case]
     options = {**options, "reduction": reduction}
     z = outputs()
-    bound = loss_hessians.read("test", functools.partial(F.cross_entropy, **options))(target)
+    bound = criteria.read("test", functools.partial(F.cross_entropy, **options))(target)
     bound.check("test", z)
     bound.check_values("test", z)
     torchs = target.long() if case == "bytes" else target  # torch takes bytes without positions only
@@ -115,9 +113,7 @@ def test_the_denominator_joins_batches(case: str) -> None:
     for rows in (slice(0, 1), slice(1, 3)):
         given = [part(a, rows) for a in arguments]
         own = {k: part(v, rows) for k, v in options.items()}
-        count = float(
-            loss_hessians.read("test", functools.partial(function, **own))(*given).denominator(z[rows])
-        )
+        count = float(criteria.read("test", functools.partial(function, **own))(*given).denominator(z[rows]))
         total, counted = total + count * function(z[rows], *given, **own), counted + count
     torch.testing.assert_close(total / counted, function(z, *arguments, **options))
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fam_ext.criteria import SUPPORTED
 from fam_ext.derivatives import corrections, taken_twice, verdicts
 from fam_ext.errors import UnsupportedError
 from fam_ext.hessian import eigenvalue, finite_difference, gauss_newton, hutchinson, loss_factors, memory
@@ -17,7 +18,7 @@ from fam_ext.hessian.products import LayerCall, LayerHessian, products
 from fam_ext.layers import sharding
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.plan import AT_ONCE, Plan, first_products, graph_key, plan_products, rows_taken, signature
-from fam_ext.loss_hessians import SUPPORTED, LossHessian
+from fam_ext.loss_hessians import LossHessian
 from fam_ext.options import EIGENVALUE_MEASURES, Options
 
 

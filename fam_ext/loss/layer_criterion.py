@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext import _checks, criteria, loss_hessians
+from fam_ext import _checks, criteria
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import adapters, attention, sharding
 from fam_ext.layers.find import Selection
@@ -17,6 +17,7 @@ from fam_ext.loss.hidden import weight_product
 from fam_ext.loss.layer_term import LayerTerm
 from fam_ext.loss.one_call import distributed, hidden_calls
 from fam_ext.loss.plan import Plan, Plans
+from fam_ext.loss_hessians import LossHessian
 from fam_ext.options import Options
 
 
@@ -63,7 +64,7 @@ class LayerCriterion(nn.Module):
         why_not = ""
         flattened = criteria.flattened(criterion)
         try:
-            bind = loss_hessians.read(self.options.caller, criterion if flattened is None else flattened.func)
+            bind = criteria.read(self.options.caller, criterion if flattened is None else flattened.func)
         except UnsupportedError as error:
             if self.options.method == "closed_form" or self.options.curvature != "hessian":
                 raise
@@ -177,9 +178,7 @@ class LayerCriterion(nn.Module):
         layers = ", ".join(str(term.module) for term in self.terms)
         return f"layer={layers}, measure={self.options.measure}"
 
-    def _bind_arguments(
-        self, targets: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> loss_hessians.LossHessian | None:
+    def _bind_arguments(self, targets: tuple[Any, ...], kwargs: dict[str, Any]) -> LossHessian | None:
         """The criterion with its arguments, where its second derivative is known."""
         return None if self._bind is None else self._bind(*targets, **kwargs)
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from fam_ext.criteria import uncompiled
+from fam_ext.criteria import SUPPORTED, uncompiled
 from fam_ext.errors import UnsupportedError
 from fam_ext.head.one_pass import check_num_items
-from fam_ext.loss_hessians import SUPPORTED
 from fam_ext.options import Options
 
 _WAY_OUT = "pass a criterion with reduction='sum', and divide by num_items yourself"
@@ -29,7 +28,7 @@ def summed(
     """Within it `criterion` sums over its terms: a module's `reduction` is "sum", a function gets it as an argument.
 
     Args:
-        known: how the criterion's arguments are bound (fam_ext.loss_hessians.read), None where nothing is known about it.
+        known: how the criterion's arguments are bound (fam_ext.criteria.read), None where nothing is known about it.
         targets, kwargs: the call's arguments after the outputs; what is yielded stands for the keyword arguments.
         num_items: what the sum is to be divided by, which is checked.
 

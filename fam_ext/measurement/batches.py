@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_ext import _checks, criteria, loss_hessians
+from fam_ext import _checks, criteria
 from fam_ext.errors import UnsupportedError
+from fam_ext.loss_hessians import LossHessian
 
 NAME = "measure"
 
@@ -102,14 +103,14 @@ def batch_weight(criterion: Any, outputs: Any, targets: Any) -> tuple[float, flo
     return size, size
 
 
-def bound(criterion: Any, outputs: Any, targets: Any) -> tuple[loss_hessians.LossHessian | None, Any]:
+def bound(criterion: Any, outputs: Any, targets: Any) -> tuple[LossHessian | None, Any]:
     """(the criterion with its targets, None where it is not known; the outputs as it takes them)."""
     inside = criteria.flattened(criterion)
     if inside is not None:
         criterion = inside.func
         outputs, (targets,) = inside.arguments(outputs, (targets,))
     try:
-        return loss_hessians.read(NAME, criterion)(targets), outputs
+        return criteria.read(NAME, criterion)(targets), outputs
     except UnsupportedError:
         return None, outputs
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fam_ext import loss_hessians
+from fam_ext import criteria
 from fam_ext.hessian import loss_factors
+from fam_ext.loss_hessians import LossHessian
 
 
 def cross_entropy() -> tuple[Any, Tensor, Tensor]:
@@ -56,8 +57,8 @@ def logits(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def known(criterion: Any, target: Tensor) -> loss_hessians.LossHessian:
-    return loss_hessians.read("test", criterion)(target)
+def known(criterion: Any, target: Tensor) -> LossHessian:
+    return criteria.read("test", criterion)(target)
 
 
 def hessian(criterion: Any, z: Tensor, target: Tensor) -> Tensor:
