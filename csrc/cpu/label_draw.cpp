@@ -1,4 +1,5 @@
-// A label for every row of probabilities p, drawn from q_y ~ p_y |e_y - p|^2 = p_y (1 - 2 p_y + |p|^2), and sqrt(p_y / q_y).
+// Factors sqrt(c p_y / q_y) (e_y - p) of softmax's curvature, with a label for every row of probabilities p, drawn from
+// q_y ~ p_y |e_y - p|^2 = p_y (1 - 2 p_y + |p|^2).
 #include "label_draw.h"
 
 #include <ATen/ATen.h>
@@ -6,7 +7,9 @@
 #include <ATen/cpu/vec/functional.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 namespace fam_ext {
@@ -72,6 +75,9 @@ class Row {
     return last;
   }
 
+  // 1 - p_y, of positive numbers
+  double others(int64_t y) const { return y == top_ ? rest_ : 1 - double(p_[y]); }
+
   double stretch(int64_t label) const {
     return total_ <= kVanishes ? 1 : std::sqrt(total_ / distance(label));  // NaN where the row holds NaN
   }
@@ -115,35 +121,123 @@ class Row {
   double rest_ = 0, squares_ = 0, norm_ = 0, total_ = 0;
 };
 
-std::pair<Tensor, Tensor> draw_labels(const Tensor& p, const Tensor& shares) {
-  TORCH_CHECK(p.dim() == 2 && p.is_cpu() && p.is_contiguous() && p.size(1) > 0, "draw_labels: expected p (N, O)");
-  TORCH_CHECK(shares.is_cpu() && shares.is_contiguous() && shares.numel() == p.size(0) && shares.dtype() == p.dtype(),
-              "draw_labels: expected a share for every row, of the dtype of p");
-  const Tensor labels = at::empty({p.size(0), 1}, p.options().dtype(at::kLong).requires_grad(false));
-  const Tensor stretch = at::empty({p.size(0), 1}, p.options().requires_grad(false));
-  const int64_t classes = p.size(1), grain = std::max<int64_t>(1, 32768 / classes);
+template <typename T>
+void softmax(const T* z, T* p, int64_t n) {
+  using Vec = at::vec::Vectorized<T>;
+  const Vec most(largest(z, n));
+  double sum = 0;
+  for (int64_t begin = 0; begin < n; begin += kSegment) {
+    const int64_t size = std::min(kSegment, n - begin);
+    at::vec::map<T>([&](const Vec& x) { return (x - most).exp(); }, p + begin, z + begin, size);
+    sum += at::vec::reduce_all<T>([](const Vec& a, const Vec& b) { return a + b; }, p + begin, size);
+  }
+  const Vec inverse(static_cast<T>(1 / sum));
+  at::vec::map<T>([&](const Vec& x) { return x * inverse; }, p, p, n);
+}
+
+template <typename T>
+T dot(const T* a, const T* b, int64_t n) {
+  using Vec = at::vec::Vectorized<T>;
+  return at::vec::map2_reduce_all<T>([](const Vec& x, const Vec& y) { return x * y; },
+                                     [](const Vec& x, const Vec& y) { return x + y; }, a, b, n);
+}
+
+int64_t grain(int64_t classes) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, classes)); }
+
+void check_rows(const char* name, const Tensor& rows) {
+  TORCH_CHECK(rows.dim() == 2 && rows.is_cpu() && rows.is_contiguous() && rows.size(1) > 0, name, ": expected rows (N, O)");
+}
+
+void check_numbers(const char* name, const Tensor& rows, const Tensor& numbers) {
+  TORCH_CHECK(numbers.is_cpu() && numbers.is_contiguous() && numbers.numel() == rows.size(0) &&
+                  numbers.dtype() == rows.dtype(),
+              name, ": expected a number for every row, of its dtype");
+}
+
+// (u, p, y, scale) of logits z (N, O): p = softmax(z), u = scale (e_y - p) with scale = sign sqrt(c p_y / q_y). A row with c = 0
+// is not read and has zeros.
+std::tuple<Tensor, Tensor, Tensor, Tensor> drawn_factors(const Tensor& z, const Tensor& c, const Tensor& shares,
+                                                         const Tensor& signs) {
+  constexpr const char* name = "drawn_factors";
+  check_rows(name, z);
+  for (const Tensor& numbers : {c, shares, signs}) check_numbers(name, z, numbers);
+  const auto options = z.options().requires_grad(false);
+  const Tensor u = at::empty(z.sizes(), options), p = at::empty(z.sizes(), options);
+  const Tensor labels = at::empty({z.size(0)}, options.dtype(at::kLong)), scales = at::empty({z.size(0)}, options);
+  const int64_t classes = z.size(1);
   const pybind11::gil_scoped_release no_gil;
-  AT_DISPATCH_FLOATING_TYPES(p.scalar_type(), "draw_labels", [&] {
-    const auto* rows = p.const_data_ptr<scalar_t>();
-    const auto* share = shares.const_data_ptr<scalar_t>();
+  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), name, [&] {
+    using Vec = at::vec::Vectorized<scalar_t>;
+    const auto *logits = z.const_data_ptr<scalar_t>(), *coefficient = c.const_data_ptr<scalar_t>();
+    const auto *share = shares.const_data_ptr<scalar_t>(), *sign = signs.const_data_ptr<scalar_t>();
+    auto *of_u = u.mutable_data_ptr<scalar_t>(), *of_p = p.mutable_data_ptr<scalar_t>();
     auto* label = labels.mutable_data_ptr<int64_t>();
-    auto* length = stretch.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, p.size(0), grain, [&](int64_t begin, int64_t end) {
+    auto* scale = scales.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, z.size(0), grain(classes), [&](int64_t begin, int64_t end) {
       std::vector<Segment> segments;
       for (int64_t i = begin; i < end; ++i) {
-        const Row<scalar_t> row(rows + i * classes, classes, segments);
-        label[i] = row.label(share[i]);
-        length[i] = static_cast<scalar_t>(row.stretch(label[i]));
+        scalar_t *own_u = of_u + i * classes, *own_p = of_p + i * classes;
+        if (coefficient[i] == 0) {
+          std::fill_n(own_u, classes, scalar_t(0));
+          std::fill_n(own_p, classes, scalar_t(0));
+          label[i] = 0, scale[i] = 0;
+          continue;
+        }
+        softmax(logits + i * classes, own_p, classes);
+        const Row<scalar_t> row(own_p, classes, segments);
+        const int64_t y = label[i] = row.label(share[i]);
+        scale[i] = static_cast<scalar_t>(sign[i] * std::sqrt(double(coefficient[i])) * row.stretch(y));
+        const Vec minus(-scale[i]);
+        at::vec::map<scalar_t>([&](const Vec& x) { return x * minus; }, own_u, own_p, classes);
+        own_u[y] = static_cast<scalar_t>(scale[i] * row.others(y));
       }
     });
   });
-  return {labels, stretch};
+  return {u, p, labels, scales};
+}
+
+// The gradient by z of drawn_factors' u, with sqrt(p_y / p_y) in it, of which the denominator is a constant.
+Tensor drawn_factors_backward(const Tensor& grad, const Tensor& u, const Tensor& p, const Tensor& labels,
+                              const Tensor& scales) {
+  constexpr const char* name = "drawn_factors_backward";
+  for (const Tensor& rows : {grad, u, p}) check_rows(name, rows);
+  TORCH_CHECK(grad.sizes() == u.sizes() && grad.dtype() == u.dtype(), name, ": expected a gradient like u");
+  check_numbers(name, u, scales);
+  const Tensor dz = at::empty(u.sizes(), u.options().requires_grad(false));
+  const int64_t classes = u.size(1);
+  const pybind11::gil_scoped_release no_gil;
+  AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), name, [&] {
+    using Vec = at::vec::Vectorized<scalar_t>;
+    const auto *of_grad = grad.const_data_ptr<scalar_t>(), *of_u = u.const_data_ptr<scalar_t>();
+    const auto *of_p = p.const_data_ptr<scalar_t>(), *scale = scales.const_data_ptr<scalar_t>();
+    const auto* label = labels.const_data_ptr<int64_t>();
+    auto* of_dz = dz.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, u.size(0), grain(classes), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = i * classes, y = label[i];
+        scalar_t* own = of_dz + at;
+        if (scale[i] == 0) {
+          std::fill_n(own, classes, scalar_t(0));
+          continue;
+        }
+        const scalar_t along = dot(of_grad + at, of_u + at, classes) / 2;  // by log p_y
+        const scalar_t mean = dot(of_grad + at, of_p + at, classes);
+        const Vec s(scale[i]), rest(scale[i] * mean - along);
+        at::vec::map2<scalar_t>([&](const Vec& g, const Vec& q) { return q * (rest - s * g); }, own, of_grad + at, of_p + at,
+                                classes);
+        const scalar_t others = of_u[at + y] / scale[i];  // 1 - p_y
+        own[y] = along * others + scale[i] * of_p[at + y] * (mean - of_grad[at + y]);
+      }
+    });
+  });
+  return dz;
 }
 
 }  // namespace
 
 void bind_label_draw(pybind11::module_& m) {
-  m.def("draw_labels", &draw_labels, "Labels (N, 1) of rows of probabilities, and sqrt(p_y / q_y)");
+  m.def("drawn_factors", &drawn_factors, "Factors u (N, O) of rows of logits, p, the labels y and scales (N,)");
+  m.def("drawn_factors_backward", &drawn_factors_backward, "The gradient by the logits from that by u");
 }
 
 }  // namespace fam_ext

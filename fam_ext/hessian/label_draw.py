@@ -1,16 +1,55 @@
-"""A label for every row of probabilities, drawn so that all labels' factors of the Hessian have one length."""
+"""Factors of softmax cross-entropy's Hessian from a drawn label in every row, such that all labels' factors have one length."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fam_ext.ops import backends
+from fam_ext.ops.row_coefficients import clear_rows
 
 _VANISHES = 1e-30  # a sum of weights below which a row has no curvature to speak of
-_native: Any = backends.native_function("draw_labels")
+_native: Any = backends.native_function("drawn_factors")
+_native_backward: Any = backends.native_function("drawn_factors_backward")
+
+
+def factors(z: Tensor, c: Tensor, dim: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of (share, sign) that returns u = sign sqrt(c p_y / q_y) (e_y - p), of the shape of the logits z.
+
+    Classes lie in dimension `dim` of z; c >= 0 is of the rows' shape, share in [0, 1) and sign of that and 1. Labels are those of
+    `draw`. The mean of u u^T over uniform shares is c (diag(p) - p p^T), and its derivative that of the mean: q and the
+    denominator of sqrt(p_y / p_y), which stands in u as well, are held constant. A row with c = 0 has zeros, whatever it holds.
+    """
+    rows = z.movedim(dim, -1)
+    if _native is not None and z.device.type == "cpu" and type(z) is Tensor and rows.shape[-1]:
+
+        def natively(share: Tensor, sign: Tensor) -> Tensor:
+            flat = rows.reshape(-1, rows.shape[-1]).contiguous()
+            numbers = [t.detach().to(z.dtype).reshape(-1).contiguous() for t in (c, share, sign)]
+            u: Tensor = _DrawnFactors.apply(flat, *numbers)  # type: ignore[no-untyped-call]
+            return u.view(rows.shape).movedim(-1, dim)
+
+        return natively
+    return in_torch(z, c, dim)
+
+
+def in_torch(z: Tensor, c: Tensor, dim: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """`factors` in plain PyTorch."""
+    log_p = torch.log_softmax(clear_rows(z, c, dim), dim)
+    p = log_p.detach().exp()
+    root = c.detach().sqrt().unsqueeze(dim)
+
+    def drawn(share: Tensor, sign: Tensor) -> Tensor:
+        label, stretch = draw(p.movedim(dim, -1), share)
+        scale = root * (stretch * sign).movedim(-1, dim)
+        u: Tensor = _Score.apply(log_p, p, label.movedim(-1, dim), scale, dim)  # type: ignore[no-untyped-call]
+        return u
+
+    return drawn
 
 
 def draw(p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,15 +58,6 @@ def draw(p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     y is the first label at which the sum of these weights exceeds `share` (..., 1) of their total, so shares that are uniform
     on [0, 1) draw from q. A row without curvature has its most likely label and 1; one with NaN has NaN in place of the root.
     """
-    if _native is not None and p.device.type == "cpu" and type(p) is Tensor and p.shape[-1]:
-        rows = p.reshape(-1, p.shape[-1]).contiguous()
-        labels, stretch = _native(rows, share.to(p.dtype).reshape(-1).contiguous())
-        return labels.reshape(share.shape), stretch.reshape(share.shape)
-    return in_torch(p, share)
-
-
-def in_torch(p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in plain PyTorch."""
     top = p.argmax(-1, keepdim=True)
     others, likely = p.scatter(-1, top, 0.0), p.gather(-1, top)
     rest, squares = others.sum(-1, keepdim=True), others.square().sum(-1, keepdim=True)
@@ -40,3 +70,40 @@ def in_torch(p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     distance = torch.where(labels == top, of_top, 1 + norm - 2 * p.gather(-1, labels))
     vanishes = total <= _VANISHES
     return torch.where(vanishes, top, labels), torch.where(vanishes, 1.0, (total / distance).sqrt())
+
+
+class _DrawnFactors(torch.autograd.Function):
+    """u of logits (N, O), by the compiled library."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, c: Tensor, share: Tensor, sign: Tensor) -> Tensor:
+        u, *others = _native(z, c, share, sign)
+        ctx.save_for_backward(u, *others)
+        result: Tensor = u
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _native_backward(grad.contiguous(), *ctx.saved_tensors), None, None, None
+
+
+class _Score(torch.autograd.Function):
+    """scale (e_y - p) sqrt(p_y / p_y), of which the denominator and scale are constants; for log p that is a log_softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, p: Tensor, label: Tensor, scale: Tensor, dim: int) -> Tensor:
+        others = p.scatter(dim, label, 0.0)
+        score = (
+            others.neg().scatter_(dim, label, others.sum(dim, keepdim=True)).mul_(scale)
+        )  # 1 - p_y would cancel
+        ctx.save_for_backward(p, label, scale, score)
+        ctx.dim = dim
+        return score
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        p, label, scale, score = ctx.saved_tensors
+        along = 0.5 * (grad * score).sum(ctx.dim, keepdim=True)  # by log p_y
+        return (grad * p).mul_(-scale).scatter_add_(ctx.dim, label, along), None, None, None, None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.hessian import label_draw
@@ -63,32 +61,14 @@ def sampled_factors(
         for _ in range(probes):
             yield h * rademacher(h.shape, h, generator)
         return
-    dim, log_p, root = _softmax(loss_hessian, outputs)
-    p = log_p.detach().exp()
-    last = p.movedim(dim, -1)
+    dim = 0 if outputs.dim() == 1 else 1
+    c = loss_hessian.coefficients(outputs)
+    z = outputs.to(torch.promote_types(outputs.dtype, c.dtype))
+    drawn = label_draw.factors(z, c, dim)
+    rows = [size for d, size in enumerate(z.shape) if d != dim]
     for _ in range(probes):
-        share = torch.rand((*last.shape[:-1], 1), generator=generator, device=p.device, dtype=p.dtype)
-        label, stretch = label_draw.draw(last, share)
-        scale = root * (stretch * rademacher(label.shape, stretch, generator)).movedim(-1, dim)
-        yield _Score.apply(log_p, p, label.movedim(-1, dim), scale, dim)  # type: ignore[no-untyped-call]
-
-
-class _Score(torch.autograd.Function):
-    """root (e_y - p) sqrt(p_y / p_y), of which the denominator and root are constants; for log p that is a log_softmax."""
-
-    @staticmethod
-    def forward(ctx: Any, log_p: Tensor, p: Tensor, label: Tensor, root: Tensor, dim: int) -> Tensor:
-        score = p.neg().scatter_add_(dim, label, torch.ones_like(label, dtype=p.dtype)).mul_(root)
-        ctx.save_for_backward(p, label, root, score)
-        ctx.dim = dim
-        return score
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        p, label, root, score = ctx.saved_tensors
-        along = 0.5 * (grad * score).sum(ctx.dim, keepdim=True)  # by log p_y
-        return (grad * p).mul_(-root).scatter_add_(ctx.dim, label, along), None, None, None, None
+        share = torch.rand((*rows, 1), generator=generator, device=z.device, dtype=z.dtype)
+        yield drawn(share, rademacher(share.shape, share, generator))
 
 
 def empirical_factors(

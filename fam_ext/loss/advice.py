@@ -62,3 +62,12 @@ class Advice:
         if kind not in self.given:
             self.given.add(kind)
             warnings.warn(f"FAMLoss: {text} (said once; docs/strength.md)", stacklevel=5)
+
+
+def warn_of_a_guess(module: object, guess: str) -> None:
+    """The layer that for_model chose by itself, by the rule `guess`, is not the head that it is meant to be."""
+    warnings.warn(
+        f"FAMLoss.for_model: no layer was named, and {guess} gave {module}, whose output is not what the criterion receives: "
+        "kappa is that of a layer inside the network. Name the layer to choose it",
+        stacklevel=4,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from fam_ext.head import one_pass
+from fam_ext.hessian.estimate import Estimate
 from fam_ext.layers import sharding
 from fam_ext.layers.find import select_layers, select_with_strengths
+from fam_ext.loss.advice import warn_of_a_guess
 from fam_ext.loss.layer_criterion import outside_graph
 from fam_ext.loss.num_items import summed
-from fam_ext.loss.one_call import LossCall, check_attached, head_calls, loss_and_terms
+from fam_ext.loss.one_call import (
+    HeadCall,
+    LossCall,
+    check_attached,
+    head_calls,
+    hidden_terms,
+    loss_and_terms,
+    one_pass_head,
+)
 from fam_ext.loss.plan import CLOSED_FORM, UNUSED
 from fam_ext.loss.step_record import StepRecord
 from fam_ext.loss.training_criterion import TrainingCriterion
@@ -105,14 +114,11 @@ class FAMLoss(TrainingCriterion):
             generator, backend, per_sample_probes, max_bytes, hold_statistics,
         )  # fmt: skip
         super().__init__(criterion, layer, options, strength, every)
-        self._one_pass = (  # what of it does not change from step to step
-            options.closed_form
-            and measure == "neuronwise"
-            and self.terms[0].layer.linear
-            and not self.terms[0].layer.input_first
-            and len(self.terms) == 1
-        )
-        self._ordinary = self._one_pass and curvature in ("hessian", "ggn") and backend in ("auto", "native")
+        alone = len(self.terms) == 1  # beside others a head's operation cannot be differentiated twice
+        self._one_pass = options.closed_form and measure == "neuronwise"
+        self._one_pass &= alone or (curvature != "hessian" and method == "auto")
+        self._ordinary = self._one_pass and backend in ("auto", "native")
+        self._head = self.terms[0]  # of several layers the one that was found to be a head
         self._guess: str | None = None  # how for_model chose a layer that was not named
 
     @classmethod
@@ -303,7 +309,7 @@ class FAMLoss(TrainingCriterion):
                 plain = plain / items
             self._finish(StepRecord(plain.detach(), None, 0.0))
             return plain
-        options, term = self.options, self.terms[0]
+        options, term, several = self.options, self._head, len(self.terms) > 1
         criterion: Any = self._modules.get("criterion")  # None: a function
         if self._flattened is not None:
             criterion = self._flattened.func
@@ -311,61 +317,66 @@ class FAMLoss(TrainingCriterion):
         loss_hessian: Any = None
         if self._bind is not None and (options.closed_form or options.curvature != "hessian"):
             loss_hessian = self._bind(*targets, **kwargs)
-        one_operation = (  # the one gate: whether head_cross_entropy stands for criterion and term
+        one_operation = (  # the one gate: whether head_cross_entropy stands for criterion and head
             self._one_pass
             and isinstance(strength, float)
             and one_pass.applies(criterion, loss_hessian, outputs)
         )
         taken = None
-        if one_operation and self._ordinary:
+        ordinary = one_operation and self._ordinary and (not several or term.plan is CLOSED_FORM)
+        if ordinary and (options.curvature != "fisher" or loss_hessian.fisher()):
             taken = one_pass.ordinary_step(
                 options, term.layer, term.captures, outputs, loss_hessian, strength, term.factor
             )
+        criterion = self.criterion if criterion is None else criterion
+        call = LossCall(criterion, outputs, targets, kwargs, loss_hessian, closure)
         if taken is None:
-            criterion = self.criterion if criterion is None else criterion
-            call = LossCall(criterion, outputs, targets, kwargs, loss_hessian, closure)
             heads = head_calls(options, self.terms, call, self._no_closed_form)
-            head = heads[0]
-            if head is None or not one_operation or sharding.is_dtensor(head.weight):
-                value, (kappa, error) = loss_and_terms(options, self.terms, heads, call)
-                loss: Any = value
-                if items is not None:
-                    loss, kappa = loss / items, kappa / items
-                    error = None if error is None else error / items
-                if self._guess is not None:
-                    self._warn_of_a_guess(self._guess)
-                if isinstance(strength, TargetRatio):
-                    strength = strength.update(sharding.local(loss), kappa)
-                alone = loss.detach()
-                if type(loss) is Tensor:
-                    total: Tensor = loss + strength * kappa
-                else:
-                    total, alone = sharding.add(options.caller, loss, strength * kappa), sharding.local(alone)
-                self._finish(StepRecord(total.detach(), kappa.detach(), strength, alone, error))
-                return total
+            found = one_pass_head(self.terms, heads) if one_operation else None
+            if found is None:
+                return self._sum_of_parts(call, heads, strength, items)
+            head, term = found
+            self._head = term
             taken = one_pass.from_logits(
                 options, outputs, head.features, head.weight, head.rows, loss_hessian, strength, term.factor
             )
         elif term.plan is not CLOSED_FORM:
             term.record_plan(CLOSED_FORM)
-        total, kappa = taken
+        (total, kappa), error = taken, None
+        if several:
+            others = [t for t in self.terms if t is not term]
+            hidden = hidden_terms(options, others, call, total, outputs)
+            if hidden:
+                rest, error = Estimate.total(hidden)
+                total, kappa = total + strength * rest, kappa + rest.detach()
         if items is not None:
             total, kappa = total / items, kappa / items
-        self._finish(StepRecord(total.detach(), kappa, strength))
+            error = None if error is None else error / items
+        self._finish(StepRecord(total.detach(), kappa, strength, None, error))
         return total
 
-    def _warn_of_a_guess(self, guess: str) -> None:
-        """The default layer of for_model is meant to be the head."""
-        term = self.terms[0]
-        if term.plan in (None, UNUSED):
-            return
-        if term.plan is not CLOSED_FORM and self.options.closed_form and self._bind is not None:
-            warnings.warn(
-                f"FAMLoss.for_model: no layer was named, and {guess} gave {term.module}, whose output is not what the "
-                "criterion receives: kappa is that of a layer inside the network. Name the layer to choose it",
-                stacklevel=3,
-            )
-        self._guess = None
+    def _sum_of_parts(
+        self, call: LossCall, heads: Sequence[HeadCall | None], strength: Any, items: Any
+    ) -> Tensor:
+        """The criterion's own loss, and to it the terms."""
+        value, (kappa, error) = loss_and_terms(self.options, self.terms, heads, call)
+        loss: Any = value
+        if items is not None:
+            loss, kappa = loss / items, kappa / items
+            error = None if error is None else error / items
+        if self._guess is not None and self.plan not in (None, UNUSED):
+            if self.plan is not CLOSED_FORM and self.options.closed_form and self._bind is not None:
+                warn_of_a_guess(self.terms[0].module, self._guess)
+            self._guess = None
+        if isinstance(strength, TargetRatio):
+            strength = strength.update(sharding.local(loss), kappa)
+        alone = loss.detach()
+        if type(loss) is Tensor:
+            total: Tensor = loss + strength * kappa
+        else:
+            total, alone = sharding.add(self.options.caller, loss, strength * kappa), sharding.local(alone)
+        self._finish(StepRecord(total.detach(), kappa.detach(), strength, alone, error))
+        return total
 
     def _perturbed(
         self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], items: Any = None

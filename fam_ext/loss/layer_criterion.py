@@ -184,7 +184,7 @@ class LayerCriterion(nn.Module):
 
     def weight_product(self, loss: Tensor, direction: Tensor) -> Tensor:
         """H D of one loss for the first layer, without graph; both in canonical layout (fam_ext.layers.linear_map)."""
-        (hidden,) = hidden_calls(self.options, self.terms[:1], loss, distributed())
+        (hidden,) = hidden_calls(self.options, self.terms[:1], loss, loss, distributed())
         with sharding.held():
             return weight_product(self.options, loss, hidden, direction)
 

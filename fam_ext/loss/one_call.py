@@ -182,19 +182,43 @@ def loss_and_terms(
             estimates.append(difference_term(term, closure, per_sample))
     elif others:
         assert loss is not None
-        sharded = distributed()
-        hidden = hidden_calls(options, others, loss, sharded)
-        if hidden:
-            with sharding.held() if sharded else nullcontext():
-                if options.curvature == "hessian":
-                    estimates += hessian_terms(options, loss, hidden, per_sample)
-                else:
-                    estimates += positive_terms(options, outputs, hidden, loss_hessian, per_sample)
-        elif not estimates:  # every layer was skipped in this step
-            estimates.append(
-                Estimate(torch.zeros((), dtype=accumulation_dtype(loss), device=loss.device), None)
-            )
+        estimates += hidden_terms(options, others, call, loss, loss, not estimates)
     return loss, estimates[0] if len(estimates) == 1 else Estimate.total(estimates)
+
+
+def one_pass_head(
+    terms: Sequence[LayerTerm], heads: Sequence[HeadCall | None]
+) -> tuple[HeadCall, LayerTerm] | None:
+    """The only head among the layers, where it is a linear layer as head_cross_entropy takes it."""
+    found = [(head, term) for head, term in zip(heads, terms, strict=True) if head is not None]
+    if len(found) != 1:
+        return None
+    head, term = found[0]
+    fits = term.layer.linear and not term.layer.input_first and not sharding.is_dtensor(head.weight)
+    return (head, term) if fits else None
+
+
+def hidden_terms(
+    options: Options,
+    terms: Sequence[LayerTerm],
+    call: LossCall,
+    loss: Tensor,
+    graph_of: Tensor,
+    alone: bool = False,
+) -> list[Estimate]:
+    """The terms of hidden layers, whose calls are looked for in the graph of `graph_of`: the loss, or what the criterion received
+    where the loss depends on the layers through that only. Where this step skipped all of them: nothing, or if `alone` a zero.
+    """
+    sharded = distributed()
+    hidden = hidden_calls(options, terms, loss, graph_of, sharded)
+    if hidden:
+        with sharding.held() if sharded else nullcontext():
+            if options.curvature == "hessian":
+                return hessian_terms(options, loss, hidden, call.per_sample)
+            return positive_terms(options, call.outputs, hidden, call.loss_hessian, call.per_sample)
+    if not alone:
+        return []
+    return [Estimate(torch.zeros((), dtype=accumulation_dtype(loss), device=loss.device), None)]
 
 
 def _check_hooks(caller: str, call: LossCall, loss: Any) -> None:
@@ -212,9 +236,10 @@ def _check_hooks(caller: str, call: LossCall, loss: Any) -> None:
 
 
 def hidden_calls(
-    options: Options, terms: Sequence[LayerTerm], loss: Tensor, sharded: bool
+    options: Options, terms: Sequence[LayerTerm], loss: Tensor, graph_of: Tensor, sharded: bool
 ) -> list[HiddenCall]:
-    """The calls of layers that `loss` depends on, by one walk of its graph; a layer that this step skipped is left out.
+    """The calls of layers that `loss` depends on, by one walk of the graph of `graph_of`; a layer that this step skipped is left
+    out.
 
     Raises UnsupportedError where a layer has no call that the loss depends on.
     """
@@ -233,7 +258,7 @@ def hidden_calls(
         if term.captures.owners:  # FSDP2 exchanges the parameters with their shards
             term.captures.gather()
             of_layer += term.module.parameters()
-    walks = graph_walk.find(loss, [term.captures for term in terms], parameters)
+    walks = graph_walk.find(graph_of, [term.captures for term in terms], parameters)
     if sharded:
         sharding.check_flat(caller, (getattr(node, "variable", None) for node in walks[0].nodes))
     hidden = []

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from fam_ext.hessian import label_draw
 
-FORMS = pytest.mark.parametrize("draw", [label_draw.draw, label_draw.in_torch], ids=["draw", "in_torch"])
+compiled = pytest.mark.skipif(label_draw._native is None, reason="needs the compiled library")
+
+
+def natively(p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """As `draw`, from the compiled library's factors of log p."""
+    z, one = p.log().reshape(-1, p.shape[-1]), torch.ones(share.numel(), dtype=p.dtype)
+    *_, labels, stretch = label_draw._native(z.contiguous(), one, share.reshape(-1), one)
+    return labels.view(share.shape), stretch.view(share.shape)
+
+
+FORMS = pytest.mark.parametrize("draw", [label_draw.draw, pytest.param(natively, marks=compiled)])
 
 
 def chances(p: Tensor) -> Tensor:
@@ -36,21 +46,26 @@ def test_every_label_has_its_share(draw: object, classes: int, spread: float) ->
     assert (in_order >= 0).all()  # the first label whose sum of weights exceeds the share
 
 
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 10, 1023, 1024, 1025, 5000])
 @pytest.mark.parametrize("spread", [0.0, 3.0, 200.0])
 def test_both_forms_agree(dtype: torch.dtype, classes: int, spread: float) -> None:
-    """But where a share lies within rounding of the border between two labels."""
-    p = (spread * torch.randn(2, 50, classes, dtype=dtype)).softmax(2)
-    share = torch.rand(2, 50, 1, dtype=dtype)
-    labels, stretch = label_draw.draw(p, share)
-    others, roots = label_draw.in_torch(p, share)
-    same = labels == others
-    assert same.double().mean() >= 0.97 and labels.shape == share.shape
-    torch.testing.assert_close(stretch[same], roots[same], rtol=1e-4, atol=0)
-    torch.testing.assert_close(
-        label_draw.draw(p.mT.contiguous().mT, share), (labels, stretch), rtol=0, atol=0
-    )
+    """Factors and gradients, but where a share lies within rounding of the border between two labels."""
+    z = (spread * torch.randn(5, classes, 11, dtype=dtype)).requires_grad_()
+    c, share = torch.rand(5, 11, dtype=dtype), torch.rand(5, 11, 1, dtype=dtype)
+    sign, upstream = torch.rand(5, 11, 1).round() * 2 - 1, torch.randn_like(z)
+    c[0, :3] = 0
+    with torch.no_grad():
+        z[0, :, :2] = torch.tensor([torch.nan, torch.inf])
+    forms = [make(z, c, 1)(share, sign) for make in (label_draw.factors, label_draw.in_torch)]
+    gradients = [torch.autograd.grad(u, z, upstream)[0] for u in forms]
+    same = (forms[0].argmax(1) == forms[1].argmax(1)) & (forms[0].argmin(1) == forms[1].argmin(1))
+    assert same.double().mean() >= 0.96 and forms[0].shape == z.shape
+    near = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-13}
+    for ours, torchs in (forms, gradients):
+        assert (ours[0, :, :3] == 0).all() and ours.isfinite().all()
+        torch.testing.assert_close(ours.movedim(1, 2)[same], torchs.movedim(1, 2)[same], **near)
 
 
 @FORMS
