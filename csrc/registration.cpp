@@ -6,6 +6,7 @@
 #include "head_cross_entropy_python.h"
 #include "label_draw.h"
 #include "noise_python.h"
+#include "smooth_activation.h"
 
 TORCH_LIBRARY(fam_ext, m) {
   m.def("softmax_trace(Tensor logits, Tensor weight, bool pairwise) -> (Tensor, Tensor)");
@@ -66,4 +67,5 @@ PYBIND11_MODULE(_C, m) {
   fam_ext::bind_head_cross_entropy(m);
   fam_ext::bind_label_draw(m);
   fam_ext::bind_noise(m);
+  fam_ext::bind_smooth_activation(m);
 }

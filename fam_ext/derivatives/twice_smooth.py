@@ -1,22 +1,26 @@
 """GELU, SiLU, layer_norm and attention for gradients that are differentiated once more (fam_ext.derivatives.taken_twice).
 
 torch forms these derivatives from a dozen operations each, every one of which reads and writes the whole activation; that of the
-CPU's flash attention it lacks. Here the gradient's value is at hand, and its derivative is written out once.
+CPU's flash attention it lacks. Here the gradient's value is at hand, and its derivative is written out once; that of activations
+is one pass in C++ on the CPU (csrc/cpu/smooth_activation.cpp).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fam_ext.derivatives.corrections import attention_weights
+from fam_ext.ops import backends
 
 aten = torch.ops.aten
+_native: Any = backends.native_function("smooth_activation")
 Optional = Tensor | None
 
 
@@ -27,50 +31,70 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
-    """The second derivative of x (1 + tanh k) / 2 with k = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """The second derivative of x (1 + t) / 2 with t = tanh k and k = sqrt(2 / pi) (x + 0.044715 x^3)."""
     c, a = math.sqrt(2 / math.pi), 0.044715
     square = x.square()
-    t = square.mul(a).add_(1).mul_(x).mul_(c).tanh_()
+    twice_k = square.mul(a).add_(1).mul_(x).mul_(2 * c)
+    below, above = torch.sigmoid(twice_k), torch.sigmoid(twice_k.neg_())  # (1 + t) / 2 and (1 - t) / 2
     slope = square.mul_(3 * a * c).add_(c)  # k'
-    inner = (t * slope).mul_(slope).mul_(-2).add_(x, alpha=6 * a * c)  # k'' - 2 t k'^2
+    inner = ((below - above) * slope).mul_(slope).mul_(-2).add_(x, alpha=6 * a * c)  # k'' - 2 t k'^2
     inner.mul_(x).mul_(0.5).add_(slope)
-    return inner.mul_(t.square_().neg_().add_(1))
+    return inner.mul_(below.mul_(above).mul_(4))
 
 
 def _silu(x: Tensor) -> Tensor:
-    """s (1 - s) (2 + x (1 - 2 s)) with s = sigmoid(x)."""
-    s = torch.sigmoid(x)
-    inner = s.mul(-2).add_(1).mul_(x).add_(2).mul_(s)
-    return inner.mul_(s.neg_().add_(1))
+    """s r (2 + x (r - s)) with s = sigmoid(x), r = 1 - s."""
+    s, r = torch.sigmoid(x), torch.sigmoid(-x)
+    return (r - s).mul_(x).add_(2).mul_(s.mul_(r))
+
+
+class _Kind(NamedTuple):
+    """An activation f: its name in the compiled library, f'(x) times a gradient, and f''."""
+
+    name: str
+    slope: Callable[[Tensor, Tensor], Tensor]
+    bend: Callable[[Tensor], Tensor]
+
+
+_KINDS = {
+    kind.name: kind
+    for kind in (
+        _Kind("gelu", partial(aten.gelu_backward, approximate="none"), _gelu),
+        _Kind("gelu_tanh", partial(aten.gelu_backward, approximate="tanh"), _gelu_tanh),
+        _Kind("silu", aten.silu_backward, _silu),
+    )
+}
 
 
 class _Activation(torch.autograd.Function):
-    """f'(x) grad, whose value is at hand; `slope` multiplies with f'(x), and `bend` is f''."""
+    """f'(x) grad, whose value is at hand."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        grad: Tensor,
-        x: Tensor,
-        value: Tensor,
-        slope: Callable[[Tensor, Tensor], Tensor],
-        bend: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, x: Tensor, value: Tensor, kind: _Kind) -> Tensor:
         ctx.save_for_backward(grad, x)
-        ctx.of = slope, bend
+        ctx.kind = kind
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Optional, ...]:
-        grad, x = ctx.saved_tensors
-        slope, bend = ctx.of
-        of_grad = slope(upstream, x) if ctx.needs_input_grad[0] else None
-        of_x = None
-        if ctx.needs_input_grad[1]:
-            acc = torch.promote_types(x.dtype, torch.float32)
-            of_x = bend(x.to(acc)).mul_(grad).mul_(upstream).to(x.dtype)
-        return of_grad, of_x, None, None, None
+        return *_of_activation(ctx.kind, upstream, *ctx.saved_tensors, *ctx.needs_input_grad[:2]), None, None
+
+
+def _of_activation(
+    kind: _Kind, upstream: Tensor, grad: Tensor, x: Tensor, want_grad: bool, want_x: bool
+) -> tuple[Optional, Optional]:
+    """(f'(x) upstream, f''(x) grad upstream), where they are wanted."""
+    if _native is not None and all(type(t) is Tensor or type(t) is nn.Parameter for t in (upstream, grad, x)):
+        taken = _native(kind.name, upstream, grad, x, want_grad, want_x)
+        if taken is not None:
+            return taken  # type: ignore[no-any-return]
+    of_grad = kind.slope(upstream, x) if want_grad else None
+    of_x = None
+    if want_x:
+        acc = torch.promote_types(x.dtype, torch.float32)
+        of_x = kind.bend(x.to(acc)).mul_(grad).mul_(upstream).to(x.dtype)
+    return of_grad, of_x
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -191,18 +215,12 @@ def _of_attention(
 def activation(node: Any) -> Any:
     """For GELU and SiLU."""
     x = node._saved_self
+    kind = _KINDS["silu"]
     if node.name().startswith("Gelu"):
-        way = node._saved_approximate
-        bend = _gelu_tanh if way == "tanh" else _gelu
-
-        def slope(upstream: Tensor, x: Tensor) -> Tensor:
-            return aten.gelu_backward(upstream, x, approximate=way)  # type: ignore[no-any-return]
-
-    else:
-        slope, bend = aten.silu_backward, _silu
+        kind = _KINDS["gelu_tanh" if node._saved_approximate == "tanh" else "gelu"]
 
     def formula(values: Sequence[Any], grad: Tensor) -> tuple[Any, ...]:
-        return (_Activation.apply(grad, x, values[0].detach(), slope, bend),)  # type: ignore[no-untyped-call]
+        return (_Activation.apply(grad, x, values[0].detach(), kind),)  # type: ignore[no-untyped-call]
 
     return formula
 

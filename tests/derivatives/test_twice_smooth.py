@@ -15,7 +15,7 @@ from graph_nodes import nodes_of, randn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fam_ext.derivatives import taken_twice
+from fam_ext.derivatives import taken_twice, twice_smooth
 
 pytestmark = pytest.mark.on_devices
 
@@ -55,6 +55,41 @@ def test_activations_far_out_and_at_zero(name: str) -> None:
     x = torch.tensor([-90.0, -12.0, -1.0, 0.0, 1e-8, 2.0, 15.0, 80.0], dtype=torch.float64).requires_grad_()
     f = {"gelu": F.gelu, "gelu, tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu}[name]
     both(lambda: f(x), [x], [x], "_ActivationBackward")
+
+
+@pytest.mark.skipif(twice_smooth._native is None, reason="needs the compiled library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_activations_in_one_pass(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled pass against plain PyTorch in float64, over all of the line, in any layout that the three tensors share."""
+    kind = twice_smooth._KINDS[name]
+    line = torch.cat([torch.linspace(-40, 40, 20011), torch.tensor([-90.0, 90.0, 0.0, -0.0, 1e-8])]).to(dtype)
+    for x in (
+        line,
+        line[:20012].view(4, 5003),
+        torch.randn(2, 3, 4, 5, dtype=dtype).to(memory_format=torch.channels_last),
+    ):
+        upstream, grad = torch.randn_like(x), torch.randn_like(x)
+        got = twice_smooth._of_activation(kind, upstream, grad, x, True, True)
+        assert twice_smooth._native(name, upstream, grad, x, True, True) is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(twice_smooth, "_native", None)
+            given = [t.double() for t in (upstream, grad, x)]
+            want = twice_smooth._of_activation(kind, *given, True, True)
+        near = {"rtol": 1e-5, "atol": 3e-6} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-13}
+        for ours, exact in zip(got, want, strict=True):
+            assert ours is not None and exact is not None and ours.stride() == x.stride()
+            torch.testing.assert_close(ours, exact.to(dtype), **near)
+        for wanted in ((True, False), (False, True)):
+            alone = twice_smooth._of_activation(kind, upstream, grad, x, *wanted)
+            torch.testing.assert_close(
+                alone, tuple(t if w else None for t, w in zip(got, wanted, strict=True))
+            )
+    for other in (
+        upstream.expand(2, *upstream.shape)[0].contiguous(),
+        upstream.half(),
+    ):  # of another layout or dtype
+        assert twice_smooth._native(name, other, grad, x, True, True) is None
 
 
 @pytest.mark.parametrize(
