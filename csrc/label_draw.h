@@ -4,7 +4,7 @@
 
 namespace fam_ext {
 
-// Adds the functions `drawn_factors` and `drawn_factors_backward` to the module.
+// Adds the functions `drawn_factors` and `differentiable_factors` to the module.
 void bind_label_draw(pybind11::module_& m);
 
 }  // namespace fam_ext

@@ -21,17 +21,13 @@ inline bool is_one(const at::Tensor& grad) {
 }
 
 // With create_graph=True: differentiating what is handed out must fail, not miss terms.
-inline void refuse_second_derivative(const char* op, torch::autograd::variable_list& grads) {
+inline void refuse_second_derivative(const std::string& why, torch::autograd::variable_list& grads) {
   if (!at::GradMode::is_enabled()) return;
   torch::autograd::variable_list inputs;
   for (const at::Tensor& grad : grads) {
     if (grad.defined()) inputs.push_back(grad.detach().set_requires_grad(true));
   }
-  auto refuse = std::make_shared<torch::autograd::DelayedError>(
-      std::string(op) +
-          " can be differentiated once only: its gradients were made in the forward pass. For second derivatives pass "
-          "backend=\"reference\", which is plain PyTorch.",
-      static_cast<int64_t>(inputs.size()));
+  auto refuse = std::make_shared<torch::autograd::DelayedError>(why, static_cast<int64_t>(inputs.size()));
   const torch::autograd::variable_list guarded = (*refuse)(std::move(inputs));
   size_t next = 0;
   for (at::Tensor& grad : grads) {
@@ -80,7 +76,12 @@ inline void hand_out(const torch::autograd::variable_list& made, const at::Tenso
       grads[k] = done ? alike[next++] : scaled_gradient(made[k], upstream, one, dtype);
     }
   }
-  refuse_second_derivative(op, grads);
+  if (!at::GradMode::is_enabled()) return;
+  refuse_second_derivative(
+      std::string(op) +
+          " can be differentiated once only: its gradients were made in the forward pass. For second "
+          "derivatives pass backend=\"reference\", which is plain PyTorch.",
+      grads);
 }
 
 }  // namespace fam_ext

@@ -6,6 +6,7 @@
 #include "head_cross_entropy_python.h"
 #include "label_draw.h"
 #include "noise_python.h"
+#include "row_trace.h"
 #include "smooth_activation.h"
 
 TORCH_LIBRARY(fam_ext, m) {
@@ -67,5 +68,6 @@ PYBIND11_MODULE(_C, m) {
   fam_ext::bind_head_cross_entropy(m);
   fam_ext::bind_label_draw(m);
   fam_ext::bind_noise(m);
+  fam_ext::bind_row_trace(m);
   fam_ext::bind_smooth_activation(m);
 }

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
@@ -12,10 +13,14 @@
 #include <tuple>
 #include <vector>
 
+#include "made_gradients.h"
+
 namespace fam_ext {
 namespace {
 
 using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
 constexpr int64_t kSegment = 1024;  // probabilities of a partial sum
 constexpr double kVanishes = 1e-30;
@@ -145,13 +150,14 @@ T dot(const T* a, const T* b, int64_t n) {
 int64_t grain(int64_t classes) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, classes)); }
 
 void check_rows(const char* name, const Tensor& rows) {
-  TORCH_CHECK(rows.dim() == 2 && rows.is_cpu() && rows.is_contiguous() && rows.size(1) > 0, name, ": expected rows (N, O)");
+  TORCH_CHECK(rows.dim() == 2 && rows.is_cpu() && rows.is_contiguous() && rows.size(1) > 0, name,
+              ": expected rows (N, O)");
 }
 
 void check_numbers(const char* name, const Tensor& rows, const Tensor& numbers) {
-  TORCH_CHECK(numbers.is_cpu() && numbers.is_contiguous() && numbers.numel() == rows.size(0) &&
-                  numbers.dtype() == rows.dtype(),
-              name, ": expected a number for every row, of its dtype");
+  TORCH_CHECK(
+      numbers.is_cpu() && numbers.is_contiguous() && numbers.numel() == rows.size(0) && numbers.dtype() == rows.dtype(),
+      name, ": expected a number for every row, of its dtype");
 }
 
 // (u, p, y, scale) of logits z (N, O): p = softmax(z), u = scale (e_y - p) with scale = sign sqrt(c p_y / q_y). A row with c = 0
@@ -165,7 +171,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> drawn_factors(const Tensor& z, const 
   const Tensor u = at::empty(z.sizes(), options), p = at::empty(z.sizes(), options);
   const Tensor labels = at::empty({z.size(0)}, options.dtype(at::kLong)), scales = at::empty({z.size(0)}, options);
   const int64_t classes = z.size(1);
-  const pybind11::gil_scoped_release no_gil;
   AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), name, [&] {
     using Vec = at::vec::Vectorized<scalar_t>;
     const auto *logits = z.const_data_ptr<scalar_t>(), *coefficient = c.const_data_ptr<scalar_t>();
@@ -197,15 +202,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> drawn_factors(const Tensor& z, const 
 }
 
 // The gradient by z of drawn_factors' u, with sqrt(p_y / p_y) in it, of which the denominator is a constant.
-Tensor drawn_factors_backward(const Tensor& grad, const Tensor& u, const Tensor& p, const Tensor& labels,
-                              const Tensor& scales) {
-  constexpr const char* name = "drawn_factors_backward";
+Tensor by_logits(const Tensor& grad, const Tensor& u, const Tensor& p, const Tensor& labels, const Tensor& scales) {
+  constexpr const char* name = "drawn_factors";
   for (const Tensor& rows : {grad, u, p}) check_rows(name, rows);
   TORCH_CHECK(grad.sizes() == u.sizes() && grad.dtype() == u.dtype(), name, ": expected a gradient like u");
   check_numbers(name, u, scales);
   const Tensor dz = at::empty(u.sizes(), u.options().requires_grad(false));
   const int64_t classes = u.size(1);
-  const pybind11::gil_scoped_release no_gil;
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), name, [&] {
     using Vec = at::vec::Vectorized<scalar_t>;
     const auto *of_grad = grad.const_data_ptr<scalar_t>(), *of_u = u.const_data_ptr<scalar_t>();
@@ -223,8 +226,8 @@ Tensor drawn_factors_backward(const Tensor& grad, const Tensor& u, const Tensor&
         const scalar_t along = dot(of_grad + at, of_u + at, classes) / 2;  // by log p_y
         const scalar_t mean = dot(of_grad + at, of_p + at, classes);
         const Vec s(scale[i]), rest(scale[i] * mean - along);
-        at::vec::map2<scalar_t>([&](const Vec& g, const Vec& q) { return q * (rest - s * g); }, own, of_grad + at, of_p + at,
-                                classes);
+        at::vec::map2<scalar_t>([&](const Vec& g, const Vec& q) { return q * (rest - s * g); }, own, of_grad + at,
+                                of_p + at, classes);
         const scalar_t others = of_u[at + y] / scale[i];  // 1 - p_y
         own[y] = along * others + scale[i] * of_p[at + y] * (mean - of_grad[at + y]);
       }
@@ -233,11 +236,38 @@ Tensor drawn_factors_backward(const Tensor& grad, const Tensor& u, const Tensor&
   return dz;
 }
 
+// u of drawn_factors, differentiable once by z.
+struct DrawnFactors : torch::autograd::Function<DrawnFactors> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& z, const Tensor& c, const Tensor& shares,
+                        const Tensor& signs) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [u, p, labels, scales] = drawn_factors(z, c, shares, signs);
+    ctx->save_for_backward({u, p, labels, scales});
+    return u;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const variable_list saved = ctx->get_saved_variables();
+    variable_list grads(4);
+    {
+      const at::AutoGradMode no_graph(false);
+      grads[0] = by_logits(upstream[0].contiguous(), saved[0], saved[1], saved[2], saved[3]);
+    }
+    refuse_second_derivative("a drawn factor of cross-entropy's Hessian can be differentiated once only", grads);
+    return grads;
+  }
+};
+
+Tensor differentiable(const Tensor& z, const Tensor& c, const Tensor& shares, const Tensor& signs) {
+  return DrawnFactors::apply(z, c, shares, signs);
+}
+
 }  // namespace
 
 void bind_label_draw(pybind11::module_& m) {
-  m.def("drawn_factors", &drawn_factors, "Factors u (N, O) of rows of logits, p, the labels y and scales (N,)");
-  m.def("drawn_factors_backward", &drawn_factors_backward, "The gradient by the logits from that by u");
+  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
+  m.def("drawn_factors", &drawn_factors, no_gil, "Factors u (N, O) of rows of logits, p, the labels y and scales (N,)");
+  m.def("differentiable_factors", &differentiable, no_gil, "u alone, differentiable once by the logits");
 }
 
 }  // namespace fam_ext

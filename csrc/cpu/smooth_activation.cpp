@@ -24,7 +24,8 @@ template <typename T>
 struct Gelu {
   using Vec = at::vec::Vectorized<T>;
   static std::pair<Vec, Vec> of(const Vec& x) {
-    const Vec half(T(0.5)), one(T(1)), density = (x * x * Vec(T(-0.5))).exp() * Vec(static_cast<T>(M_2_SQRTPI * M_SQRT1_2 / 2));
+    const Vec half(T(0.5)), one(T(1)),
+        density = (x * x * Vec(T(-0.5))).exp() * Vec(static_cast<T>(M_2_SQRTPI * M_SQRT1_2 / 2));
     const Vec below = half * (one + (x * Vec(static_cast<T>(M_SQRT1_2))).erf());
     return {below + x * density, density * (Vec(T(2)) - x * x)};
   }
@@ -45,8 +46,10 @@ struct GeluTanh {
     constexpr double a = 0.044715, c = M_2_SQRTPI * M_SQRT1_2;  // sqrt(2 / pi)
     const Vec half(T(0.5)), square = x * x;
     // (1 + tanh k) / 2 = sigmoid(2 k)
-    const auto [below, above] = sigmoids(x * Vec(static_cast<T>(2 * c)) * (Vec(T(1)) + square * Vec(static_cast<T>(a))));
-    const Vec slope = Vec(static_cast<T>(c)) + square * Vec(static_cast<T>(3 * a * c)), fall = Vec(T(4)) * below * above;
+    const auto [below, above] =
+        sigmoids(x * Vec(static_cast<T>(2 * c)) * (Vec(T(1)) + square * Vec(static_cast<T>(a))));
+    const Vec slope = Vec(static_cast<T>(c)) + square * Vec(static_cast<T>(3 * a * c)),
+              fall = Vec(T(4)) * below * above;
     const Vec inner = x * Vec(static_cast<T>(6 * a * c)) - Vec(T(2)) * (below - above) * slope * slope;
     return {below + half * x * fall * slope, fall * (slope + half * x * inner)};
   }

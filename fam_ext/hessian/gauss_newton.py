@@ -24,8 +24,10 @@ from fam_ext.errors import UnsupportedError
 from fam_ext.hessian import noise
 from fam_ext.hessian.products import LayerCall
 from fam_ext.layers.linear_map import LinearMap
+from fam_ext.ops import backends
 from fam_ext.ops.gram_trace import gram_trace
 
+_native: Any = backends.native_function("row_trace")
 _TOGETHER = 2**27  # bytes of factors that are stacked for one call
 
 
@@ -123,24 +125,32 @@ def _by_input(
 ) -> Tensor:
     """|phi|^2 |t|^2, (B,), with t = W^T s the gradient by the layer's input."""
     phi = _features(layer, detached)
-    result: Tensor = _RowTrace.apply(phi, t.to(phi.dtype))  # type: ignore[no-untyped-call]
+    return _row_trace(phi, t.to(phi.dtype))
+
+
+def _row_trace(phi: Tensor, t: Tensor) -> Tensor:
+    """|phi|^2 |t|^2 of every row, (B,)."""
+    phi, t = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1]) for x in (phi, t))
+    result: Tensor | None = None if _native is None else _native(phi, t)
+    if result is None:
+        result = _RowTrace.apply(phi, t)  # type: ignore[no-untyped-call]
     return result
 
 
 class _RowTrace(torch.autograd.Function):
-    """|phi|^2 |t|^2 of every row, (B,)."""
+    """The same in plain PyTorch."""
 
     @staticmethod
     def forward(ctx: Any, phi: Tensor, t: Tensor) -> Tensor:
         squares = [x.square().sum(-1) for x in (phi, t)]
         ctx.save_for_backward(phi, t, *squares)
-        return (squares[0] * squares[1]).reshape(-1)
+        return squares[0] * squares[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         phi, t, of_phi, of_t = ctx.saved_tensors
-        twice = 2 * grad.view(of_t.shape)
+        twice = 2 * grad
         by_phi = phi * (twice * of_t).unsqueeze(-1) if ctx.needs_input_grad[0] else None
         by_t = t * (twice * of_phi).unsqueeze(-1) if ctx.needs_input_grad[1] else None
         return by_phi, by_t
@@ -154,8 +164,7 @@ def _by_output(
     s = (s.detach() if detached else s).to(phi.dtype)
     if weighted:
         s = s @ layer.weight.to(phi.dtype)
-    result: Tensor = _RowTrace.apply(phi, s)  # type: ignore[no-untyped-call]
-    return result
+    return _row_trace(phi, s)
 
 
 def _along_a_direction(

@@ -13,8 +13,7 @@ from fam_ext.ops import backends
 from fam_ext.ops.row_coefficients import clear_rows
 
 _VANISHES = 1e-30  # a sum of weights below which a row has no curvature to speak of
-_native: Any = backends.native_function("drawn_factors")
-_native_backward: Any = backends.native_function("drawn_factors_backward")
+_native: Any = backends.native_function("differentiable_factors")
 
 
 def factors(z: Tensor, c: Tensor, dim: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -30,7 +29,7 @@ def factors(z: Tensor, c: Tensor, dim: int) -> Callable[[Tensor, Tensor], Tensor
         def natively(share: Tensor, sign: Tensor) -> Tensor:
             flat = rows.reshape(-1, rows.shape[-1]).contiguous()
             numbers = [t.detach().to(z.dtype).reshape(-1).contiguous() for t in (c, share, sign)]
-            u: Tensor = _DrawnFactors.apply(flat, *numbers)  # type: ignore[no-untyped-call]
+            u: Tensor = _native(flat, *numbers)
             return u.view(rows.shape).movedim(-1, dim)
 
         return natively
@@ -70,22 +69,6 @@ def draw(p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     distance = torch.where(labels == top, of_top, 1 + norm - 2 * p.gather(-1, labels))
     vanishes = total <= _VANISHES
     return torch.where(vanishes, top, labels), torch.where(vanishes, 1.0, (total / distance).sqrt())
-
-
-class _DrawnFactors(torch.autograd.Function):
-    """u of logits (N, O), by the compiled library."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, c: Tensor, share: Tensor, sign: Tensor) -> Tensor:
-        u, *others = _native(z, c, share, sign)
-        ctx.save_for_backward(u, *others)
-        result: Tensor = u
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _native_backward(grad.contiguous(), *ctx.saved_tensors), None, None, None
 
 
 class _Score(torch.autograd.Function):

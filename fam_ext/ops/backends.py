@@ -30,7 +30,7 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _RECORD = Path(__file__).parents[1] / "_build.json"
 # which csrc/registration.cpp this Python code belongs to, by its hash: a library of other schemas cannot be unloaded again
-SCHEMAS = "3bcce5f8a624"
+SCHEMAS = "a0987935e9a0"
 _REBUILD = "run `pip install --no-build-isolation .` again"
 
 

@@ -345,3 +345,33 @@ def test_outputs_that_are_no_whole_samples() -> None:
         UnsupportedError, match="to hold whole samples along its first dimension; it has 7 rows for 4"
     ):
         check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "shapes", [((7, 5), (7, 3)), ((2, 9001), (2, 17)), ((4, 1, 6), (4, 1, 6)), ((6,), (6,))], ids=str
+)
+def test_row_traces_in_one_pass(shapes: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled form, where there is one, against plain PyTorch in float64: value, either gradient, no second one."""
+    phi, t = (torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes)
+    wide = [x.detach().double().requires_grad_() for x in (phi, t)]
+    with monkeypatch.context() as patch:
+        patch.setattr(gauss_newton, "_native", None)
+        exact = gauss_newton._row_trace(*wide)
+    got, upstream = gauss_newton._row_trace(phi, t), torch.randn_like(exact)
+    compiled = gauss_newton._native is not None
+    assert ("_RowTrace" in got.grad_fn.name()) is not compiled  # type: ignore[union-attr]
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(got, exact.to(dtype), **near)
+    gradients = torch.autograd.grad(got, [phi, t], upstream.to(dtype), create_graph=True)
+    torch.testing.assert_close(
+        gradients, [g.to(dtype) for g in torch.autograd.grad(exact, wide, upstream)], **near
+    )
+    with pytest.raises(RuntimeError, match="once"):
+        gradients[0].sum().backward()
+    (alone,) = torch.autograd.grad(gauss_newton._row_trace(phi.detach(), t).sum(), t)
+    torch.testing.assert_close(alone, torch.autograd.grad(gauss_newton._row_trace(phi, t).sum(), t)[0])
+    turned = (
+        t.detach().t().contiguous().t().requires_grad_() if t.dim() == 2 else t
+    )  # rows that do not lie one after another
+    torch.testing.assert_close(gauss_newton._row_trace(phi, turned), got)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from fam_ext.hessian import label_draw
+from fam_ext.ops import backends
 
-compiled = pytest.mark.skipif(label_draw._native is None, reason="needs the compiled library")
+DRAWN: Any = backends.native_function("drawn_factors")
+compiled = pytest.mark.skipif(DRAWN is None, reason="needs the compiled library")
 
 
 def natively(p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """As `draw`, from the compiled library's factors of log p."""
     z, one = p.log().reshape(-1, p.shape[-1]), torch.ones(share.numel(), dtype=p.dtype)
-    *_, labels, stretch = label_draw._native(z.contiguous(), one, share.reshape(-1), one)
+    *_, labels, stretch = DRAWN(z.contiguous(), one, share.reshape(-1), one)
     return labels.view(share.shape), stretch.view(share.shape)
 
 
