@@ -108,6 +108,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "exact": ("first", {"method": "exact"}),
     "hutchinson": ("first", {"method": "hutchinson"}),
     "ggn": ("second", {"curvature": "ggn"}),
+    "ggn in all": ("first second head", {"curvature": "ggn"}),
     "fisher": ("first", {"curvature": "fisher"}),
     "noise": ("first", {"method": "noise"}),
     "noise in all": ("first second head", {"method": "noise"}),

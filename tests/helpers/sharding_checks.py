@@ -7,10 +7,11 @@ from typing import Any
 import sharded_runs
 import torch
 from sharded_runs import EACH, RATE, Network, batch, shard
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from fam_ext import FAMLoss
 from fam_ext.errors import UnsupportedError
 from fam_ext.layers import sharding
 
@@ -19,7 +20,40 @@ def two_processes(rank: int) -> dict[Any, Any]:
     results = sharded_runs.two_processes(rank)
     results["held"], results["freed"] = settings_while_held(rank), freed_by(rank)
     results["texts"] = texts_and_exchange(rank)
+    results["tied"] = tied_step(rank, True)
     return results
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.inner = nn.Embedding(5, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.inner(self.embedding(tokens))))
+        return out
+
+
+def tied_step(rank: int, sharded: bool) -> list[Tensor]:
+    """Loss, kappa of the head and all gradients, of the same batch on every rank; sharded: the modules that own the weight."""
+    network = Tied()
+    model: Any = shard(["inner"], reshard_after_forward=True)(network) if sharded else network
+    torch.manual_seed(2)
+    tokens, targets = torch.randint(0, 5, (6,)), torch.randint(0, 5, (6,))
+    criterion = FAMLoss(nn.CrossEntropyLoss(), network.head, 0.4)
+    total = criterion(model(tokens), targets)
+    total.backward()
+    if sharded:
+        assert sharding.owners(network.head) == sharding.owners(network.embedding) == (network,)
+    assert criterion.last.flatness is not None
+    gradients = [sharded_runs.full(p.grad) for p in network.parameters() if p.grad is not None]
+    return [total.detach(), criterion.last.flatness, *gradients]
 
 
 def settings_while_held(rank: int) -> list[list[bool]]:

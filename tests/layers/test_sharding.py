@@ -75,6 +75,13 @@ def test_linear_cross_entropy_gathers_a_head_that_is_not_called(ways: Any) -> No
         torch.testing.assert_close(of_rank["features"], expected, **EXACT)
 
 
+def test_a_head_whose_weight_an_embedding_shares(ways: Any) -> None:
+    expected = sharding_checks.tied_step(0, False)
+    assert len(expected) == 5
+    for of_rank in ways:
+        torch.testing.assert_close(of_rank["tied"], expected, **EXACT)
+
+
 @pytest.mark.parametrize("method", ["head", "exact", "noise in all"])
 def test_a_criterion_made_before_the_groups(ways: Any, method: str) -> None:
     expected = sharded_runs.alone(sharded_runs.Network(), method)
