@@ -3,7 +3,7 @@
 #
 # Runs the library's tests with another torch, e.g. "torch==2.14.1" (pip's options may follow it), in an environment of its own,
 # .venv-torch-2.14.1, and on a copy of the tree in there: what is compiled here stays. The operations are compiled for the CPU, or
-# left out with FAM_EXT_BUILD=0. Tests of packaging, the benchmarks, the documents and the examples are left out.
+# left out with FAM_EXT_BUILD=0. Tests of packaging, the benchmarks, the study, the documents and the examples are left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$1 torch=$2
@@ -40,5 +40,5 @@ FAM_EXT_BUILD=0 "${pip[@]}" install -q --no-build-isolation --no-deps -e .
     }
 }
 left_out=()
-for part in packaging bench docs examples cuda; do left_out+=(--ignore="tests/$part"); done
-exec "$folder/bin/python" -m pytest -n auto --dist loadfile -m "not slow" "${left_out[@]}" "$@"
+for part in packaging bench docs examples cuda studies; do left_out+=(--ignore="tests/$part"); done
+exec "$folder/bin/python" -m pytest -n auto --dist loadfile "${left_out[@]}" "$@"
