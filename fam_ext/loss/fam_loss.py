@@ -18,7 +18,6 @@ from fam_ext.loss.num_items import summed
 from fam_ext.loss.one_call import (
     HeadCall,
     LossCall,
-    check_attached,
     head_calls,
     hidden_terms,
     loss_and_terms,
@@ -328,8 +327,9 @@ class FAMLoss(TrainingCriterion):
             taken = one_pass.ordinary_step(
                 options, term.layer, term.captures, outputs, loss_hessian, strength, term.factor
             )
-        criterion = self.criterion if criterion is None else criterion
-        call = LossCall(criterion, outputs, targets, kwargs, loss_hessian, closure)
+        if taken is None or several:
+            criterion = self.criterion if criterion is None else criterion
+            call = LossCall(criterion, outputs, targets, kwargs, loss_hessian, closure)
         if taken is None:
             heads = head_calls(options, self.terms, call, self._no_closed_form)
             found = one_pass_head(self.terms, heads) if one_operation else None
@@ -377,35 +377,3 @@ class FAMLoss(TrainingCriterion):
             total, alone = sharding.add(self.options.caller, loss, strength * kappa), sharding.local(alone)
         self._finish(StepRecord(total.detach(), kappa.detach(), strength, alone, error))
         return total
-
-    def _perturbed(
-        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], items: Any = None
-    ) -> Tensor:
-        """The loss of the network that the hooks have perturbed."""
-        strength = self._strength_now()
-        if strength:
-            check_attached("FAMLoss", self.terms)
-            for term in self.terms:
-                hook: Any = term.hook
-                if hook.value and not hook.called and not hook.seen:
-                    raise term.captures.not_called("FAMLoss")
-        loss: Tensor = self.criterion(outputs, *targets, **kwargs)
-        if items is not None:
-            loss = loss / items
-        self._reset_noise()
-        self._finish(StepRecord(loss.detach(), None, strength))
-        if self.changes:
-            self._set_noise()
-        return loss
-
-    def _finish(self, last: StepRecord) -> None:
-        """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
-        state = self.__dict__
-        state["last"] = last
-        if last.flatness is not None:
-            advice = state["_advice"]
-            advice.steps = steps = advice.steps + 1
-            if not steps & (steps - 1):  # the 1st, 2nd, 4th, 8th, ...
-                self._advise(last)
-        if state["_counts_calls"]:
-            state["step"] += 1

@@ -13,6 +13,7 @@ from fam_ext.errors import UnsupportedError
 from fam_ext.loss.advice import Advice
 from fam_ext.loss.layer_criterion import LayerCriterion
 from fam_ext.loss.noise_hook import NoiseHook
+from fam_ext.loss.one_call import check_attached
 from fam_ext.loss.plan import CLOSED_FORM, NOISE, NOISE_SHARED, UNUSED
 from fam_ext.loss.state import from_bytes, to_bytes
 from fam_ext.loss.step_record import StepRecord
@@ -236,6 +237,38 @@ class TrainingCriterion(LayerCriterion):
             term.plan not in (None, CLOSED_FORM, UNUSED) for term in self.terms
         )
         self._advice.look(last, inside, isinstance(self._strength, float))
+
+    def _perturbed(
+        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], items: Any = None
+    ) -> Tensor:
+        """The loss of the network that the hooks have perturbed."""
+        strength = self._strength_now()
+        if strength:
+            check_attached("FAMLoss", self.terms)
+            for term in self.terms:
+                hook: Any = term.hook
+                if hook.value and not hook.called and not hook.seen:
+                    raise term.captures.not_called("FAMLoss")
+        loss: Tensor = self.criterion(outputs, *targets, **kwargs)
+        if items is not None:
+            loss = loss / items
+        self._reset_noise()
+        self._finish(StepRecord(loss.detach(), None, strength))
+        if self.changes:
+            self._set_noise()
+        return loss
+
+    def _finish(self, last: StepRecord) -> None:
+        """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
+        state = self.__dict__
+        state["last"] = last
+        if last.flatness is not None:
+            advice = state["_advice"]
+            advice.steps = steps = advice.steps + 1
+            if not steps & (steps - 1):  # the 1st, 2nd, 4th, 8th, ...
+                self._advise(last)
+        if state["_counts_calls"]:
+            state["step"] += 1
 
     def _strength_now(self) -> Any:
         """This step's strength: a number, or TargetRatio. 0 on a step without the term."""
