@@ -80,7 +80,7 @@ std::optional<Tensor> outer(const py::handle& output, const py::handle& weight_,
   return noise::outer(z, {*m, false}, weight, inner, vector_for(z, left), vector_for(z, place), window, scale);
 }
 
-// +1 and -1 by the bits of each number's first kBytes bytes, as fam_ext/hessian/noise.py reads them.
+// +1 and -1 by the bits of each number's first kBytes bytes, as fam_ext/hessian/noise_draws.py reads them.
 Tensor signs(const Tensor& numbers, const std::vector<int64_t>& shape, const Tensor& like) {
   constexpr int64_t kBytes = 7;  // random 64-bit integers are not negative: the last byte is not even
   const Tensor result = at::empty(shape, like.options().requires_grad(false));

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fam_ext.hessian import noise
-from fam_ext.hessian.noise import DIFFERENT, Draw
+from fam_ext.hessian.noise_draws import DIFFERENT, Draw
 from fam_ext.layers.linear_map import LinearMap
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fam_ext._dtypes import accumulation_dtype
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian.noise import Draw, amplitude
+from fam_ext.hessian.noise import amplitude
+from fam_ext.hessian.noise_draws import Draw
 from fam_ext.layers import collectives
 from fam_ext.layers.sharding import describe
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fam_ext.capture.hook import exporting
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian import attention_noise, noise
+from fam_ext.hessian import attention_noise, noise_draws
 from fam_ext.layers import sharding
 from fam_ext.layers.attention import Projection, sizes
 from fam_ext.layers.linear_map import LinearMap
@@ -29,7 +29,9 @@ class ProjectionHook(NoiseHook):
         self.layers = [LinearMap(_CALLER, sizes(size, 1)) for size in inputs]
         super().__init__(LinearMap(_CALLER, sizes(sum(inputs), 1)), generator, shared)
         self.part = projection.part
-        self._drawn_for_output: noise.Draw | None = None  # between `directions` and `output` of one call
+        self._drawn_for_output: noise_draws.Draw | None = (
+            None  # between `directions` and `output` of one call
+        )
         # the strength is that of E features
         self._shares = [inputs[0] / size if by_fan_in else 1.0 for size in inputs]
 

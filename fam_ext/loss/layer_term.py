@@ -13,7 +13,7 @@ from fam_ext.capture.calls import CapturedCalls, layer_weight
 from fam_ext.capture.hook import LayerHook
 from fam_ext.errors import NoClosedForm
 from fam_ext.head.closed_form import weight_factor
-from fam_ext.hessian.noise import on_input
+from fam_ext.hessian.noise_draws import on_input
 from fam_ext.layers import sharding
 from fam_ext.layers.attention import Projection
 from fam_ext.layers.linear_map import LinearMap

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fam_ext.capture.calls import layer_weight
 from fam_ext.capture.hook import exporting, refuse_scripting
 from fam_ext.errors import UnsupportedError
-from fam_ext.hessian import noise, split_noise
+from fam_ext.hessian import noise, noise_draws, split_noise
 from fam_ext.layers import sharding
 from fam_ext.layers.linear_map import LinearMap
 
@@ -28,7 +28,7 @@ class _Call(NamedTuple):
     """What is remembered of a call, for recognizing its repetition in a backward pass."""
 
     drew: Tensor  # some of the numbers that it drew
-    taken: noise.Draw | None  # what it took in place of them
+    taken: noise_draws.Draw | None  # what it took in place of them
     positions: Tensor | None  # of the gate
     without_grad: bool
 
@@ -43,8 +43,8 @@ class Gate:
 
 
 class NoiseHook:
-    """Adds the noise of one layer: to its input as a forward pre-hook; or to its output as a forward hook (`noise.on_input`),
-    where it may be a forward pre-hook as well, which makes the backward pass cheaper.
+    """Adds the noise of one layer: to its input as a forward pre-hook; or to its output as a forward hook
+    (`noise_draws.on_input`), where it may be a forward pre-hook as well, which makes the backward pass cheaper.
 
     All calls of the layer between two losses share one draw, since they share one weight. Every call takes the same amount of
     random numbers all the same, so that a checkpointed call replays the generator as its first pass found it, and is recognized
@@ -69,21 +69,21 @@ class NoiseHook:
         self.tensor: Tensor | None = None
 
         # this step's draw: of the first call, and of later ones where that differs
-        self.drawn: noise.Draw | None = None
-        self.later: noise.Draw | None = None
+        self.drawn: noise_draws.Draw | None = None
+        self.later: noise_draws.Draw | None = None
         # `later` without its graph, for calls that are repeated: what is remembered may not keep a skipped step's graph
-        self._later_alone: noise.Draw | None = None
+        self._later_alone: noise_draws.Draw | None = None
         self._first: Tensor | None = None  # features of the first call, which `later` depends on
         self._token: Any = None  # weak reference: dead when the graph of the first call is
         self._without_grad = False  # `drawn` was made in a call without grad
 
         # for backward passes, which may call the layer again: (drawn, later) of the step before, and the latest calls
-        self.kept: tuple[noise.Draw | None, noise.Draw | None] = (None, None)
+        self.kept: tuple[noise_draws.Draw | None, noise_draws.Draw | None] = (None, None)
         self._calls: deque[_Call] = deque(maxlen=_CALLS)
         self._reentrant = False  # a call without grad has been repeated: reentrant checkpointing
 
         # between the two hooks of one call: (features, draw, products of the two)
-        self._aside: tuple[Tensor, noise.Draw, Tensor | None] | None = None
+        self._aside: tuple[Tensor, noise_draws.Draw, Tensor | None] | None = None
 
     @property
     def active(self) -> bool:
@@ -113,7 +113,7 @@ class NoiseHook:
         if not self.active or not module.training or exporting():
             return None
         layer, features = self._layer(), args[0] if args else kwargs["input"]
-        if noise.on_input(layer) and sharding.is_dtensor(features):
+        if noise_draws.on_input(layer) and sharding.is_dtensor(features):
             split_noise.is_split("FAMLoss", features)
             like = features.to_local().new_empty(features.shape)  # of the whole width
             drawn = self._draw(like, features.device_mesh.get_group())
@@ -122,7 +122,7 @@ class NoiseHook:
         else:
             self._check_plain(module)
             drawn = self._draw(features)
-            if noise.on_input(layer):
+            if noise_draws.on_input(layer):
                 given = noise.perturb_input(layer, drawn, features, self._strength())
                 self._remember(given)
             else:
@@ -171,10 +171,10 @@ class NoiseHook:
                 "attach()"
             )
 
-    def _draw(self, features: Tensor, group: Any = None) -> noise.Draw:
+    def _draw(self, features: Tensor, group: Any = None) -> noise_draws.Draw:
         """`group`: processes that share one draw."""
         generator = self.generator
-        fresh = noise.draw(self._layer(), features, generator, self.shared)
+        fresh = noise_draws.draw(self._layer(), features, generator, self.shared)
         if group is not None:
             fresh = split_noise.same_on_all(fresh, group)
         self.called = self.seen = True
@@ -202,7 +202,7 @@ class NoiseHook:
             )
         return self._noted(fresh, self._of_later_calls(fresh))
 
-    def _begins(self, fresh: noise.Draw) -> bool:
+    def _begins(self, fresh: noise_draws.Draw) -> bool:
         """Whether a call is the first one of a step; a step without a loss ends with its graph."""
         if self.drawn is None:
             return True
@@ -211,11 +211,11 @@ class NoiseHook:
             return anew or self.drawn.samples != fresh.samples
         return not torch.compiler.is_compiling() and self._token is not None and self._token() is None
 
-    def _at_positions(self, drawn: noise.Draw) -> noise.Draw:
+    def _at_positions(self, drawn: noise_draws.Draw) -> noise_draws.Draw:
         positions = None if self.gate is None else self.gate.positions
         return drawn if positions is None else drawn._replace(positions=positions)
 
-    def _noted(self, fresh: noise.Draw, taken: noise.Draw | None) -> noise.Draw:
+    def _noted(self, fresh: noise_draws.Draw, taken: noise_draws.Draw | None) -> noise_draws.Draw:
         """`taken`, or the fresh draw, where it counts; kept for a backward pass that calls the layer again."""
         if not torch.compiler.is_compiling():
             positions = None if self.gate is None else self.gate.positions
@@ -223,7 +223,7 @@ class NoiseHook:
             self._calls.append(_Call(_signs(fresh), numbers, positions, not torch.is_grad_enabled()))
         return self._at_positions(taken or fresh)
 
-    def _repeated(self, fresh: noise.Draw) -> noise.Draw:
+    def _repeated(self, fresh: noise_draws.Draw) -> noise_draws.Draw:
         """Checkpointing: what the call took that drew the same, its first pass."""
         if self.generator is None:
             own = _signs(fresh)
@@ -245,13 +245,13 @@ class NoiseHook:
             _check_whole(later, fresh)
         return later or first
 
-    def _of_later_calls(self, fresh: noise.Draw) -> noise.Draw:
+    def _of_later_calls(self, fresh: noise_draws.Draw) -> noise_draws.Draw:
         """The first call's draw; one that was made for its features alone (b = phi / |phi|) takes the second's signs too."""
         assert self.drawn is not None
         if self.drawn.channels is not None or self._first is None:
             return self.drawn
         if self.later is None:
-            self.later = noise.along(self._first, self.drawn.left, fresh.left)
+            self.later = noise_draws.along(self._first, self.drawn.left, fresh.left)
             self._later_alone = _alone(self.later)
         return self.later
 
@@ -277,14 +277,14 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _alone(drawn: noise.Draw) -> noise.Draw:
+def _alone(drawn: noise_draws.Draw) -> noise_draws.Draw:
     """The draw without its graph; it requires grad as before, so that a repeated call saves the same tensors."""
     b = drawn.channels
     return drawn if b is None else drawn._replace(channels=b.detach().requires_grad_(b.requires_grad))
 
 
-def _check_whole(taken: noise.Draw, fresh: noise.Draw) -> None:
-    """Refuse to repeat a call that had no grad with the draw of :func:`noise.along`: its gradient in phi would be lost."""
+def _check_whole(taken: noise_draws.Draw, fresh: noise_draws.Draw) -> None:
+    """Refuse to repeat a call that had no grad with the draw of :func:`noise_draws.along`: its gradient in phi would be lost."""
     if fresh.channels is None and taken.channels is not None:
         raise UnsupportedError(
             "FAMLoss: with method='noise' a reentrant checkpoint is not for a layer of one row per sample that is called several "
@@ -292,7 +292,7 @@ def _check_whole(taken: noise.Draw, fresh: noise.Draw) -> None:
         )
 
 
-def _signs(drawn: noise.Draw) -> Tensor:
+def _signs(drawn: noise_draws.Draw) -> Tensor:
     """Enough of a draw to recognize it."""
     left = drawn.left.flatten()[:64]
     if drawn.channels is None or len(left) == 64:

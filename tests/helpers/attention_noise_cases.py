@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from fam_ext import FAMLoss
 from fam_ext.hessian import noise
-from fam_ext.hessian.noise import Draw
+from fam_ext.hessian.noise_draws import Draw
 
 STRENGTH = 1e-6  # what is left of higher orders is of its size; float64 has digits to spare
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fam_ext.hessian import noise
-from fam_ext.hessian.noise import Draw
+from fam_ext.hessian import noise_draws
+from fam_ext.hessian.noise_draws import Draw
 from fam_ext.layers.linear_map import LinearMap
 
 
@@ -30,16 +30,16 @@ def draws(layer: LinearMap, features: Tensor, shared: bool = False, rank_one: bo
     """All draws of a design for these features; float64."""
     groups, channels = layer.groups, layer.inputs // layer.groups
     samples = 1 if shared else layer.samples(features.shape)
-    if noise.one_row(layer, features) and not shared and not rank_one:
+    if noise_draws.one_row(layer, features) and not shared and not rank_one:
         for left in signs(samples * channels, negatives=True):
             yield Draw(left.reshape(samples, 1, channels), None, None)
         return
-    lefts = samples if noise.on_input(layer) else min(samples, noise.DIFFERENT)
+    lefts = samples if noise_draws.on_input(layer) else min(samples, noise_draws.DIFFERENT)
     of_left = signs(lefts * groups * layer.fan_in, negatives=True).reshape(-1, lefts, groups, layer.fan_in)
     of_channels = signs(samples * groups * channels, negatives=rank_one).reshape(
         -1, samples, groups, channels
     )
-    if noise.on_input(layer):
+    if noise_draws.on_input(layer):
         places: list[Tensor | None] = [None]
     else:
         kernel = layer.module.kernel_size

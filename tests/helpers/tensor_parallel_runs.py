@@ -22,7 +22,7 @@ from two_processes import in_processes
 from fam_ext import FAMLoss, RelativeFlatness
 from fam_ext.errors import UnsupportedError
 from fam_ext.hessian import split_noise
-from fam_ext.hessian.noise import Draw
+from fam_ext.hessian.noise_draws import Draw
 from fam_ext.layers import collectives
 
 CLASSES, ROWS = 5, 6

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fam_ext.hessian import attention_noise
-from fam_ext.hessian.noise import Draw
+from fam_ext.hessian.noise_draws import Draw
 from fam_ext.layers.attention import sizes
 from fam_ext.layers.linear_map import LinearMap
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_ext.hessian import noise
+from fam_ext.hessian import noise, noise_draws
 from fam_ext.layers.linear_map import LinearMap
 
 pytestmark = pytest.mark.on_devices
@@ -67,9 +67,9 @@ class Problem:
         matrix, line = torch.randn(size, size, dtype=torch.float64), torch.randn(size, dtype=torch.float64)
         return lambda z: z.flatten() @ matrix @ z.flatten() / size + line @ z.flatten()
 
-    def perturbed(self, drawn: noise.Draw, strength: float | Tensor) -> Tensor:
+    def perturbed(self, drawn: noise_draws.Draw, strength: float | Tensor) -> Tensor:
         """z with noise."""
-        if noise.on_input(self.layer):
+        if noise_draws.on_input(self.layer):
             result: Tensor = self.module(noise.perturb_input(self.layer, drawn, self.x, strength))
             return result
         z = self.module(self.x)
@@ -166,7 +166,7 @@ def test_the_mean_over_random_draws(name: str, shared: bool) -> None:
     with torch.no_grad():
         values = torch.stack(
             [
-                loss(problem.perturbed(noise.draw(problem.layer, problem.x, None, shared), 0.1))
+                loss(problem.perturbed(noise_draws.draw(problem.layer, problem.x, None, shared), 0.1))
                 for _ in range(1000)
             ]
         )
@@ -182,7 +182,7 @@ def test_gradients_of_gradients(name: str) -> None:
     drawn = next(noise_designs.draws(problem.layer, problem.x))
 
     def of(x: Tensor, weight: Tensor) -> Tensor:
-        if noise.on_input(problem.layer):
+        if noise_draws.on_input(problem.layer):
             return problem.layer.apply(noise.perturb_input(problem.layer, drawn, x, 0.1), weight)
         return noise.perturb_output(
             problem.layer, drawn, x, weight, problem.layer.apply(x, weight), torch.tensor(0.1)
@@ -202,7 +202,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     problem.x = problem.x.detach().to(dtype).requires_grad_()
     problem.module.to(dtype)
     got = problem.perturbed(
-        noise.Draw(*(None if t is None else t.to(dtype) for t in drawn)),
+        noise_draws.Draw(*(None if t is None else t.to(dtype) for t in drawn)),
         torch.tensor(0.01, dtype=torch.float64),
     )
     assert got.dtype == dtype
@@ -213,7 +213,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
 def test_the_norm_of_half_precision_rows_does_not_overflow() -> None:
     layer = LinearMap("test", nn.Linear(4096, 1))
     x = torch.full((1, 4096), 2e3, dtype=torch.float16)  # |x| = 128000, above the largest float16
-    out = noise.perturb_input(layer, noise.draw(layer, x), x, 1e-6)
+    out = noise.perturb_input(layer, noise_draws.draw(layer, x), x, 1e-6)
     assert bool(out.isfinite().all())
     assert bool((out != x).any())
 
@@ -221,11 +221,11 @@ def test_the_norm_of_half_precision_rows_does_not_overflow() -> None:
 def test_channels_last_stays() -> None:
     for name in ("2d", "2d groups", "2d pointwise", "2d transposed"):
         problem = Problem(name)
-        drawn = noise.draw(problem.layer, problem.x)
+        drawn = noise_draws.draw(problem.layer, problem.x)
         expected = problem.perturbed(drawn, 0.1)
         problem.x = problem.x.detach().to(memory_format=torch.channels_last)
         z = problem.module(problem.x).contiguous(memory_format=torch.channels_last)
-        if noise.on_input(problem.layer):
+        if noise_draws.on_input(problem.layer):
             got = noise.perturb_input(problem.layer, drawn, problem.x, 0.1)
             torch.testing.assert_close(problem.module(got), expected)
         else:
@@ -239,17 +239,17 @@ def test_channels_last_stays() -> None:
 def test_no_samples_and_zero_rows(name: str, shared: bool) -> None:
     problem = Problem(name)
     problem.x = problem.x[:0].detach()
-    assert problem.perturbed(noise.draw(problem.layer, problem.x, None, shared), 0.1).shape[0] == 0
+    assert problem.perturbed(noise_draws.draw(problem.layer, problem.x, None, shared), 0.1).shape[0] == 0
     problem = Problem(name)
     problem.x = torch.zeros_like(problem.x, requires_grad=True)
-    z = problem.perturbed(noise.draw(problem.layer, problem.x, None, shared), 0.1)
+    z = problem.perturbed(noise_draws.draw(problem.layer, problem.x, None, shared), 0.1)
     torch.testing.assert_close(z, problem.module(problem.x))
     assert all(bool(g.isfinite().all()) for g in problem.gradients(z.square().sum()))
 
 
 def test_the_strength() -> None:
     problem = Problem("2d groups")
-    drawn = noise.draw(problem.layer, problem.x)
+    drawn = noise_draws.draw(problem.layer, problem.x)
     clean = problem.module(problem.x)
     small, large = (problem.perturbed(drawn, s) - clean for s in (0.1, torch.tensor(0.4)))
     torch.testing.assert_close(2 * small, large)
@@ -265,12 +265,12 @@ def test_the_strength() -> None:
 def test_signs() -> None:
     for shape in ((), (1,), (7,), (3, 5), (2, 0), (300, 300)):
         like = torch.zeros(1, dtype=torch.float64)
-        values = noise.signs(shape, like, None)
+        values = noise_draws.signs(shape, like, None)
         assert values.shape == shape
         assert values.dtype == torch.float64
         assert values.device == like.device
         assert bool((values.abs() == 1).all())
-    every = noise.signs((64, 4096), torch.zeros(1), None)
+    every = noise_draws.signs((64, 4096), torch.zeros(1), None)
     gram = every @ every.T / 4096
     assert (gram - torch.eye(64)).abs().max() < 6 / 64  # rows, and so bits of a byte, are independent
     gram = every.T[:256] @ every[:, :256] / 64
@@ -279,7 +279,7 @@ def test_signs() -> None:
 
 
 def test_compiled_signs_are_drawn_alike() -> None:
-    compiled = torch.compile(noise.signs, backend="eager", fullgraph=True)
+    compiled = torch.compile(noise_draws.signs, backend="eager", fullgraph=True)
     values = compiled((64, 4096), torch.zeros(1), None)
     assert bool((values.abs() == 1).all())
     assert values.mean().abs() < 6 / 512
@@ -290,7 +290,7 @@ def test_compiled_signs_are_drawn_alike() -> None:
 def test_shapes_of_a_draw(name: str, shared: bool) -> None:
     problem = Problem(name)
     like = next(noise_designs.draws(problem.layer, problem.x, shared))
-    drawn = noise.draw(problem.layer, problem.x, None, shared)
+    drawn = noise_draws.draw(problem.layer, problem.x, None, shared)
     for t, e in zip(drawn, like, strict=True):
         assert (t is None) == (e is None)
         assert t is None or (t.shape == e.shape and t.dtype == problem.x.dtype and not t.requires_grad)
@@ -299,7 +299,7 @@ def test_shapes_of_a_draw(name: str, shared: bool) -> None:
 
 def test_places_of_a_kernel_are_drawn_alike() -> None:
     layer, x = LinearMap("test", nn.Conv2d(2, 2, (2, 3), groups=2)), torch.zeros(3000, 2, 4, 4)
-    place = noise.draw(layer, x).place
+    place = noise_draws.draw(layer, x).place
     assert place is not None
     assert bool(((place == 0) | (place == 6**0.5)).all())
     assert bool((place.flatten(2).count_nonzero(2) == 1).all())
@@ -315,7 +315,7 @@ def test_generators(name: str) -> None:
         generator = torch.Generator(problem.x.device).manual_seed(seed) if own else None
         if not own:
             torch.manual_seed(seed)
-        return problem.perturbed(noise.draw(problem.layer, problem.x, generator), 0.1).detach()
+        return problem.perturbed(noise_draws.draw(problem.layer, problem.x, generator), 0.1).detach()
 
     for own in (False, True):
         assert torch.equal(mixed(1, own), mixed(1, own))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fam_ext.hessian import noise
+from fam_ext.hessian import noise, noise_draws
 from fam_ext.layers.linear_map import LinearMap
 
 
@@ -31,10 +31,10 @@ def features(layer: nn.Module) -> Tensor:
 
 def test_which_side_of_the_layer_is_perturbed() -> None:
     for layer, side in ((tokens(), True), (point(), True), (conv(), False)):
-        assert noise.on_input(LinearMap("test", layer)) is side
+        assert noise_draws.on_input(LinearMap("test", layer)) is side
     one = LinearMap("test", tokens())
-    assert noise.one_row(one, torch.ones(3, 4)) and noise.one_row(one, torch.ones(4))
-    assert not noise.one_row(one, torch.ones(3, 2, 4)) and not noise.one_row(
+    assert noise_draws.one_row(one, torch.ones(3, 4)) and noise_draws.one_row(one, torch.ones(4))
+    assert not noise_draws.one_row(one, torch.ones(3, 2, 4)) and not noise_draws.one_row(
         LinearMap("test", point()), torch.ones(4, 5)
     )
 
@@ -43,16 +43,16 @@ def test_which_side_of_the_layer_is_perturbed() -> None:
 def test_samples_share_a_draw_or_not(make: Any) -> None:
     layer = LinearMap("test", make())
     x = features(layer.module)
-    shared, own = noise.draw(layer, x, None, True), noise.draw(layer, x, None, False)
+    shared, own = noise_draws.draw(layer, x, None, True), noise_draws.draw(layer, x, None, False)
     assert shared.samples == 1 and own.samples == 3
     assert own.left.dtype == x.dtype and (own.left.abs() == 1).all() and not own.left.requires_grad
-    again = [noise.draw(layer, x, torch.Generator().manual_seed(s)).left for s in (0, 0, 1)]
+    again = [noise_draws.draw(layer, x, torch.Generator().manual_seed(s)).left for s in (0, 0, 1)]
     assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
 
 
-def perturbed(layer: LinearMap, drawn: noise.Draw, x: Tensor, strength: float) -> Tensor:
+def perturbed(layer: LinearMap, drawn: noise_draws.Draw, x: Tensor, strength: float) -> Tensor:
     weight = layer.module.weight
-    if noise.on_input(layer):
+    if noise_draws.on_input(layer):
         return layer.apply(noise.perturb_input(layer, drawn, x, strength), weight)
     return noise.perturb_output(layer, drawn, x, weight, layer.apply(x, weight), strength)
 
@@ -63,7 +63,7 @@ def test_the_output_under_the_dense_weight_noise(make: Any, shared: bool) -> Non
     """z_i with weight W (1 + sqrt(2 strength) a_i b_i^T), b_i laid out over channels and the kernel's places."""
     layer = LinearMap("test", make())
     x, strength = features(layer.module), 0.3
-    drawn = noise.draw(layer, x, torch.Generator().manual_seed(2), shared)
+    drawn = noise_draws.draw(layer, x, torch.Generator().manual_seed(2), shared)
     weight = layer.canonical(layer.module.weight)  # (groups, n, I)
     expected = []
     for i in range(len(x)):
@@ -83,7 +83,7 @@ def test_the_output_under_the_dense_weight_noise(make: Any, shared: bool) -> Non
 def test_strength_as_a_number_and_as_a_tensor(make: Any) -> None:
     layer = LinearMap("test", make())
     x = features(layer.module)
-    drawn = noise.draw(layer, x)
+    drawn = noise_draws.draw(layer, x)
     number, tensor = (perturbed(layer, drawn, x, s) for s in (0.3, torch.tensor(0.3, dtype=torch.float64)))
     torch.testing.assert_close(number, tensor)
     torch.testing.assert_close(perturbed(layer, drawn, x, 0.0), layer.apply(x, layer.module.weight))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fam_ext import FAMLoss
-from fam_ext.hessian import noise, noise_passes
+from fam_ext.hessian import noise, noise_draws, noise_passes
 from fam_ext.layers.linear_map import LinearMap
 
 pytestmark = needs_native
@@ -54,12 +54,12 @@ class Setting:
         self.x = torch.randn(shape, dtype=dtype)
         if last:
             self.x = self.x.movedim(1, -1).contiguous().movedim(-1, 1)
-        self.drawn = noise.draw(self.layer, self.x, None, shared)
+        self.drawn = noise_draws.draw(self.layer, self.x, None, shared)
         if name == "tokens" and not shared:
             self.drawn = self.drawn._replace(positions=(torch.rand(shape[:2]) < 0.6).to(dtype))
 
     def output(self, x: Tensor, weight: Tensor, strength: Any = 0.2) -> Tensor:
-        if noise.on_input(self.layer):
+        if noise_draws.on_input(self.layer):
             return self.layer.apply(noise.perturb_input(self.layer, self.drawn, x, strength), weight)
         x, inner = noise.products(self.layer, self.drawn, x)
         z = self.layer.apply(x, weight)
@@ -126,7 +126,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     exact = copy.copy(setting)
     exact.layer = LinearMap("test", copy.deepcopy(setting.layer.module).double())
     exact.x = setting.x.double()
-    exact.drawn = noise.Draw(*(None if t is None else t.double() for t in setting.drawn))
+    exact.drawn = noise_draws.Draw(*(None if t is None else t.double() for t in setting.drawn))
     eps = torch.finfo(dtype).eps
     for got, right in zip(setting.all(), exact.all(), strict=True):
         assert got.dtype == dtype
@@ -142,7 +142,7 @@ def test_gradients_of_gradients(name: str) -> None:
     if name == "2d pointwise":
         setting.x = setting.x[:, :, :2, :2].contiguous()
     setting.x = setting.x.contiguous()
-    setting.drawn = noise.draw(setting.layer, setting.x)
+    setting.drawn = noise_draws.draw(setting.layer, setting.x)
     inputs = (setting.x.requires_grad_(), setting.layer.module.weight.detach().requires_grad_())
     assert torch.autograd.gradcheck(setting.output, inputs)
     assert torch.autograd.gradgradcheck(setting.output, inputs)
@@ -157,13 +157,13 @@ def test_gradients_that_others_hold_are_left_alone(name: str, monkeypatch: pytes
         held: list[Tensor] = []
         x = setting.x.clone().requires_grad_()
         other = torch.zeros_like(x, requires_grad=True)
-        if noise.on_input(setting.layer):
+        if noise_draws.on_input(setting.layer):
             noisy = noise.perturb_input(setting.layer, setting.drawn, x, 0.2)
         else:
             noisy, inner = noise.products(setting.layer, setting.drawn, x)
         noisy.register_hook(held.append)
         loss = (noisy + other).square().sum()
-        if not noise.on_input(setting.layer):
+        if not noise_draws.on_input(setting.layer):
             loss = loss + inner.square().sum()
         gradients = torch.autograd.grad(loss, [x, other])
         return held[0].clone(), *gradients
@@ -240,10 +240,10 @@ def test_signs_are_those_of_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> No
     for shape in ((), (1,), (55,), (57,), (3, 0), (300, 7)):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             like = torch.zeros(1, dtype=dtype)
-            made = noise.signs(shape, like, torch.Generator().manual_seed(1))
+            made = noise_draws.signs(shape, like, torch.Generator().manual_seed(1))
             with monkeypatch.context() as patch:
                 patch.setattr(noise_passes, "_signs", None)
-                expected = noise.signs(shape, like, torch.Generator().manual_seed(1))
+                expected = noise_draws.signs(shape, like, torch.Generator().manual_seed(1))
             assert made.dtype == dtype and torch.equal(made, expected)
 
 

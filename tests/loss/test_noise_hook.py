@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
 from fam_ext import FAMLoss, UnsupportedError
-from fam_ext.hessian.noise import Draw
+from fam_ext.hessian.noise_draws import Draw
 from fam_ext.loss.noise_hook import Gate, _signs
 
 KINDS = pytest.mark.parametrize("kind", ["linear", CONV])
