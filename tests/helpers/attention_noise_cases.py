@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fam_ext import FAMLoss
-from fam_ext.hessian import noise
+from fam_ext.hessian import noise_draws
 from fam_ext.hessian.noise_draws import Draw
 
 STRENGTH = 1e-6  # what is left of higher orders is of its size; float64 has digits to spare
@@ -114,7 +114,7 @@ def mean_loss(call: Call, part: str, shared: bool, monkeypatch: Any) -> Tensor:
     """Of the perturbed calls, over a design."""
     draws = list(designed(call, part, shared))
     queue = iter(draws)
-    monkeypatch.setattr(noise, "draw", lambda *_: next(queue))
+    monkeypatch.setattr(noise_draws, "draw", lambda *_: next(queue))
     options: dict[str, Any] = {"per_sample_probes": False} if shared else {}
     criterion = FAMLoss.for_model(
         lambda loss: loss, call.attention, part, strength=STRENGTH, method="noise", **options

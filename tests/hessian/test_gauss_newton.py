@@ -183,7 +183,7 @@ def test_a_random_direction_in_the_mean(make: Any, weighted: bool, monkeypatch: 
     for place in range(places):
         one = places**0.5 * (torch.arange(places) == place).double().reshape(1, 1, 1, *kernel)
         monkeypatch.setattr(
-            noise, "_places", lambda *_, one=one: one.expand(samples, layer.groups, 1, *kernel)
+            noise, "kernel_places", lambda *_, one=one: one.expand(samples, layer.groups, 1, *kernel)
         )
         for vector in vectors:
 

@@ -121,7 +121,7 @@ def test_the_mean_of_a_quadratic_loss_is_exact(name: str, shared: bool) -> None:
 
 @both
 def test_more_samples_than_different_left_factors(shared: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(noise, "DIFFERENT", 2)
+    monkeypatch.setattr(noise_draws, "DIFFERENT", 2)
     LAYERS["five"] = (lambda: nn.Conv1d(1, 2, 2), (5, 1, 3))
     try:
         test_the_mean_of_a_quadratic_loss_is_exact("five", shared)
