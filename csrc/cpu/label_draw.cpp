@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -160,13 +161,16 @@ void check_numbers(const char* name, const Tensor& rows, const Tensor& numbers) 
       name, ": expected a number for every row, of its dtype");
 }
 
-// (u, p, y, scale) of logits z (N, O): p = softmax(z), u = scale (e_y - p) with scale = sign sqrt(c p_y / q_y). A row with c = 0
-// is not read and has zeros.
+// (u, p, y, scale) of logits z (N, O): p = softmax(z), u = scale (e_y - p) with scale = sign sqrt(c p_y / q_y), or sign sqrt(c)
+// where the labels are given. A row with c = 0 is not read and has zeros.
 std::tuple<Tensor, Tensor, Tensor, Tensor> drawn_factors(const Tensor& z, const Tensor& c, const Tensor& shares,
-                                                         const Tensor& signs) {
+                                                         const Tensor& signs, const std::optional<Tensor>& given) {
   constexpr const char* name = "drawn_factors";
   check_rows(name, z);
   for (const Tensor& numbers : {c, shares, signs}) check_numbers(name, z, numbers);
+  TORCH_CHECK(!given || (given->is_cpu() && given->is_contiguous() && given->numel() == z.size(0) &&
+                         given->dtype() == at::kLong),
+              name, ": expected a label for every row");
   const auto options = z.options().requires_grad(false);
   const Tensor u = at::empty(z.sizes(), options), p = at::empty(z.sizes(), options);
   const Tensor labels = at::empty({z.size(0)}, options.dtype(at::kLong)), scales = at::empty({z.size(0)}, options);
@@ -177,6 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> drawn_factors(const Tensor& z, const 
     const auto *share = shares.const_data_ptr<scalar_t>(), *sign = signs.const_data_ptr<scalar_t>();
     auto *of_u = u.mutable_data_ptr<scalar_t>(), *of_p = p.mutable_data_ptr<scalar_t>();
     auto* label = labels.mutable_data_ptr<int64_t>();
+    const int64_t* own_label = given ? given->const_data_ptr<int64_t>() : nullptr;
     auto* scale = scales.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, z.size(0), grain(classes), [&](int64_t begin, int64_t end) {
       std::vector<Segment> segments;
@@ -190,8 +195,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> drawn_factors(const Tensor& z, const 
         }
         softmax(logits + i * classes, own_p, classes);
         const Row<scalar_t> row(own_p, classes, segments);
-        const int64_t y = label[i] = row.label(share[i]);
-        scale[i] = static_cast<scalar_t>(sign[i] * std::sqrt(double(coefficient[i])) * row.stretch(y));
+        const int64_t y = label[i] = own_label ? own_label[i] : row.label(share[i]);
+        TORCH_CHECK_INDEX(y >= 0 && y < classes, name, ": label ", y, " is out of range for ", classes, " classes");
+        const double stretch = own_label ? 1 : row.stretch(y);
+        scale[i] = static_cast<scalar_t>(sign[i] * std::sqrt(double(coefficient[i])) * stretch);
         const Vec minus(-scale[i]);
         at::vec::map<scalar_t>([&](const Vec& x) { return x * minus; }, own_u, own_p, classes);
         own_u[y] = static_cast<scalar_t>(scale[i] * row.others(y));
@@ -201,8 +208,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> drawn_factors(const Tensor& z, const 
   return {u, p, labels, scales};
 }
 
-// The gradient by z of drawn_factors' u, with sqrt(p_y / p_y) in it, of which the denominator is a constant.
-Tensor by_logits(const Tensor& grad, const Tensor& u, const Tensor& p, const Tensor& labels, const Tensor& scales) {
+// The gradient by z of drawn_factors' u; for drawn labels with sqrt(p_y / p_y) in it, of which the denominator is a constant.
+Tensor by_logits(const Tensor& grad, const Tensor& u, const Tensor& p, const Tensor& labels, const Tensor& scales,
+                 bool drawn) {
   constexpr const char* name = "drawn_factors";
   for (const Tensor& rows : {grad, u, p}) check_rows(name, rows);
   TORCH_CHECK(grad.sizes() == u.sizes() && grad.dtype() == u.dtype(), name, ": expected a gradient like u");
@@ -223,7 +231,7 @@ Tensor by_logits(const Tensor& grad, const Tensor& u, const Tensor& p, const Ten
           std::fill_n(own, classes, scalar_t(0));
           continue;
         }
-        const scalar_t along = dot(of_grad + at, of_u + at, classes) / 2;  // by log p_y
+        const scalar_t along = drawn ? dot(of_grad + at, of_u + at, classes) / 2 : scalar_t(0);  // by log p_y
         const scalar_t mean = dot(of_grad + at, of_p + at, classes);
         const Vec s(scale[i]), rest(scale[i] * mean - along);
         at::vec::map2<scalar_t>([&](const Vec& g, const Vec& q) { return q * (rest - s * g); }, own, of_grad + at,
@@ -239,27 +247,30 @@ Tensor by_logits(const Tensor& grad, const Tensor& u, const Tensor& p, const Ten
 // u of drawn_factors, differentiable once by z.
 struct DrawnFactors : torch::autograd::Function<DrawnFactors> {
   static Tensor forward(AutogradContext* ctx, const Tensor& z, const Tensor& c, const Tensor& shares,
-                        const Tensor& signs) {
+                        const Tensor& signs, const std::optional<Tensor>& given) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [u, p, labels, scales] = drawn_factors(z, c, shares, signs);
+    const auto [u, p, labels, scales] = drawn_factors(z, c, shares, signs, given);
     ctx->save_for_backward({u, p, labels, scales});
+    ctx->saved_data["drawn"] = !given.has_value();
     return u;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     const variable_list saved = ctx->get_saved_variables();
-    variable_list grads(4);
+    variable_list grads(5);
     {
       const at::AutoGradMode no_graph(false);
-      grads[0] = by_logits(upstream[0].contiguous(), saved[0], saved[1], saved[2], saved[3]);
+      grads[0] = by_logits(upstream[0].contiguous(), saved[0], saved[1], saved[2], saved[3],
+                           ctx->saved_data["drawn"].toBool());
     }
-    refuse_second_derivative("a drawn factor of cross-entropy's Hessian can be differentiated once only", grads);
+    refuse_second_derivative("a factor of cross-entropy's Hessian can be differentiated once only", grads);
     return grads;
   }
 };
 
-Tensor differentiable(const Tensor& z, const Tensor& c, const Tensor& shares, const Tensor& signs) {
-  return DrawnFactors::apply(z, c, shares, signs);
+Tensor differentiable(const Tensor& z, const Tensor& c, const Tensor& shares, const Tensor& signs,
+                      const std::optional<Tensor>& labels) {
+  return DrawnFactors::apply(z, c, shares, signs, labels);
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
-"""Factors of softmax cross-entropy's Hessian from a drawn label in every row, such that all labels' factors have one length."""
+"""Factors of softmax cross-entropy's Hessian from a label in every row: drawn, such that all labels' factors have one length, or
+given.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,32 @@ def factors(z: Tensor, c: Tensor, dim: int) -> Callable[[Tensor, Tensor], Tensor
     `draw`. The mean of u u^T over uniform shares is c (diag(p) - p p^T), and its derivative that of the mean: q and the
     denominator of sqrt(p_y / p_y), which stands in u as well, are held constant. A row with c = 0 has zeros, whatever it holds.
     """
+    if not _compiled(z, dim):
+        return in_torch(z, c, dim)
+    return lambda share, sign: _natively(z, c, dim, share, sign, None)
+
+
+def own_factors(z: Tensor, c: Tensor, dim: int, label: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function of sign, of the rows' shape and 1, that returns sign sqrt(c) (e_y - p) for labels y of the rows' shape."""
+    if _compiled(z, dim):
+        return lambda sign: _natively(z, c, dim, sign, sign, label)
+    p = torch.softmax(clear_rows(z, c, dim), dim)
+    valid = torch.where(c == 0, 0, label).unsqueeze(dim)  # an ignored row has any label
+    residual = torch.zeros_like(p).scatter_(dim, valid, 1.0) - p
+    root = c.detach().sqrt().unsqueeze(dim)
+    return lambda sign: residual * (root * sign.movedim(-1, dim))
+
+
+def _compiled(z: Tensor, dim: int) -> bool:
+    return _native is not None and z.device.type == "cpu" and type(z) is Tensor and z.shape[dim] > 0
+
+
+def _natively(z: Tensor, c: Tensor, dim: int, share: Tensor, sign: Tensor, label: Tensor | None) -> Tensor:
     rows = z.movedim(dim, -1)
-    if _native is not None and z.device.type == "cpu" and type(z) is Tensor and rows.shape[-1]:
-
-        def natively(share: Tensor, sign: Tensor) -> Tensor:
-            flat = rows.reshape(-1, rows.shape[-1]).contiguous()
-            numbers = [t.detach().to(z.dtype).reshape(-1).contiguous() for t in (c, share, sign)]
-            u: Tensor = _native(flat, *numbers)
-            return u.view(rows.shape).movedim(-1, dim)
-
-        return natively
-    return in_torch(z, c, dim)
+    flat = rows.reshape(-1, rows.shape[-1]).contiguous()
+    numbers = [t.detach().to(z.dtype).reshape(-1).contiguous() for t in (c, share, sign)]
+    u: Tensor = _native(flat, *numbers, None if label is None else label.reshape(-1).contiguous())
+    return u.view(rows.shape).movedim(-1, dim)
 
 
 def in_torch(z: Tensor, c: Tensor, dim: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -80,6 +80,10 @@ def empirical_factors(
     the mean; else one factor is exact.
     """
     classes: int | None = None  # their dimension: one term for all of them
+    target = loss_hessian.target
+    if isinstance(loss_hessian, CrossEntropy) and target is not None and not target.is_floating_point():
+        yield from _of_own_labels(loss_hessian, outputs, target, samples, probes, generator)
+        return
     if isinstance(loss_hessian, CrossEntropy):
         classes, log_p, root = _softmax(loss_hessian, outputs)
         residual = _residual(loss_hessian, log_p)  # softmax and log_softmax of it are those of the outputs
@@ -94,6 +98,27 @@ def empirical_factors(
         return
     for _ in range(probes):
         yield weighted * rademacher(terms, weighted, generator)
+
+
+def _of_own_labels(
+    loss_hessian: CrossEntropy,
+    outputs: Tensor,
+    target: Tensor,
+    samples: int,
+    probes: int,
+    generator: torch.Generator,
+) -> Iterator[Tensor]:
+    """`empirical_factors` for class indices."""
+    dim = 0 if outputs.dim() == 1 else 1
+    c = loss_hessian.coefficients(outputs)
+    z = outputs.to(torch.promote_types(outputs.dtype, c.dtype))
+    of_sign = label_draw.own_factors(z, c, dim, target.long())
+    terms = [1 if d == dim else size for d, size in enumerate(z.shape)]
+    if prod(terms) <= samples:
+        yield of_sign(z.new_ones(()).expand(terms).movedim(dim, -1))
+        return
+    for _ in range(probes):
+        yield of_sign(rademacher(terms, z, generator).movedim(dim, -1))
 
 
 def _softmax(loss_hessian: CrossEntropy, outputs: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -113,16 +138,14 @@ def _root(x: Tensor) -> Tensor:
 
 
 def _residual(loss_hessian: LossHessian, outputs: Tensor) -> Tensor:
-    """dl/dz of every term l of the loss, without its coefficient, in the outputs' shape; for losses with a Fisher matrix."""
+    """dl/dz of every term l of the loss, without its coefficient, in the outputs' shape; for losses with a Fisher matrix.
+
+    Cross-entropy: for class probabilities as targets.
+    """
     target, z = loss_hessian.target, outputs.to(accumulation_dtype(outputs))
     assert target is not None
     if isinstance(loss_hessian, CrossEntropy):
-        dim = 0 if outputs.dim() == 1 else 1
-        p = torch.softmax(z, dim)
-        if target.is_floating_point():
-            return p - target
-        valid = target.long().clamp(min=0, max=p.shape[dim] - 1)  # an ignored row has coefficient 0
-        return p - torch.zeros_like(p).scatter_(dim, valid.unsqueeze(dim), 1.0)
+        return torch.softmax(z, 0 if outputs.dim() == 1 else 1) - target
     if isinstance(loss_hessian, BinaryCrossEntropy):
         return torch.sigmoid(z) - target
     return torch.exp(z) - target

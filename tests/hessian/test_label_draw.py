@@ -18,7 +18,7 @@ compiled = pytest.mark.skipif(DRAWN is None, reason="needs the compiled library"
 def natively(p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """As `draw`, from the compiled library's factors of log p."""
     z, one = p.log().reshape(-1, p.shape[-1]), torch.ones(share.numel(), dtype=p.dtype)
-    *_, labels, stretch = DRAWN(z.contiguous(), one, share.reshape(-1), one)
+    *_, labels, stretch = DRAWN(z.contiguous(), one, share.reshape(-1), one, None)
     return labels.view(share.shape), stretch.view(share.shape)
 
 
@@ -99,3 +99,35 @@ def test_confident_rows_keep_their_digits(draw: object) -> None:
     assert set(labels[:, 0].tolist()) == {0, 2}
     rest = p[:, ::2].double().sum(1, keepdim=True)
     torch.testing.assert_close(2 * stretch.double().square(), 2 * rest, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("form", [pytest.param("compiled", marks=compiled), "in torch"])
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 4, 3)], ids=str)
+def test_own_labels(shape: tuple[int, ...], form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sqrt(c) times the gradient of the losses of the labels, and its derivative, by autograd; an ignored row gives zeros."""
+    if form == "in torch":
+        monkeypatch.setattr(label_draw, "_native", None)
+    dim = min(1, len(shape) - 1)
+    z = torch.randn(shape, dtype=torch.float64)
+    rows = z.sum(dim).shape
+    label, c = torch.randint(0, 4, rows), torch.rand(rows, dtype=torch.float64)
+    sign = torch.rand(*rows, 1).round().double() * 2 - 1
+    if len(shape) == 2:
+        c[1], label[1], z[1] = 0, -100, torch.nan
+    z.requires_grad_()
+    u = label_draw.own_factors(z, c, dim, label)(sign)
+    kept = torch.where((c == 0).unsqueeze(dim), 0.0, z)
+    losses = torch.nn.functional.cross_entropy(kept, label.clamp(min=0), reduction="none")
+    (gradient,) = torch.autograd.grad(losses.sum(), kept, create_graph=True)
+    expected = -gradient * (c.sqrt().unsqueeze(dim) * sign.movedim(-1, dim))
+    torch.testing.assert_close(u, expected)
+    upstream = torch.randn_like(u)
+    got, want = (torch.autograd.grad(t, z, upstream)[0] for t in (u, expected))
+    torch.testing.assert_close(got, want)
+
+
+@compiled
+def test_a_label_out_of_range_is_refused() -> None:
+    z, one = torch.randn(2, 3), torch.ones(2)
+    with pytest.raises(IndexError, match="label 3 is out of range for 3 classes"):
+        label_draw.own_factors(z, one, 1, torch.tensor([0, 3]))(one)
