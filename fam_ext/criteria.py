@@ -145,15 +145,11 @@ _FUNCTIONS: dict[Any, Callable[..., LossHessian]] = {
 for _torchs, _ours in _FUNCTIONS.items():
     _ours.__qualname__ = _torchs.__name__  # what an error of wrong arguments names
 _MODULES: dict[type[nn.Module], Callable[[Any], Callable[..., LossHessian]]] = {
-    nn.CrossEntropyLoss: lambda m: (
-        lambda target: CrossEntropy(target, m.reduction, m.weight, m.ignore_index, m.label_smoothing)
-    ),
-    nn.MSELoss: lambda m: lambda target: MeanSquaredError(target, m.reduction),
-    nn.BCEWithLogitsLoss: lambda m: (
-        lambda target: BinaryCrossEntropy(target, m.reduction, m.weight, m.pos_weight)
-    ),
-    nn.PoissonNLLLoss: lambda m: lambda target: PoissonNLL(target, m.reduction),
-    nn.GaussianNLLLoss: lambda m: lambda target, var: GaussianNLL(target, m.reduction, var, m.eps),
+    nn.CrossEntropyLoss: CrossEntropy.of,
+    nn.MSELoss: MeanSquaredError.of,
+    nn.BCEWithLogitsLoss: BinaryCrossEntropy.of,
+    nn.PoissonNLLLoss: PoissonNLL.of,
+    nn.GaussianNLLLoss: GaussianNLL.of,
 }
 
 

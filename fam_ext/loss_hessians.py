@@ -7,7 +7,9 @@ arguments against the outputs: shapes and dtypes always, values (class indices, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,11 @@ class LossHessian:
     target: Tensor | None
     reduction: str = "mean"
     softmax = False
+
+    @staticmethod
+    def of(m: Any) -> Callable[..., LossHessian]:
+        """A function of the arguments of the criterion `m`, a torch module, after its input."""
+        raise NotImplementedError
 
     def check(self, caller: str, outputs: Tensor) -> None:
         """Raise TypeError or ValueError unless types, dtypes and shapes are those of one call on `outputs`; reads no values."""
@@ -96,6 +103,10 @@ class CrossEntropy(LossHessian):
     ignore_index: int = -100
     label_smoothing: float = 0.0
     softmax = True
+
+    @staticmethod
+    def of(m: Any) -> Callable[[Any], LossHessian]:
+        return lambda target: CrossEntropy(target, m.reduction, m.weight, m.ignore_index, m.label_smoothing)
 
     def __post_init__(self) -> None:
         if isinstance(self.target, Tensor) and self.target.dtype is torch.uint8:
@@ -178,6 +189,10 @@ class CrossEntropy(LossHessian):
 class MeanSquaredError(LossHessian):
     weight: Tensor | None = None
 
+    @staticmethod
+    def of(m: Any) -> Callable[[Any], LossHessian]:
+        return lambda target: MeanSquaredError(target, m.reduction)
+
     def check(self, caller: str, outputs: Tensor) -> None:
         super().check(caller, outputs)
         if self.weight is not None:
@@ -202,6 +217,10 @@ class MeanSquaredError(LossHessian):
 class BinaryCrossEntropy(LossHessian):
     weight: Tensor | None = None
     pos_weight: Tensor | None = None
+
+    @staticmethod
+    def of(m: Any) -> Callable[[Any], LossHessian]:
+        return lambda target: BinaryCrossEntropy(target, m.reduction, m.weight, m.pos_weight)
 
     def check(self, caller: str, outputs: Tensor) -> None:
         super().check(caller, outputs)
@@ -230,6 +249,10 @@ class BinaryCrossEntropy(LossHessian):
 
 @dataclass
 class PoissonNLL(LossHessian):
+    @staticmethod
+    def of(m: Any) -> Callable[[Any], LossHessian]:
+        return lambda target: PoissonNLL(target, m.reduction)
+
     def fisher(self) -> bool:
         return True
 
@@ -243,6 +266,10 @@ class GaussianNLL(LossHessian):
 
     var: Tensor | float | None = None
     eps: float = 1e-6
+
+    @staticmethod
+    def of(m: Any) -> Callable[[Any, Any], LossHessian]:
+        return lambda target, var: GaussianNLL(target, m.reduction, var, m.eps)
 
     def check(self, caller: str, outputs: Tensor) -> None:
         super().check(caller, outputs)

@@ -16,7 +16,6 @@ from fam_ext.loss.advice import warn_of_a_guess
 from fam_ext.loss.layer_criterion import outside_graph
 from fam_ext.loss.num_items import summed
 from fam_ext.loss.one_call import (
-    HeadCall,
     LossCall,
     head_calls,
     hidden_terms,
@@ -297,7 +296,11 @@ class FAMLoss(TrainingCriterion):
         self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], closure: Any, items: Any = None
     ) -> Tensor:
         if self._noise:
-            return self._perturbed(outputs, targets, kwargs, items)
+            perturbed, strength = self._perturbed(outputs, targets, kwargs, items)
+            self._finish(StepRecord(perturbed.detach(), None, strength))
+            if self.changes:
+                self._set_noise()
+            return perturbed
         strength = self._strength
         if self._every != 1 or not isinstance(strength, float):
             strength = self._strength_now()
@@ -334,7 +337,7 @@ class FAMLoss(TrainingCriterion):
             heads = head_calls(options, self.terms, call, self._no_closed_form)
             found = one_pass_head(self.terms, heads) if one_operation else None
             if found is None:
-                return self._sum_of_parts(call, heads, strength, items)
+                return self._sum_of_parts(*loss_and_terms(options, self.terms, heads, call), strength, items)
             head, term = found
             self._head = term
             taken = one_pass.from_logits(
@@ -355,12 +358,9 @@ class FAMLoss(TrainingCriterion):
         self._finish(StepRecord(total.detach(), kappa, strength, None, error))
         return total
 
-    def _sum_of_parts(
-        self, call: LossCall, heads: Sequence[HeadCall | None], strength: Any, items: Any
-    ) -> Tensor:
+    def _sum_of_parts(self, loss: Any, estimate: Estimate, strength: Any, items: Any) -> Tensor:
         """The criterion's own loss, and to it the terms."""
-        value, (kappa, error) = loss_and_terms(self.options, self.terms, heads, call)
-        loss: Any = value
+        kappa, error = estimate
         if items is not None:
             loss, kappa = loss / items, kappa / items
             error = None if error is None else error / items
@@ -377,3 +377,15 @@ class FAMLoss(TrainingCriterion):
             total, alone = sharding.add(self.options.caller, loss, strength * kappa), sharding.local(alone)
         self._finish(StepRecord(total.detach(), kappa.detach(), strength, alone, error))
         return total
+
+    def _finish(self, last: StepRecord) -> None:
+        """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
+        state = self.__dict__
+        state["last"] = last
+        if last.flatness is not None:
+            advice = state["_advice"]
+            advice.steps = steps = advice.steps + 1
+            if not steps & (steps - 1):  # the 1st, 2nd, 4th, 8th, ...
+                self._advise(last)
+        if state["_counts_calls"]:
+            state["step"] += 1

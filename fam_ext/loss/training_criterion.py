@@ -239,9 +239,9 @@ class TrainingCriterion(LayerCriterion):
         self._advice.look(last, inside, isinstance(self._strength, float))
 
     def _perturbed(
-        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], items: Any = None
-    ) -> Tensor:
-        """The loss of the network that the hooks have perturbed."""
+        self, outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any], items: Any
+    ) -> tuple[Tensor, float]:
+        """The loss of the network that the hooks have perturbed, and the strength of this step."""
         strength = self._strength_now()
         if strength:
             check_attached("FAMLoss", self.terms)
@@ -253,22 +253,7 @@ class TrainingCriterion(LayerCriterion):
         if items is not None:
             loss = loss / items
         self._reset_noise()
-        self._finish(StepRecord(loss.detach(), None, strength))
-        if self.changes:
-            self._set_noise()
-        return loss
-
-    def _finish(self, last: StepRecord) -> None:
-        """Close a training step, past nn.Module.__setattr__, which takes microseconds to see that these are no parameters."""
-        state = self.__dict__
-        state["last"] = last
-        if last.flatness is not None:
-            advice = state["_advice"]
-            advice.steps = steps = advice.steps + 1
-            if not steps & (steps - 1):  # the 1st, 2nd, 4th, 8th, ...
-                self._advise(last)
-        if state["_counts_calls"]:
-            state["step"] += 1
+        return loss, strength
 
     def _strength_now(self) -> Any:
         """This step's strength: a number, or TargetRatio. 0 on a step without the term."""
