@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/row_grain.h"
 #include "made_gradients.h"
 
 namespace fam_ext {
@@ -148,8 +149,6 @@ T dot(const T* a, const T* b, int64_t n) {
                                      [](const Vec& x, const Vec& y) { return x + y; }, a, b, n);
 }
 
-int64_t grain(int64_t classes) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, classes)); }
-
 void check_rows(const char* name, const Tensor& rows) {
   TORCH_CHECK(rows.dim() == 2 && rows.is_cpu() && rows.is_contiguous() && rows.size(1) > 0, name,
               ": expected rows (N, O)");
@@ -183,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> drawn_factors(const Tensor& z, const 
     auto* label = labels.mutable_data_ptr<int64_t>();
     const int64_t* own_label = given ? given->const_data_ptr<int64_t>() : nullptr;
     auto* scale = scales.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, z.size(0), grain(classes), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, z.size(0), row_grain(classes), [&](int64_t begin, int64_t end) {
       std::vector<Segment> segments;
       for (int64_t i = begin; i < end; ++i) {
         scalar_t *own_u = of_u + i * classes, *own_p = of_p + i * classes;
@@ -223,7 +222,7 @@ Tensor by_logits(const Tensor& grad, const Tensor& u, const Tensor& p, const Ten
     const auto *of_p = p.const_data_ptr<scalar_t>(), *scale = scales.const_data_ptr<scalar_t>();
     const auto* label = labels.const_data_ptr<int64_t>();
     auto* of_dz = dz.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, u.size(0), grain(classes), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, u.size(0), row_grain(classes), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t at = i * classes, y = label[i];
         scalar_t* own = of_dz + at;

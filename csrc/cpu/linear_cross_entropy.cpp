@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/row_grain.h"
 #include "cpu/softmax_tile.h"
 #include "shape_checks.h"
 
@@ -21,8 +22,6 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kBlockClasses = 1024;  // classes of one task: what it keeps of them stays in the nearest cache
 constexpr int64_t kSumTerms = 32;        // rows between two levels of a sum over rows
 enum Factor { kRest, kTrace, kSquaredShift, kSquaredMean, kUpstream, kCoefficient, kHard, kSoft, kOthers, kFactors };
-
-int64_t row_grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)); }
 
 // `count` numbers, the lanes behind them `fill`.
 template <typename T>

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "cpu/row_grain.h"
 #include "made_gradients.h"
 #include "ordinary.h"
 
@@ -24,8 +25,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr int64_t kSegment = 4096;  // numbers of a partial sum
-
-int64_t grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)); }
 
 template <typename T>
 double squares(const T* x, int64_t n) {
@@ -47,7 +46,7 @@ void scaled_rows(const Tensor& x, const Tensor& grad, const Tensor& others, cons
     const auto *of_x = x.const_data_ptr<scalar_t>(), *g = grad.const_data_ptr<scalar_t>();
     const auto* square = others.const_data_ptr<scalar_t>();
     auto* of_out = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, x.size(0), grain(width), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, x.size(0), row_grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Vec factor(2 * g[i] * square[i]);
         at::vec::map<scalar_t>([&](const Vec& v) { return v * factor; }, of_out + i * width, of_x + i * width, width);
@@ -67,7 +66,7 @@ struct RowTrace : torch::autograd::Function<RowTrace> {
       const auto *a = phi.const_data_ptr<scalar_t>(), *b = t.const_data_ptr<scalar_t>();
       auto *sum_a = of_phi.mutable_data_ptr<scalar_t>(), *sum_b = of_t.mutable_data_ptr<scalar_t>();
       auto* product = value.mutable_data_ptr<scalar_t>();
-      at::parallel_for(0, phi.size(0), grain(widths[0] + widths[1]), [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, phi.size(0), row_grain(widths[0] + widths[1]), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           sum_a[i] = static_cast<scalar_t>(squares(a + i * widths[0], widths[0]));
           sum_b[i] = static_cast<scalar_t>(squares(b + i * widths[1], widths[1]));

@@ -61,9 +61,7 @@ def sampled_factors(
         for _ in range(probes):
             yield h * rademacher(h.shape, h, generator)
         return
-    dim = 0 if outputs.dim() == 1 else 1
-    c = loss_hessian.coefficients(outputs)
-    z = outputs.to(torch.promote_types(outputs.dtype, c.dtype))
+    dim, z, c = _logits(loss_hessian, outputs)
     drawn = label_draw.factors(z, c, dim)
     rows = [size for d, size in enumerate(z.shape) if d != dim]
     for _ in range(probes):
@@ -109,9 +107,7 @@ def _of_own_labels(
     generator: torch.Generator,
 ) -> Iterator[Tensor]:
     """`empirical_factors` for class indices."""
-    dim = 0 if outputs.dim() == 1 else 1
-    c = loss_hessian.coefficients(outputs)
-    z = outputs.to(torch.promote_types(outputs.dtype, c.dtype))
+    dim, z, c = _logits(loss_hessian, outputs)
     of_sign = label_draw.own_factors(z, c, dim, target.long())
     terms = [1 if d == dim else size for d, size in enumerate(z.shape)]
     if prod(terms) <= samples:
@@ -119,6 +115,12 @@ def _of_own_labels(
         return
     for _ in range(probes):
         yield of_sign(rademacher(terms, z, generator).movedim(dim, -1))
+
+
+def _logits(loss_hessian: CrossEntropy, outputs: Tensor) -> tuple[int, Tensor, Tensor]:
+    """The dimension of the classes, the logits in the dtype of sums, and c."""
+    c = loss_hessian.coefficients(outputs)
+    return 0 if outputs.dim() == 1 else 1, outputs.to(torch.promote_types(outputs.dtype, c.dtype)), c
 
 
 def _softmax(loss_hessian: CrossEntropy, outputs: Tensor) -> tuple[int, Tensor, Tensor]:
